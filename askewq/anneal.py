@@ -1,0 +1,73 @@
+"""Schedules as pure functions of progress, the share of the training steps already taken (0 to 1).
+
+Nothing here has a state, so a resumed run, or one on another number of processes, sees the same
+values at the same progress.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from askewq import constraint
+from askewq.errors import RecipeError
+
+ClosingKind = Literal["staggered", "single"]
+
+
+def lr_factor(progress: float, hold: float) -> float:
+    """Return the factor on the base lr: 1 until `hold`, then a cosine down to 0 at the end."""
+    if progress <= hold:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (progress - hold) / (1 - hold)))
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """How the intervals around the levels close.
+
+    Let c(p) = 1 - (1 - t)^power, t running from 0 to 1 between progress `start` and `end`.
+
+    ``staggered``: every weight has an eps of its own. The share c(p) of a layer's weights, those
+    nearest to a level first, is closed (eps = 0: exactly on the level, for good); the others are
+    free (eps = 1) and make up for the closed ones. Assigned anew every `every` steps.
+
+    ``single``: the paper's form, one eps for all weights, eps = eps_final^c(p): with power 1 its
+    geometric annealing. `final_radius` is the interval's radius at `end`, in level spacings.
+    """
+
+    kind: ClosingKind = "staggered"
+    start: float = 0.0
+    end: float = 0.9
+    power: float = 3.0
+    every: int = 3
+    final_radius: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("staggered", "single"):
+            raise RecipeError(f"closing = {self.kind!r} is unknown; use 'staggered' or 'single'.")
+        if not 0 <= self.start < self.end <= 1:
+            raise RecipeError(
+                f"the closing runs from {self.start} to {self.end} of the training steps; it must "
+                "start at 0 or later, end at 1 or earlier, and start before it ends."
+            )
+        if self.power <= 0 or self.every < 1 or not 0 < self.final_radius <= 0.5:
+            raise RecipeError(
+                f"closing power = {self.power}, every = {self.every}, final radius = "
+                f"{self.final_radius}: power must be above 0, every 1 or more, and the radius in "
+                "(0, 0.5]."
+            )
+
+    def closure(self, progress: float) -> float:
+        """Return c(progress), 0 (all free) to 1 (closed)."""
+        t = min(max((progress - self.start) / (self.end - self.start), 0.0), 1.0)
+        return float(1 - (1 - t) ** self.power)
+
+    def eps(self, progress: float) -> float:
+        """Return the relative eps of the weights that are not closed."""
+        if self.kind == "staggered":
+            return 1.0
+        return float(constraint.eps_of(self.final_radius) ** self.closure(progress))
+
+    def closed_share(self, progress: float) -> float:
+        """Return the share of each layer's weights that must sit on a level."""
+        return self.closure(progress) if self.kind == "staggered" else 0.0

@@ -1,0 +1,59 @@
+"""Every error a user can cause, in one tree.
+
+AskewError                what the command line turns into exit code 2
+├── RecipeError           a key, a value or a combination of settings
+├── ModelError            a model, its weights file or its task
+│   └── PlanError         no layer to quantize, a pattern without a match
+├── DataError             a data set, its splits or its columns
+├── OutputError           the output folder, a checkpoint to resume from
+├── FormatError           an artifact that is damaged or of another version
+├── DivergenceError       a loss that is not finite
+└── ExactnessError        a reloaded artifact that is not the evaluated model (a bug in askewq)
+
+A message says what was wrong, what was given, what is allowed and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class AskewError(Exception):
+    """Base of all errors raised on purpose by askewq."""
+
+
+class RecipeError(AskewError):
+    """A setting that is unknown, out of range or contradicts another."""
+
+
+class ModelError(AskewError):
+    """A model that cannot be found, built or filled with the given weights."""
+
+
+class PlanError(ModelError):
+    """A selection of layers that selects nothing, or not what was named."""
+
+
+class DataError(AskewError):
+    """A data set that cannot be read, or lacks what the task needs."""
+
+
+class OutputError(AskewError):
+    """An output folder that holds something else than expected."""
+
+
+class FormatError(AskewError):
+    """A packed artifact that does not follow docs/format.md."""
+
+
+class DivergenceError(AskewError):
+    """Training produced a loss that is NaN or infinite."""
+
+
+class ExactnessError(AskewError):
+    """The reloaded model does not give the very logits of the evaluated one."""
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """Return ``' (did you mean a, b?)'`` with the known names closest to `word`, or ``''``."""
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f" (did you mean {', '.join(close)}?)" if close else ""

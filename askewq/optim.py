@@ -1,0 +1,438 @@
+"""AskewSGD and AskewAdamW: torch's optimizers whose final update obeys the interval constraint.
+
+The base update (momentum, preconditioning and weight decay included) is computed as torch does;
+where it would leave the constraint set it is replaced by the paper's drift. Update and constraint
+are one pass over memory, without a copy of the weights: compiled with torch.compile, or
+eagerly, one layer at a time, where no compiler is found. Parameters that are not on a grid are
+left to torch's own step.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from askewq import constraint
+from askewq.anneal import Closing
+from askewq.errors import ModelError, RecipeError
+from askewq.grid import Grid
+from askewq.layers import QuantizedLayer, quantized_layers
+
+Pull = Literal["decoupled", "coupled"]
+
+# Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
+COMPILE_FROM = 1_000_000
+# Resolution at which the closing threshold is found, in bins between a level and half-way.
+DISTANCE_BINS = 4096
+
+
+class Interval(NamedTuple):
+    """The constraint as the update sees it: 0-d tensors, so that no new value recompiles."""
+
+    first: Tensor
+    step: Tensor
+    last: Tensor
+    eps: Tensor
+    pull: Tensor
+    clip: Tensor
+    within: Tensor
+
+
+def constrain(
+    weight: Tensor, plain: Tensor, scale: Tensor, interval: Interval, *, staggered: bool
+) -> Tensor:
+    """Return where weights land whose plain update would put them at `plain`.
+
+    Args:
+        weight: current weights as rows, [rows, columns].
+        plain: the same after the base update; feasible weights land exactly here.
+        scale: [rows, 1].
+        staggered: weights within ``interval.within`` of a level, and those already on one, have
+            eps = 0: they land on the level itself.
+    """
+    first, step, last, eps, pull, clip, within = interval
+    unit = scale * step
+    x = (weight / scale - first) / step
+    keep, drift = constraint.skew(x, (plain - weight) / unit, last, eps, pull=pull, clip=clip)
+    landed = torch.where(keep, plain, weight + drift * unit)
+    if not staggered:
+        return landed
+    level = constraint.nearest(x, last)
+    on_level = (level * step + first) * scale
+    closed = ((x - level).abs() <= within) | (weight == on_level)
+    return torch.where(closed, on_level, landed)
+
+
+def sgd_(
+    weight: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None,
+    scale: Tensor,
+    interval: Interval,
+    knobs: dict[str, Tensor],
+    *,
+    nesterov: bool,
+    staggered: bool,
+) -> None:
+    """Update weight and momentum buffer, all [rows, columns], in place: torch's SGD, skewed."""
+    grad = grad + knobs["weight_decay"] * weight
+    if buffer is not None:
+        buffer.copy_(knobs["momentum"] * buffer + grad)
+        grad = grad + knobs["momentum"] * buffer if nesterov else buffer
+    plain = weight - knobs["lr"] * grad
+    weight.copy_(constrain(weight, plain, scale, interval, staggered=staggered))
+
+
+def adamw_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor,
+    interval: Interval,
+    knobs: dict[str, Tensor],
+    *,
+    staggered: bool,
+) -> None:
+    """Update weight and both moments, all [rows, columns], in place: torch's AdamW, skewed."""
+    exp_avg.copy_(exp_avg + knobs["mix1"] * (grad - exp_avg))
+    exp_avg_sq.copy_(knobs["beta2"] * exp_avg_sq + knobs["mix2"] * grad * grad)
+    denominator = exp_avg_sq.sqrt() / knobs["bias2_sqrt"] + knobs["eps"]
+    plain = weight * knobs["keep"] - knobs["step_size"] * (exp_avg / denominator)
+    weight.copy_(constrain(weight, plain, scale, interval, staggered=staggered))
+
+
+def distance_bins(weight: Tensor, scale: Tensor, interval: Interval) -> Tensor:
+    """Return the bin of every weight's distance to its nearest level, int32, weight's shape."""
+    x = (weight / scale - interval.first) / interval.step
+    distance = (x - constraint.nearest(x, interval.last)).abs()
+    return (distance * (2 * DISTANCE_BINS)).clamp(max=DISTANCE_BINS - 1).to(torch.int32)
+
+
+class _Skewed(torch.optim.Optimizer):
+    """What AskewSGD and AskewAdamW share: the interval, its annealing, and the split of the step.
+
+    A subclass also derives from the torch optimizer whose update it skews, and says in `_update`
+    how that update is made together with the constraint.
+    """
+
+    closing: Closing
+
+    def _constrain(
+        self,
+        model: nn.Module,
+        closing: Closing,
+        alpha: float,
+        clip: float,
+        pull: Pull,
+        compile: bool | None,
+    ) -> None:
+        if alpha <= 0 or clip <= 0:
+            raise RecipeError(f"alpha = {alpha} and clip = {clip} must both be above 0.")
+        if pull not in ("decoupled", "coupled"):
+            raise RecipeError(f"pull = {pull!r} is unknown; use 'decoupled' or 'coupled'.")
+        if pull == "decoupled" and alpha > 1:
+            raise RecipeError(
+                f"alpha = {alpha} is a share of a Newton step toward the interval, at most 1, when "
+                "the pull is decoupled; the paper's alpha, times lr, goes with pull = 'coupled'."
+            )
+        self._layers = list(quantized_layers(model).values())
+        if not self._layers:
+            raise ModelError(
+                "the model has no quantized layer; call askewq.quantize(model, bits=2) before "
+                "building the optimizer."
+            )
+        for group in self.param_groups:
+            group.update(alpha=alpha, clip=clip, progress=0.0, updates=0)
+        self._decoupled = pull == "decoupled"
+        self.closing = closing
+        weights = sum(layer.weight.numel() for layer in self._layers)
+        self._compile = weights >= COMPILE_FROM if compile is None else compile
+
+    def anneal(self, progress: float) -> None:
+        """Set the intervals for the next step; `progress` is the share of steps taken, 0 to 1."""
+        for group in self.param_groups:
+            group["progress"] = float(progress)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make one update; call `anneal` with the current progress before it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        layers = {id(layer.weight): layer for layer in self._layers}
+        updated = []
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if id(weight) in layers and weight.grad is not None:
+                    self._update_layer(weight, layers[id(weight)], group)
+                    updated.append((weight, weight.grad))
+            group["updates"] += 1
+        for weight, _ in updated:
+            weight.grad = None  # torch's own step passes over parameters without a gradient
+        super().step()
+        for weight, grad in updated:
+            weight.grad = grad
+        return loss
+
+    def _update_layer(
+        self, weight: nn.Parameter, layer: QuantizedLayer, group: dict[str, Any]
+    ) -> None:
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ModelError(
+                f"a quantized weight became {weight.dtype}; keep the model in float32 and use bf16 "
+                "through autocast."
+            )
+        rows = weight.detach().contiguous().view(layer.weight_scale.numel(), -1)
+        scale = layer.weight_scale.view(-1, 1)
+        interval = self._interval(rows, scale, layer.grid, group)
+        assert weight.grad is not None  # noqa: S101  # `step` has checked
+        self._update(weight, rows, weight.grad.reshape(rows.shape), scale, interval, group)
+        if rows.data_ptr() != weight.data_ptr():  # channels_last: `rows` was a copy
+            weight.copy_(rows.view(weight.shape))
+
+    def _interval(self, rows: Tensor, scale: Tensor, grid: Grid, group: dict[str, Any]) -> Interval:
+        """Return the constraint of one layer for this step."""
+        progress = group["progress"]
+        rate = 1.0 if self._decoupled else float(group["lr"])
+        number = functools.partial(torch.tensor, dtype=rows.dtype)
+        interval = Interval(
+            first=number(grid.first),
+            step=number(grid.step),
+            last=number(float(grid.last)),
+            eps=number(self.closing.eps(progress)),
+            pull=number(rate * group["alpha"]),
+            clip=number(rate * group["clip"]),
+            within=torch.full((), -1.0, dtype=rows.dtype, device=rows.device),
+        )
+        share = self.closing.closed_share(progress)
+        if share >= 1:
+            interval.within.fill_(torch.inf)
+        elif share > 0 and group["updates"] % self.closing.every == 0:
+            bins = self._run(distance_bins, rows, scale, interval)
+            closed = torch.bincount(bins.view(-1), minlength=DISTANCE_BINS).cumsum(0)
+            edge = torch.searchsorted(
+                closed, torch.full_like(closed[:1], int(share * rows.numel()))
+            )
+            interval.within.copy_((edge[0] + 1) / (2 * DISTANCE_BINS))
+        return interval
+
+    def _update(
+        self,
+        weight: nn.Parameter,
+        rows: Tensor,
+        grad: Tensor,
+        scale: Tensor,
+        interval: Interval,
+        group: dict[str, Any],
+    ) -> None:
+        raise NotImplementedError
+
+    def _run(self, function: Callable[..., Any], *args: Any, **flags: bool) -> Any:
+        """Call a kernel compiled if possible, else eagerly."""
+        if self._compile and _can_compile(args[0].device.type):
+            function = _compiled(function)
+        return function(*args, **flags)
+
+    def feasible_share(self) -> float:
+        """Return the share of quantized weights inside their interval (staggered: on a level)."""
+        inside = total = 0
+        for layer in self._layers:
+            weight, scale, grid = layer.weight.detach(), layer.weight_scale, layer.grid
+            if self.closing.kind == "staggered":
+                feasible = weight == grid.snap(weight, scale)
+            else:
+                eps = self.closing.eps(self.param_groups[0]["progress"])
+                psi, _ = constraint.slack(grid.coordinate(weight, scale), grid.last, eps)
+                feasible = psi >= 0
+            inside += int(feasible.sum())
+            total += weight.numel()
+        return inside / total
+
+
+class AskewSGD(_Skewed, torch.optim.SGD):
+    r"""SGD with momentum under the annealed interval constraint.
+
+    .. code-block:: text
+
+        buf   <- momentum * buf + grad + weight_decay * w
+        v     <- -lr * buf                                (what torch.optim.SGD would add)
+        w     <- level                                    where eps_i = 0 (closed)
+        w     <- w + v                                    where psi > 0, or v * psi' >= -pull * psi
+        w     <- w + clip(-pull * psi / psi', clip)       elsewhere
+
+    With every weight inside the grid and eps = 1 this is torch.optim.SGD. Not for models without
+    low-bit layers, nor for weights below float32.
+
+    Args:
+        model: a model with quantization-aware layers (`askewq.quantize`).
+        lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
+        params: parameters or parameter groups to train; all of the model's by default.
+        closing: the schedule of the intervals.
+        alpha: strength of the pull on infeasible weights: the share of a Newton step made in one
+            update (decoupled, in (0, 1]), or the paper's alpha, multiplied by lr (coupled).
+        clip: the longest pull in one update, in level spacings; multiplied by lr if coupled (the
+            paper's M).
+        pull: "decoupled" from the learning rate, or "coupled" to it as in the paper.
+        compile: compile the step; by default from 1,000,000 quantized weights on.
+
+    Example:
+        >>> askewq.quantize(model, bits=2)
+        >>> optimizer = askewq.AskewSGD(model, lr=0.01, momentum=0.9)
+        >>> for step, (x, y) in enumerate(batches):
+        ...     loss(model(x), y).backward()
+        ...     optimizer.anneal(step / len(batches))
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+
+    Source: Algorithm 1 of arXiv 2211.03741, applied to the final update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        params: Iterable[Any] | None = None,
+        closing: Closing = Closing(),  # noqa: B008  # frozen
+        alpha: float = 0.5,
+        clip: float = 0.1,
+        pull: Pull = "decoupled",
+        compile: bool | None = None,
+    ) -> None:
+        super().__init__(
+            _trainable(model) if params is None else params,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+        )
+        self._constrain(model, closing, alpha, clip, pull, compile)
+
+    def _update(
+        self,
+        weight: nn.Parameter,
+        rows: Tensor,
+        grad: Tensor,
+        scale: Tensor,
+        interval: Interval,
+        group: dict[str, Any],
+    ) -> None:
+        buffer = None
+        if group["momentum"]:
+            buffer = self.state[weight].get("momentum_buffer")
+            if buffer is None:
+                buffer = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+                self.state[weight]["momentum_buffer"] = buffer
+            buffer = buffer.view(rows.shape)
+        knobs = _knobs(
+            rows, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"]
+        )
+        staggered = self.closing.kind == "staggered"
+        nesterov = bool(group["nesterov"])
+        self._run(
+            sgd_, rows, grad, buffer, scale, interval, knobs, nesterov=nesterov, staggered=staggered
+        )
+
+
+class AskewAdamW(_Skewed, torch.optim.AdamW):
+    """AdamW under the annealed interval constraint; see `AskewSGD` for what is added to torch's.
+
+    Args:
+        model: a model with quantization-aware layers (`askewq.quantize`).
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW (eps is the denominator's).
+        params, closing, alpha, clip, pull, compile: as in AskewSGD.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        params: Iterable[Any] | None = None,
+        closing: Closing = Closing(),  # noqa: B008  # frozen
+        alpha: float = 0.5,
+        clip: float = 0.1,
+        pull: Pull = "decoupled",
+        compile: bool | None = None,
+    ) -> None:
+        super().__init__(
+            _trainable(model) if params is None else params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+        self._constrain(model, closing, alpha, clip, pull, compile)
+
+    def _update(
+        self,
+        weight: nn.Parameter,
+        rows: Tensor,
+        grad: Tensor,
+        scale: Tensor,
+        interval: Interval,
+        group: dict[str, Any],
+    ) -> None:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        state["step"] += 1
+        step = state["step"].item()
+        beta1, beta2 = group["betas"]
+        knobs = _knobs(
+            rows,
+            mix1=1 - beta1,
+            beta2=beta2,
+            mix2=1 - beta2,
+            bias2_sqrt=(1 - beta2**step) ** 0.5,
+            eps=group["eps"],
+            keep=1 - group["lr"] * group["weight_decay"],
+            step_size=group["lr"] / (1 - beta1**step),
+        )
+        moments = state["exp_avg"].view(rows.shape), state["exp_avg_sq"].view(rows.shape)
+        staggered = self.closing.kind == "staggered"
+        self._run(adamw_, rows, grad, *moments, scale, interval, knobs, staggered=staggered)
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _knobs(like: Tensor, **numbers: float) -> dict[str, Tensor]:
+    """Return hyperparameters as 0-d CPU tensors of the weights' dtype."""
+    return {name: torch.tensor(float(n), dtype=like.dtype) for name, n in numbers.items()}
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def _can_compile(device: str) -> bool:
+    """Try the compiler once per device type; say so when there is none."""
+    x = torch.ones(2, 8, device=device)
+    try:
+        torch.compile(lambda t: t * 2 + 1, dynamic=True)(x)
+    except Exception as error:  # noqa: BLE001  # torch raises a different type for every toolchain
+        warnings.warn(
+            f"torch.compile does not work here ({type(error).__name__}), so the constrained step "
+            "runs eagerly: the same weights, several times slower. A C++ compiler (CPU) or Triton "
+            "(CUDA) makes it one pass over memory.",
+            stacklevel=2,
+        )
+        return False
+    return True
