@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from askewq.anneal import Closing as Closing
+    from askewq.artifact import load_dense as load  # noqa: F401  # a public name of another name
+    from askewq.config import Recipe as Recipe
     from askewq.errors import AskewError as AskewError
     from askewq.grid import Grid as Grid
     from askewq.grid import make_grid as make_grid
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from askewq.layers import snapped as snapped
     from askewq.optim import AskewAdamW as AskewAdamW
     from askewq.optim import AskewSGD as AskewSGD
+    from askewq.train import finetune as finetune
     from askewq.wrap import Plan as Plan
     from askewq.wrap import apply as apply
     from askewq.wrap import plan as plan
@@ -24,19 +27,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "anneal": ("Closing",),
-    "errors": ("AskewError",),
-    "grid": ("Grid", "make_grid"),
-    "layers": ("snap_", "snapped"),
-    "optim": ("AskewAdamW", "AskewSGD"),
-    "wrap": ("Plan", "apply", "plan", "quantize"),
+    "Closing": "anneal.Closing",
+    "AskewError": "errors.AskewError",
+    "Grid": "grid.Grid",
+    "make_grid": "grid.make_grid",
+    "snap_": "layers.snap_",
+    "snapped": "layers.snapped",
+    "AskewAdamW": "optim.AskewAdamW",
+    "AskewSGD": "optim.AskewSGD",
+    "Plan": "wrap.Plan",
+    "plan": "wrap.plan",
+    "apply": "wrap.apply",
+    "quantize": "wrap.quantize",
+    "Recipe": "config.Recipe",
+    "load": "artifact.load_dense",
+    "finetune": "train.finetune",
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME_OF)]
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _HOMES:
         raise AttributeError(f"module 'askewq' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"askewq.{_HOME_OF[name]}"), name)
+    module, _, attribute = _HOMES[name].partition(".")
+    return getattr(importlib.import_module(f"askewq.{module}"), attribute)

@@ -6,12 +6,10 @@ values at the same progress.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from askewq import constraint
 from askewq.errors import RecipeError
-
-ClosingKind = Literal["staggered", "single"]
+from askewq.vocabulary import Closing as ClosingKind
 
 
 def lr_factor(progress: float, hold: float) -> float:
@@ -71,3 +69,7 @@ class Closing:
     def closed_share(self, progress: float) -> float:
         """Return the share of each layer's weights that must sit on a level."""
         return self.closure(progress) if self.kind == "staggered" else 0.0
+
+    def radius(self, progress: float) -> float:
+        """Return the radius of the intervals that are not closed, in level spacings."""
+        return constraint.radius_of(self.eps(progress))

@@ -9,17 +9,13 @@ the whole tensor, an output channel, or a group of consecutive weights within an
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from askewq import constraint
 from askewq.errors import RecipeError
-
-Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
-GridKind = Literal["integer", "half-integer"]
-GroupSize = int | Literal["channel", "tensor"]
+from askewq.vocabulary import Bits, GridKind, GroupSize
 
 BITS: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 5, 6, 7, 8)
 

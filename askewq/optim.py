@@ -10,7 +10,7 @@ left to torch's own step.
 import functools
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ from askewq.anneal import Closing
 from askewq.errors import ModelError, RecipeError
 from askewq.grid import Grid
 from askewq.layers import QuantizedLayer, quantized_layers
-
-Pull = Literal["decoupled", "coupled"]
+from askewq.vocabulary import Pull
 
 # Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
 COMPILE_FROM = 1_000_000

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from askewq.errors import FormatError
-from askewq.grid import Bits
+from askewq.vocabulary import Bits
 
 _POWERS_OF_3 = (1, 3, 9, 27, 81)
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from askewq.errors import ModelError, PlanError, near
-from askewq.grid import Bits, Grid, GridKind, GroupSize, fit_scale, make_grid, scale_shape
+from askewq.grid import Grid, fit_scale, make_grid, scale_shape
 from askewq.layers import SUPPORTED, quantize_layer_
 from askewq.pack import packed_size
+from askewq.vocabulary import Bits, GridKind, GroupSize
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,134 @@
+"""The output folder as an artifact: model.safetensors, config.json and the preprocessing files.
+
+An artifact never names code to run: a module of the user's own is passed in again by the user.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from askewq import checkpoint
+from askewq.errors import FormatError, ModelError
+from askewq.models import CONFIG, LoadedModel, ModelSpec, Source, build, load_tokenizer
+from askewq.preprocessing import ImagePreprocessing, Preprocessing, ProcessorPreprocessing
+from askewq.vocabulary import Task
+
+ARTIFACT = "model.safetensors"
+VERSION = 1
+
+
+def save_config(loaded: LoadedModel, folder: Path) -> None:
+    """Write config.json and the preprocessing files beside an artifact."""
+    content = {
+        # An unknown model type makes transformers refuse the folder instead of returning a
+        # network with random weights; askewq.load and the exports are the ways to read it.
+        "model_type": "askewq",
+        "askewq_version": VERSION,
+        **asdict(loaded.spec),
+        "preprocessing": loaded.preprocessing.save(folder),
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def is_artifact(folder: Path) -> bool:
+    """Tell whether a folder says that it is an artifact; it may still be damaged."""
+    path = folder / CONFIG
+    return path.is_file() and '"askewq_version"' in path.read_text("utf-8", errors="replace")
+
+
+def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """Return the spec and the preprocessing values in an artifact's config.json.
+
+    Raises:
+        FormatError: no artifact there, a newer version, or a damaged file.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FormatError(
+            f"{folder} is not an askewq artifact: it has no {CONFIG}; pass the folder that "
+            "`askewq finetune --output` wrote."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from error
+    version = content.get("askewq_version") if isinstance(content, dict) else None
+    if version != VERSION:
+        raise FormatError(
+            f"{path} has askewq_version {version!r}; this askewq reads {VERSION}. An "
+            "artifact of a newer askewq needs a newer askewq."
+        )
+    keys = ("source", "name", "task", "labels", "arguments", "preprocessing")
+    if missing := [key for key in keys if key not in content]:
+        raise FormatError(f"{path} lacks {', '.join(missing)}.")
+    if content["source"] not in get_args(Source) or content["task"] not in get_args(Task):
+        raise FormatError(
+            f"{path} names an unknown source or task: {content['source']!r}, {content['task']!r}."
+        )
+    spec = ModelSpec(**{key: content[key] for key in keys[:-1]})
+    return replace(spec, labels=tuple(spec.labels)), content["preprocessing"]
+
+
+def load_artifact(folder: Path, *, factory: str | None = None) -> LoadedModel:
+    """Return the plain model of an artifact with its snapped dense weights, in eval mode.
+
+    Args:
+        factory: ``path/to/file.py:factory`` for an artifact of a module of the user's own, whose
+            code an artifact never carries or names on its own authority.
+
+    Raises:
+        FormatError: not an artifact, damaged, or of a newer version.
+        ModelError: an own module without `factory`.
+    """
+    spec, preprocessing = read_spec(folder)
+    if spec.source == "module":
+        if factory is None:
+            raise ModelError(
+                f"the artifact {folder} is of a module of your own ({spec.name}); askewq runs no "
+                "code that an artifact names: pass the module, --model path/to/file.py:factory or "
+                "askewq.load(folder, model=...)."
+            )
+        spec = replace(spec, name=factory)
+    artifact = checkpoint.read(folder / ARTIFACT)
+    model = build(spec)
+    checkpoint.load_into(model, artifact)
+    return LoadedModel(model.eval(), spec, _restore(spec, preprocessing, folder))
+
+
+def _restore(spec: ModelSpec, values: dict[str, Any], folder: Path) -> Preprocessing:
+    if spec.task != "image-classification":
+        return load_tokenizer(str(folder), trust_remote_code=False)
+    if spec.source == "transformers":
+        import transformers
+
+        return ProcessorPreprocessing(transformers.AutoImageProcessor.from_pretrained(folder))
+    return ImagePreprocessing.restore(values)
+
+
+def load_dense(
+    folder: str | Path, *, model: nn.Module | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Load an artifact as a plain model with snapped dense weights: `askewq.load`.
+
+    Args:
+        folder: what `askewq finetune --output` wrote.
+        model: a fresh network to fill, needed for a module of your own; filled in place.
+        dtype: of floating-point parameters and buffers; float32 as trained by default.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        FormatError: a damaged artifact, or one that does not fit `model`.
+    """
+    folder = Path(folder)
+    if model is None:
+        model = load_artifact(folder).model
+    else:
+        checkpoint.load_into(model, checkpoint.read(folder / ARTIFACT))
+    return model.eval() if dtype is None else model.eval().to(dtype)

@@ -1,0 +1,245 @@
+"""The packed artifact: quantized weights as codes and scales in one safetensors file.
+
+docs/format.md specifies it. What is read back is, bit for bit, what was saved; anything that does
+not follow the specification is refused by name.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from askewq.errors import FormatError, RecipeError, near
+from askewq.grid import Grid, make_grid
+from askewq.layers import QuantizedLayer, quantized_layers
+from askewq.pack import pack, packed_size, unpack
+
+VERSION = 1
+METADATA_KEY = "askewq"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """One quantized weight: its grid and shape, packed codes (uint8, 1-D), scale [out, groups]."""
+
+    grid: Grid
+    shape: tuple[int, ...]
+    codes: Tensor
+    scale: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the snapped weight, float32, of its shape.
+
+        Raises:
+            FormatError: bytes that no codes pack to.
+        """
+        codes = unpack(self.codes, self.grid.bits, math.prod(self.shape))
+        return self.grid.values(codes.reshape(self.shape), self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """The content of a packed file: `weights` on a grid, other `tensors`, and `shared` names."""
+
+    weights: dict[str, PackedWeight]
+    tensors: dict[str, Tensor]
+    shared: dict[str, str]
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """Return an ordinary state dict: every tensor under its own name, weights snapped."""
+        state = {**self.tensors, **{name: w.dense() for name, w in self.weights.items()}}
+        return state | {name: state[source] for name, source in self.shared.items()}
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Write a model whose quantized weights are snapped; the file appears whole or not at all.
+
+    Raises:
+        DivergenceError: a quantized weight that is not finite.
+    """
+    layers = {f"{name}.weight": layer for name, layer in quantized_layers(model).items()}
+    scales = {
+        f"{name}.weight_scale"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantizedLayer)
+    }
+    shared = _shared_names(model)
+    tensors: dict[str, Tensor] = {}
+    manifest: dict[str, Any] = {"version": VERSION, "weights": {}, "shared": {}}
+    for name, tensor in model.state_dict().items():
+        if name in scales:
+            continue
+        if name in shared:
+            manifest["shared"][name] = shared[name]
+        elif name in layers:
+            layer = layers[name]
+            tensors[f"{name}.codes"] = pack(layer.codes(), layer.grid.bits).cpu()
+            tensors[f"{name}.scale"] = layer.weight_scale.float().cpu().contiguous()
+            manifest["weights"][name] = _describe(layer.grid, tuple(tensor.shape))
+        else:
+            tensors[name] = tensor.detach().cpu().contiguous()
+    metadata = {METADATA_KEY: json.dumps(manifest, sort_keys=True, separators=(",", ":"))}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _describe(grid: Grid, shape: tuple[int, ...]) -> dict[str, Any]:
+    levels = {"first": grid.first, "step": grid.step, "size": grid.size}
+    return {"bits": grid.bits, "grid": levels, "shape": list(shape)}
+
+
+def _shared_names(model: nn.Module) -> dict[str, str]:
+    """Return, for every further name of a tensor that has several, its first name."""
+    first: dict[int, str] = {}
+    shared = {}
+    for name, tensor in _named_tensors(model):
+        if first.setdefault(id(tensor), name) != name:
+            shared[name] = first[id(tensor)]
+    return shared
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def read(path: Path) -> Artifact:
+    """Read a packed file and check it against the specification.
+
+    Raises:
+        FormatError: naming the key that is wrong.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path} is not a readable safetensors file: {error}") from error
+    manifest = _manifest(metadata, path)
+    weights = {
+        name: _packed_weight(name, entry, tensors) for name, entry in manifest["weights"].items()
+    }
+    for name, source in manifest["shared"].items():
+        if source not in weights and source not in tensors:
+            raise FormatError(f"{name!r} is said to share {source!r}, which is not in the file.")
+        if name in weights or name in tensors:
+            raise FormatError(f"{name!r} is both shared and stored.")
+    return Artifact(weights, tensors, manifest["shared"])
+
+
+def _manifest(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    if METADATA_KEY not in metadata:
+        raise FormatError(
+            f"{path} has no {METADATA_KEY!r} entry in its header: it is an ordinary safetensors "
+            "file, not a packed artifact; pass the folder that `askewq finetune` wrote."
+        )
+    try:
+        manifest = json.loads(metadata[METADATA_KEY])
+    except ValueError as error:
+        raise FormatError(f"the manifest in {path} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("version"), int):
+        raise FormatError(f"the manifest in {path} names no version.")
+    if manifest["version"] != VERSION:
+        raise FormatError(
+            f"{path} has format version {manifest['version']}; this askewq reads version "
+            f"{VERSION}. A newer askewq wrote it: upgrade to read it."
+        )
+    _check_keys(manifest, {"version", "weights", "shared"}, "the manifest")
+    for key in ("weights", "shared"):
+        if not isinstance(manifest[key], dict):
+            raise FormatError(f"{key!r} in the manifest must be a mapping.")
+    if not all(isinstance(source, str) for source in manifest["shared"].values()):
+        raise FormatError("'shared' in the manifest must map names to names.")
+    return manifest
+
+
+def _check_keys(entry: Any, expected: set[str], what: str) -> None:
+    if not isinstance(entry, dict) or set(entry) != expected:
+        given = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise FormatError(f"{what} must have exactly the keys {sorted(expected)}, not {given}.")
+
+
+def _packed_weight(name: str, entry: Any, tensors: dict[str, Tensor]) -> PackedWeight:
+    """Take a weight's codes and scale out of `tensors`, checking every part."""
+    _check_keys(entry, {"bits", "grid", "shape"}, f"the manifest's entry {name!r}")
+    shape = entry["shape"]
+    if not isinstance(shape, list) or not shape or not all(_is_size(size) for size in shape):
+        raise FormatError(f"{name!r} has no usable shape: {shape!r}.")
+    grid = _grid(name, entry)
+    missing = [key for key in (f"{name}.codes", f"{name}.scale") if key not in tensors]
+    if missing:
+        raise FormatError(f"the file lacks {', '.join(missing)}, which its manifest announces.")
+    if name in tensors:
+        raise FormatError(f"{name!r} is stored both packed and dense.")
+    codes, scale = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scale")
+    expected = packed_size(math.prod(shape), grid.bits)
+    if codes.dtype != torch.uint8 or codes.shape != (expected,):
+        raise FormatError(
+            f"'{name}.codes' must be uint8 [{expected}], not {codes.dtype} {list(codes.shape)}."
+        )
+    if scale.dtype != torch.float32 or scale.dim() != 2 or not _divides(scale.shape, shape):
+        raise FormatError(
+            f"'{name}.scale' must be float32 [{shape[0]}, groups] or [1, 1], groups dividing the "
+            f"weights of an output channel, not {scale.dtype} {list(scale.shape)}."
+        )
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise FormatError(f"'{name}.scale' holds a value that is not positive and finite.")
+    return PackedWeight(grid, tuple(shape), codes, scale)
+
+
+def _grid(name: str, entry: dict[str, Any]) -> Grid:
+    for kind in ("integer", "half-integer"):
+        try:
+            grid = make_grid(entry["bits"], kind)
+        except (RecipeError, TypeError):
+            continue
+        if _describe(grid, ()) == {**entry, "shape": []}:
+            return grid
+    raise FormatError(f"{name!r} has a grid that askewq does not know: {entry}.")
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size > 0
+
+
+def _divides(scale: torch.Size, shape: list[int]) -> bool:
+    if tuple(scale) == (1, 1):
+        return True
+    return scale[0] == shape[0] and scale[1] > 0 and math.prod(shape[1:]) % scale[1] == 0
+
+
+def load_into(model: nn.Module, artifact: Artifact) -> None:
+    """Copy the artifact's dense state into a plain model with the same parameters, in place.
+
+    Raises:
+        FormatError: a key that is missing or left over, or a shape that differs.
+    """
+    state, target = artifact.dense_state(), model.state_dict()
+    missing = [key for key in target if key not in state]
+    extra = [key for key in state if key not in target]
+    if missing or extra:
+        raise FormatError(
+            f"the artifact does not fit the model: it lacks {missing[:5] or 'nothing'} "
+            f"({len(missing)} keys), and the model does not know {extra[:5] or 'nothing'} "
+            f"({len(extra)} keys){near(extra[0], missing) if extra else ''}."
+        )
+    for key, tensor in state.items():
+        if (tensor.shape, tensor.dtype) != (target[key].shape, target[key].dtype):
+            raise FormatError(
+                f"{key!r} is {tensor.dtype} {list(tensor.shape)} in the artifact and "
+                f"{target[key].dtype} {list(target[key].shape)} in the model."
+            )
+    with torch.no_grad():
+        for key, tensor in state.items():
+            target[key].copy_(tensor)

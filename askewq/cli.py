@@ -1,0 +1,192 @@
+"""The commands. `askewq --help` imports neither torch nor timm: each command loads what it needs.
+
+A bad input ends with one clear message on standard error and exit code 2.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import cyclopts
+from cyclopts import App, Group, Parameter
+
+from askewq import config
+from askewq.errors import AskewError, OutputError
+
+app = App(
+    name="askewq",
+    help="Fine-tune pretrained models to 1- to 8-bit weights with AskewSGD, and pack them.",
+)
+recipes = App(name="recipes", help="The recipes that come with askewq.")
+app.command(recipes)
+
+_PLAN_KEYS = ("bits", "grid", "group_size", "include", "exclude")
+_MODEL_KEYS = ("task", "trust_remote_code", "image_size")
+_DATA_KEYS = (
+    "dataset",
+    "dataset_config",
+    "eval_split",
+    "image_column",
+    "text_columns",
+    "label_column",
+    "max_length",
+    "max_eval_samples",
+    "num_workers",
+    "batch_size",
+    "mixed_precision",
+)
+
+
+def _flags(name: str, keys: tuple[str, ...]) -> Any:
+    """Return a dictionary type with one flag per recipe key; only flags given by the user occur."""
+    groups: dict[str, Group] = {}
+    annotations = {}
+    for key in keys:
+        field = config.Recipe.model_fields[key]
+        extra = field.json_schema_extra
+        title = str(extra["group"]) if isinstance(extra, dict) else ""
+        group = groups.setdefault(title, Group.create_ordered(title))
+        help = field.description or ""
+        if not field.is_required() and field.default not in (None, (), False, True):
+            help += f" [default: {field.default}]"
+        repeated = "tuple" in str(field.annotation)
+        annotations[key] = Annotated[
+            field.annotation,  # type: ignore[name-defined]  # a type made at run time
+            Parameter(
+                help=help,
+                group=group,
+                negative_iterable="",
+                consume_multiple=repeated or None,
+            ),
+        ]
+    return TypedDict(name, annotations, total=False)  # type: ignore[operator]  # likewise
+
+
+_FinetuneFlags = _flags("FinetuneFlags", tuple(config.Recipe.model_fields))
+_InspectFlags = _flags("InspectFlags", (*_PLAN_KEYS, *_MODEL_KEYS))
+_EvalFlags = _flags("EvalFlags", _DATA_KEYS)
+
+
+@app.command
+def finetune(
+    *,
+    recipe: Annotated[str | None, Parameter(help="recipe to start from: a name or a file")] = None,
+    flags: Annotated[_FinetuneFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
+) -> None:
+    """Fine-tune a model to low-bit weights and write a packed, verified artifact.
+
+    askewq finetune --model resnet50 --bits 2 --dataset D --output out
+    """
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        values = config.read_yaml(config.find_recipe(recipe))
+    given = dict(flags)
+    if "resume" in given and recipe is None and "output" in given:
+        values = _stored_essentials(Path(given["output"]))
+    from askewq.train import finetune as run
+
+    run(config.build({**values, **given}, recipe or "the command line"))
+
+
+def _stored_essentials(output: Path) -> dict[str, Any]:
+    """Return model and data set of the run in a folder, so that --resume --output is enough."""
+    path = output / "recipe.yaml"
+    if not path.is_file():
+        raise OutputError(f"--resume: {output} holds no run (no recipe.yaml).")
+    stored = config.read_yaml(path)
+    return {key: stored[key] for key in ("model", "dataset") if key in stored}
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Path,
+    *,
+    model: Annotated[str | None, Parameter(help="file.py:factory of your own module")] = None,
+    json_only: Annotated[bool, Parameter(name="--json", help="print only the JSON line")] = False,
+    flags: Annotated[_EvalFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
+) -> None:
+    """Evaluate an artifact; the last line of standard output is one JSON object."""
+    given = dict(flags)
+    recipe = config.build(
+        {"model": str(folder), "output": str(folder), **given}, "the command line"
+    )
+    from askewq.evaluate import evaluate_artifact
+
+    result = evaluate_artifact(folder, recipe, factory=model)
+    if not json_only:
+        print(
+            f"{folder}: {result.metric} {result.value:.2f}, loss {result.loss:.4f}, "
+            f"{result.samples} samples"
+        )
+    print(json.dumps({result.metric: result.value, "loss": result.loss, "samples": result.samples}))
+
+
+@app.command
+def inspect(
+    model_or_folder: str,
+    *,
+    flags: Annotated[_InspectFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
+) -> None:
+    """Print the plan for a model (every layer, its grid or why it stays float), or an artifact's."""
+    values = {"model": model_or_folder, "dataset": "", "output": ""}
+    recipe = config.build({**values, **dict(flags)}, "the command line")
+    from askewq import inspection
+
+    inspection.inspect(recipe)
+
+
+@recipes.command(name="ls")
+def list_recipes() -> None:
+    """List the recipes with what each is for."""
+    for name, path in config.shipped_recipes().items():
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
+        print(f"{name:32} {first}")
+
+
+@recipes.command
+def show(name: str) -> None:
+    """Print a recipe."""
+    print(config.find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes.command(name="cp")
+def copy(name: str, destination: Path) -> None:
+    """Copy a recipe to a file or folder of yours, to change it."""
+    source = config.find_recipe(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists():
+        raise OutputError(f"{target} exists; name another file.")
+    if not target.parent.is_dir():
+        raise OutputError(f"the folder {target.parent} does not exist; make it first.")
+    shutil.copy(source, target)
+    print(target)
+
+
+@app.command
+def demo(
+    *,
+    output: Annotated[Path, Parameter(help="folder to write to; replaced")] = Path("out/demo"),
+) -> None:
+    """Train, quantize, pack and reload a small network on handwritten digits: three minutes."""
+    from askewq.demo import run
+
+    run(output)
+
+
+def main() -> None:
+    """Run the command line; `python -m askewq` and `accelerate launch cli.py` come here too."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning about forks
+    try:
+        app(exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        sys.exit(_fail(f"{error} (askewq --help)"))
+    except AskewError as error:
+        sys.exit(_fail(str(error)))
+
+
+def _fail(message: str) -> int:
+    print(f"askewq: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,208 @@
+"""Recipe: the one typed object behind YAML recipes and command-line flags.
+
+Every field is a recipe key and a flag of the same name; the command line is generated from this
+class. A recipe read back from the file that a run wrote equals the recipe of that run.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from askewq.errors import RecipeError, near
+from askewq.vocabulary import Augmentation, Bits, Closing, GridKind, GroupSize, Pull, Task
+
+MODEL, DATA, BITS, TRAIN, CLOSING, OUTPUT = (
+    "Model",
+    "Data",
+    "Low-bit weights",
+    "Training",
+    "Interval constraint",
+    "Output",
+)
+
+
+def _key(default: Any, group: str, help: str, **limits: Any) -> Any:
+    """Declare a recipe key: its default, the group it is listed in, and its help line."""
+    extra = {"group": group}
+    return Field(default, description=help, json_schema_extra=extra, **limits)  # type: ignore[arg-type]  # pydantic's dict type is wider
+
+
+class Recipe(BaseModel):
+    """All settings of `askewq finetune`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = _key(
+        ..., MODEL, "timm name, Hugging Face id or folder, or path/to/file.py:factory"
+    )
+    weights: Path | None = _key(None, MODEL, "state dict to start from (safetensors)")
+    pretrained: bool = _key(True, MODEL, "start from the pretrained weights")
+    task: Task | None = _key(None, MODEL, "guessed from the model where that is safe")
+    tokenizer: str | None = _key(None, MODEL, "Hugging Face id or folder, if not the model's own")
+    trust_remote_code: bool = _key(False, MODEL, "run code that comes with a Hub model")
+
+    dataset: str = _key(
+        ..., DATA, "Hub id, or a local file or folder (parquet, csv, json, text, images)"
+    )
+    dataset_config: str | None = _key(None, DATA, "configuration of a Hub data set")
+    train_split: str = _key("train", DATA, "such as train or 'train[:90%]'")
+    eval_split: str | None = _key(None, DATA, "validation if there is one, else test")
+    image_column: str | None = _key(None, DATA, "guessed from the features")
+    text_columns: tuple[str, ...] = _key((), DATA, "one, or two for pairs; guessed")
+    label_column: str | None = _key(None, DATA, "guessed from the features")
+    image_size: int | None = _key(None, DATA, "pixels; the model's own by default", ge=1)
+    mean: tuple[float, ...] | None = _key(None, DATA, "per channel, images in 0..1")
+    std: tuple[float, ...] | None = _key(None, DATA, "per channel, images in 0..1")
+    augment: Augmentation = _key("none", DATA, "light training augmentation of images")
+    max_length: int | None = _key(None, DATA, "tokens of a text; the model's own, or 512", ge=2)
+    max_train_samples: int | None = _key(None, DATA, "train on a random part", ge=1)
+    max_eval_samples: int | None = _key(None, DATA, "evaluate on a random part", ge=1)
+    num_workers: int = _key(0, DATA, "processes that decode images", ge=0)
+
+    bits: Bits = _key(2, BITS, "1: {-1,1}; ternary: {-1,0,1}; 2: {-2,-1,0,1}; ... 8")
+    grid: GridKind = _key(
+        "integer",
+        BITS,
+        "half-integer (2 bits: {-1.5,-0.5,0.5,1.5}) often trains better at 2 bits, but fewer "
+        "serving formats can hold it",
+    )
+    group_size: GroupSize = _key(
+        "channel", BITS, "weights that share a scale: a number, an output channel, or all"
+    )
+    include: tuple[str, ...] = _key(
+        (), BITS, "quantize exactly the layers that match, first and last included; globs"
+    )
+    exclude: tuple[str, ...] = _key((), BITS, "leave matching layers in full precision; globs")
+
+    optimizer: Literal["sgd", "adamw"] | None = _key(
+        None, TRAIN, "sgd for models with batch norm, adamw for others"
+    )
+    lr: float | None = _key(None, TRAIN, "0.02 for sgd, 3e-4 for adamw", gt=0)
+    lr_hold: float = _key(
+        0.5, TRAIN, "share of the steps at full lr, before its cosine", ge=0, lt=1
+    )
+    momentum: float = _key(0.9, TRAIN, "of sgd", ge=0, lt=1)
+    weight_decay: float = _key(0.0, TRAIN, "of the base optimizer", ge=0)
+    epochs: float = _key(5.0, TRAIN, "passes over the training data", gt=0)
+    max_steps: int | None = _key(None, TRAIN, "optimizer steps, instead of epochs", ge=1)
+    full_precision_steps: int = _key(
+        0, TRAIN, "steps of ordinary fine-tuning first, for a model new to the task", ge=0
+    )
+    full_precision_lr: float | None = _key(None, TRAIN, "lr of those steps; lr by default", gt=0)
+    batch_size: int = _key(64, TRAIN, "samples per process and micro-step", ge=1)
+    grad_accumulation: int = _key(1, TRAIN, "micro-steps per optimizer step", ge=1)
+    mixed_precision: Literal["no", "bf16"] = _key("no", TRAIN, "autocast of the forward pass")
+    seed: int = _key(0, TRAIN, "of data order, augmentation, dropout and new layers", ge=0)
+
+    method: Literal["askewsgd"] = _key("askewsgd", CLOSING, "how the weights reach the grid")
+    closing: Closing = _key(
+        "staggered", CLOSING, "weight by weight, or one radius for all as in the paper"
+    )
+    close_start: float = _key(0.0, CLOSING, "progress at which closing starts", ge=0, lt=1)
+    close_end: float = _key(0.9, CLOSING, "progress at which all is closed", gt=0, le=1)
+    close_power: float | None = _key(
+        None, CLOSING, "shape 1-(1-t)^power; 3 for staggered, 1 for single", gt=0
+    )
+    close_every: int = _key(3, CLOSING, "steps between closings (staggered)", ge=1)
+    final_radius: float = _key(0.01, CLOSING, "in level spacings (single)", gt=0, le=0.5)
+    pull: Pull = _key(
+        "decoupled", CLOSING, "whether the learning rate multiplies alpha, as in the paper"
+    )
+    alpha: float = _key(0.5, CLOSING, "share of a Newton step toward the interval", gt=0)
+    clip: float = _key(0.1, CLOSING, "longest pull in one step, in level spacings", gt=0)
+
+    output: Path = _key(..., OUTPUT, "folder for the artifact and the checkpoints")
+    eval_every: int | None = _key(None, OUTPUT, "steps between evaluations; at the end only", ge=1)
+    save_every: int | None = _key(None, OUTPUT, "steps between checkpoints; ten a run", ge=1)
+    resume: bool = _key(False, OUTPUT, "go on from the newest checkpoint in output")
+    overwrite: bool = _key(False, OUTPUT, "replace what is in output")
+    report_to: Literal["none", "tensorboard", "wandb"] = _key("none", OUTPUT, "tracker")
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "Recipe":
+        if self.close_start >= self.close_end:
+            raise ValueError(
+                f"close_start = {self.close_start} must lie before close_end = {self.close_end}"
+            )
+        if self.pull == "decoupled" and self.alpha > 1:
+            raise ValueError(
+                f"alpha = {self.alpha} with pull = 'decoupled' is a share of a Newton step, at "
+                "most 1; the paper's alpha goes with pull = 'coupled'"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite contradict each other; give one of them")
+        return self
+
+
+def build(values: dict[str, Any], source: str = "the settings") -> Recipe:
+    """Return the Recipe with these values.
+
+    Raises:
+        RecipeError: with every unknown key and wrong value in one message.
+    """
+    known = Recipe.model_fields
+    wrong = [f"{key}: no such key{near(key, known)}" for key in values if key not in known]
+    try:
+        recipe = Recipe(**{key: value for key, value in values.items() if key in known})
+    except ValidationError as error:
+        wrong += [_describe(dict(item)) for item in error.errors()]
+    if wrong:
+        raise RecipeError(f"{source} cannot be used:\n  " + "\n  ".join(wrong))
+    return recipe
+
+
+def _describe(item: dict[str, Any]) -> str:
+    key = str(item["loc"][0]) if item["loc"] else ""
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{key}: missing; give --{key.replace('_', '-')} or the recipe key"
+    return f"{key}: {message}, not {item['input']!r}" if key else message
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a recipe file.
+
+    Raises:
+        RecipeError: a file that is missing, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"the recipe {path} must be a mapping of keys to values.")
+    return {str(key): value for key, value in content.items()}
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return the recipe as YAML, every key in the order of the class."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the recipes that come with askewq."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with askewq, by name."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        RecipeError: neither exists.
+    """
+    if name in (shipped := shipped_recipes()):
+        return shipped[name]
+    if Path(name).is_file():
+        return Path(name)
+    raise RecipeError(
+        f"there is no recipe {name!r}, neither as a file nor among those that come with askewq"
+        f"{near(name, shipped)}; they are: {', '.join(shipped) or 'none'}."
+    )

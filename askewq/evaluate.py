@@ -1,0 +1,103 @@
+"""One evaluation loop, for every model, metric and number of processes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from askewq import artifact
+from askewq.config import Recipe
+from askewq.data import loaders, open_eval, prepare_batch
+from askewq.errors import ExactnessError
+from askewq.models import ModelSpec
+from askewq.preprocessing import Preprocessing
+from askewq.tasks import check_logits, logits_and_labels, metric_of, score
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The task's metric (accuracy in percent, or perplexity), the mean loss, the sample count."""
+
+    metric: str
+    value: float
+    loss: float
+    samples: int
+
+
+def evaluate(
+    models: nn.Module | Sequence[nn.Module],
+    spec: ModelSpec,
+    preprocessing: Preprocessing,
+    loader: Any,
+    accelerator: Any,
+) -> Evaluation:
+    """Evaluate a model; further models must give the very same logits on every batch.
+
+    Args:
+        models: one model, or several that are claimed to be equal; the first is scored.
+        loader: prepared by the accelerator; in several processes no sample counts twice.
+
+    Raises:
+        ExactnessError: logits of another model that differ from the first one's in any bit.
+        ModelError: logits of a shape that does not fit the labels.
+    """
+    first, *others = [models] if isinstance(models, nn.Module) else models
+    modes = [(model, model.training) for model in (first, *others)]
+    for model, _ in modes:
+        model.eval()
+    sums = torch.zeros(3, dtype=torch.float64)
+    samples = 0
+    with torch.no_grad(), accelerator.autocast():
+        for raw in loader:
+            batch = prepare_batch(raw, preprocessing)
+            logits, labels = logits_and_labels(first, spec, batch)
+            check_logits(logits, spec)
+            for other in others:
+                _require_equal(logits, logits_and_labels(other, spec, batch)[0])
+            scores = score(logits, labels)
+            gathered = accelerator.gather_for_metrics((scores.loss, scores.correct, scores.count))
+            sums += torch.stack([part.double().sum().cpu() for part in gathered])
+            samples += len(gathered[0])
+    for model, training in modes:
+        model.train(training)
+    loss, correct, count = sums.tolist()
+    metric = metric_of(spec.task)
+    mean = loss / count
+    value = 100 * correct / count if metric == "accuracy" else math.exp(min(mean, 700.0))
+    return Evaluation(metric, value, mean, samples)
+
+
+def evaluate_artifact(folder: Path, recipe: Recipe, *, factory: str | None = None) -> Evaluation:
+    """Evaluate an artifact on the evaluation split of a recipe's data set.
+
+    Args:
+        recipe: its data settings, batch size and mixed precision are used.
+        factory: of a module of the user's own, see `artifact.load_artifact`.
+
+    Raises:
+        AskewError: a damaged artifact; data that lack what its task needs.
+    """
+    from accelerate import Accelerator
+
+    loaded = artifact.load_artifact(folder, factory=factory)
+    data = open_eval(recipe, loaded.spec.task, loaded.spec.labels)
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    loader = accelerator.prepare(loaders(recipe, data, loaded.preprocessing)[1])
+    model = loaded.model.to(accelerator.device)
+    return evaluate(model, loaded.spec, loaded.preprocessing, loader, accelerator)
+
+
+def _require_equal(logits: Tensor, other: Tensor) -> None:
+    logits, other = logits.float(), other.float()
+    if torch.equal(logits, other):
+        return
+    difference = (logits - other).abs().max().item()
+    raise ExactnessError(
+        f"the reloaded artifact's logits differ from the evaluated model's by up to "
+        f"{difference:g}; they must be equal to the bit. This is a bug in askewq: please report the "
+        "model and the recipe."
+    )

@@ -1,0 +1,151 @@
+"""What turns an image or a text into the model's input: the model's own preprocessing, kept.
+
+An image is prepared in two parts: one image to a tensor of fixed size (which can be cached), and a
+batch of those to the network's input (cheap and vectorised).
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from askewq.errors import FormatError, RecipeError
+
+# ImageNet's statistics, the default of every image model that brings none of its own.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Preprocessing(Protocol):
+    """What every kind of preprocessing can do."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the files it needs, if any, and return the values for config.json."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePreprocessing:
+    """Resize, center crop, normalise: timm's evaluation preprocessing, or a user's own module's.
+
+    Attributes:
+        size: height and width of the input; None leaves images as they are.
+        mean, std: per channel, for values in 0..1; one value means grayscale input.
+        crop_pct: share of the resized shorter side that the center crop keeps.
+        interpolation: bilinear, bicubic or nearest.
+    """
+
+    size: tuple[int, int] | None = None
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+
+    def override(
+        self,
+        image_size: int | None,
+        mean: tuple[float, ...] | None,
+        std: tuple[float, ...] | None,
+    ) -> "ImagePreprocessing":
+        """Return this preprocessing with what the user set instead.
+
+        Raises:
+            RecipeError: a mean and a std of different length, or of neither 1 nor 3 values.
+        """
+        changed = replace(
+            self,
+            size=self.size if image_size is None else (image_size, image_size),
+            mean=mean or self.mean,
+            std=std or self.std,
+        )
+        if len(changed.mean) != len(changed.std) or len(changed.mean) not in (1, 3):
+            raise RecipeError(
+                f"mean = {changed.mean} and std = {changed.std} must have one value each "
+                "(grayscale) or three (RGB)."
+            )
+        if min(changed.std) <= 0:
+            raise RecipeError(f"std = {changed.std} must be above 0.")
+        return changed
+
+    def image(self, image: Any) -> Tensor:
+        """Return a PIL image as uint8 [channels, height, width]."""
+        from PIL import Image
+
+        image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        if self.size is not None and (image.height, image.width) != self.size:
+            height, width = self.size
+            ratio = max(height / image.height, width / image.width) / self.crop_pct
+            new = (round(image.width * ratio), round(image.height * ratio))
+            resample = Image.Resampling[self.interpolation.upper()]
+            image = image.resize(new, resample)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+        return pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels.unsqueeze(0)
+
+    def batch(self, pixels: Tensor) -> Tensor:
+        """Return uint8 [batch, channels, height, width] as the network's float32 input."""
+        mean, std = (
+            torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std)
+        )
+        return (pixels.float() / 255 - mean) / std
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Return the values; there is no file."""
+        return asdict(self)
+
+    @classmethod
+    def restore(cls, values: Any) -> "ImagePreprocessing":
+        """Return the preprocessing that `save` described.
+
+        Raises:
+            FormatError: keys that are missing or unknown.
+        """
+        if not isinstance(values, dict) or set(values) != set(cls.__dataclass_fields__):
+            raise FormatError(
+                f"config.json: preprocessing must have exactly {sorted(cls.__dataclass_fields__)}."
+            )
+        size = values["size"]
+        return cls(
+            size=None if size is None else (int(size[0]), int(size[1])),
+            mean=tuple(map(float, values["mean"])),
+            std=tuple(map(float, values["std"])),
+            crop_pct=float(values["crop_pct"]),
+            interpolation=str(values["interpolation"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorPreprocessing:
+    """A transformers image processor."""
+
+    processor: Any
+
+    def image(self, image: Any) -> Tensor:
+        """Return a PIL image as the processor's float32 [channels, height, width]."""
+        pixels: Tensor = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return pixels[0]
+
+    def batch(self, pixels: Tensor) -> Tensor:
+        """Return the batch as it is: the processor has normalised it."""
+        return pixels
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write preprocessor_config.json."""
+        self.processor.save_pretrained(folder)
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class TextPreprocessing:
+    """A transformers tokenizer."""
+
+    tokenizer: Any
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+        return {}

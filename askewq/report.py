@@ -1,0 +1,196 @@
+"""What a person looks at: the plan's table, the progress bar, the result, the model card."""
+
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from askewq.checkpoint import Artifact
+from askewq.config import Recipe, to_yaml
+from askewq.evaluate import Evaluation
+from askewq.grid import Grid
+from askewq.models import LoadedModel, ModelSpec
+from askewq.wrap import Plan, PlannedLayer
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> None:
+    """Say what the run will do."""
+    for note in loaded.notes:
+        console.print(f"note: {note}", markup=False)
+    print_coverage(plan)
+    console.print(
+        f"training: {steps} steps of {recipe.batch_size * recipe.grad_accumulation} samples a "
+        f"process, {recipe.optimizer} lr {recipe.lr:g}, {recipe.closing} closing",
+        markup=False,
+    )
+
+
+def print_coverage(plan: Plan) -> None:
+    """Say what share of the parameters gets a grid, and which big layers do not."""
+    share = plan.quantized_parameters / plan.total_parameters
+    console.print(
+        f"plan: {len(plan.quantized)} layers, {plan.quantized_parameters:,} of "
+        f"{plan.total_parameters:,} parameters ({share:.1%}) at "
+        f"{plan.bits_per_weight:.2f} bits a weight; packed about {_size(plan.predicted_bytes)}",
+        markup=False,
+    )
+    for layer in plan.layers:
+        if layer.grid is None and layer.note != "no weight matrix":
+            console.print(f"  float: {layer.names[0]} ({layer.kind}): {layer.note}", markup=False)
+
+
+def print_plan(plan: Plan) -> None:
+    """Print every layer with parameters, its grid or the reason why it stays float."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("layer", "class", "shape", "grid", "note"):
+        table.add_column(column, overflow="fold")
+    for layer in plan.layers:
+        grid = _describe(layer.grid, layer) if layer.grid else "float"
+        shape = "x".join(map(str, layer.shape))
+        table.add_row(layer.names[0] or "(model)", layer.kind, shape, grid, layer.note)
+    console.print(table, markup=False)
+    print_coverage(plan)
+
+
+def _describe(grid: Grid, layer: PlannedLayer) -> str:
+    levels = f"{grid.first:g}..{grid.first + grid.step * grid.last:g}"
+    size = layer.group_size
+    return f"{grid.bits} bits {levels} per {f'group {size}' if isinstance(size, int) else size}"
+
+
+def print_artifact(spec: ModelSpec, packed: Artifact) -> None:
+    """Print what an artifact holds."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("weight", "shape", "bits", "scales", "bytes"):
+        table.add_column(column, overflow="fold")
+    count = size = 0
+    for name, weight in packed.weights.items():
+        shape, scales = ("x".join(map(str, s)) for s in (weight.shape, weight.scale.shape))
+        table.add_row(name, shape, str(weight.grid.bits), scales, f"{weight.codes.nbytes:,}")
+        count += math.prod(weight.shape)
+        size += weight.codes.nbytes + weight.scale.nbytes
+    console.print(table, markup=False)
+    rest = sum(tensor.nbytes for tensor in packed.tensors.values())
+    console.print(
+        f"{spec.name} ({spec.source}, {spec.task}): {len(packed.weights)} packed weights with "
+        f"{count:,} parameters in {_size(size)} ({8 * size / max(count, 1):.2f} bits a weight); "
+        f"everything else {_size(rest)}",
+        markup=False,
+    )
+
+
+@contextmanager
+def progress_bar(phase: str, done: int, total: int, shown: bool) -> Iterator[Any]:
+    """Show a bar on standard error: position, time left, and what `advance` is given."""
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    with tqdm(
+        desc=phase, initial=done, total=total, disable=not shown, mininterval=interval
+    ) as bar:
+        yield bar
+
+
+def advance(bar: Any, shown: dict[str, float]) -> None:
+    """Move the bar by a step."""
+    bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()}, refresh=False)
+    bar.update()
+
+
+def print_evaluation(step: int, result: Evaluation) -> None:
+    """Print an evaluation in the course of training."""
+    console.print(f"step {step}: snapped {result.metric} {result.value:.2f}", markup=False)
+
+
+def print_result(metrics: dict[str, Any], out: Path) -> None:
+    """Print the short table at the end of a run."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column(metrics["metric"], justify="right")
+    table.add_column("size", justify="right")
+    sizes = metrics["bytes"]
+    rows = (
+        ("full precision", "full_precision", _size(sizes["full_precision"])),
+        (f"rounded to {bits_name(metrics['bits'])}, no training", "rounded", ""),
+        ("AskewSGD, before the snap", "relaxed", ""),
+        ("AskewSGD, snapped", "snapped", ""),
+        ("reloaded from the packed file", "reloaded", _size(sizes["packed"])),
+    )
+    for name, key, size in rows:
+        table.add_row(name, f"{metrics[key]:.2f}", size)
+    console.print(table, markup=False)
+    console.print(
+        f"{metrics['bits_per_weight']:.2f} bits a weight on {metrics['parameters']['share']:.1%} "
+        f"of the parameters; the reloaded logits equal the evaluated ones to the bit.\n"
+        f"written to {out}/ (model.safetensors, config.json, metrics.json, recipe.yaml, README.md)",
+        markup=False,
+    )
+
+
+def bits_name(bits: Any) -> str:
+    """Return '2 bits', '1 bit' or 'ternary'."""
+    if bits == "ternary":
+        return "ternary"
+    return f"{bits} bit{'' if bits == 1 else 's'}"
+
+
+def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> str:
+    """Return README.md of an artifact: how to load it, what it measures, how it was made."""
+    own = loaded.spec.source == "module"
+    call = "askewq.load(folder, model=factory())" if own else "askewq.load(folder)"
+    base = "" if own else f"base_model: {recipe.model}\n"
+    sizes, metric = metrics["bytes"], metrics["metric"]
+    rows = "\n".join(
+        f"| {name} | {metrics[key]:.2f} |"
+        for name, key in (
+            ("full precision", "full_precision"),
+            ("rounded, no training", "rounded"),
+            ("this model", "reloaded"),
+        )
+    )
+    return f"""---
+library_name: askewq
+{base}tags: [askewq, quantized, low-bit]
+---
+# {recipe.model} at {bits_name(recipe.bits)}
+
+**Load it with askewq.** The weights are packed; transformers and timm cannot read this folder.
+
+```python
+import askewq
+model = {call}  # a plain {loaded.spec.source} network with dense float32 weights
+```
+
+| | {metric} on {recipe.dataset} |
+|---|---|
+{rows}
+
+{metrics["parameters"]["share"]:.1%} of {metrics["parameters"]["total"]:,} parameters are packed at
+{metrics["bits_per_weight"]:.2f} bits a weight: {_size(sizes["packed"])} instead of
+{_size(sizes["full_precision"])}. The accuracy is that of the reloaded file.
+
+Fine-tuned with AskewSGD (Leconte, Schechtman, Moulines, AISTATS 2023) by askewq; the recipe:
+
+```yaml
+{to_yaml(recipe)}```
+"""
+
+
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes: the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

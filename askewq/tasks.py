@@ -1,0 +1,78 @@
+"""What a task asks of a model: logits and labels out of a batch, and the metric that is reported.
+
+The three tasks share one loss, cross entropy over rows of logits; a label of -100 does not count.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from askewq.errors import ModelError
+from askewq.models import ModelSpec
+from askewq.vocabulary import Task
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Sums over each sample's rows, all of shape [batch], so that they can be gathered exactly."""
+
+    loss: Tensor
+    correct: Tensor
+    count: Tensor
+
+
+def metric_of(task: Task) -> str:
+    """Return the metric's name: accuracy (percent) or perplexity."""
+    return "perplexity" if task == "causal-lm" else "accuracy"
+
+
+def logits_and_labels(
+    model: nn.Module, spec: ModelSpec, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Run the model on a batch.
+
+    Returns:
+        Logits [batch, ..., classes] and labels [batch, ...]; for a language model the logits at
+        each position and the token that follows.
+    """
+    labels = batch["labels"]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if spec.task == "image-classification" and spec.source != "transformers":
+        return model(inputs["pixel_values"]), labels
+    logits = model(**inputs).logits
+    return (logits[:, :-1], labels[:, 1:]) if spec.task == "causal-lm" else (logits, labels)
+
+
+def score(logits: Tensor, labels: Tensor) -> Scores:
+    """Return per-sample sums of loss, correct rows and counted rows, float32."""
+    rows, flat = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
+    loss = nn.functional.cross_entropy(rows, flat, reduction="none", ignore_index=IGNORED)
+    correct = (rows.argmax(dim=1) == flat).float()
+    per_sample = (len(labels), -1)
+    return Scores(
+        loss=loss.view(per_sample).sum(1),
+        correct=correct.view(per_sample).sum(1),
+        count=(flat != IGNORED).float().view(per_sample).sum(1),
+    )
+
+
+def check_logits(logits: Tensor, spec: ModelSpec) -> None:
+    """Check the shape of the first logits of a run.
+
+    Raises:
+        ModelError: another number of classes than the data has labels.
+    """
+    if spec.task == "causal-lm":
+        return
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ModelError(f"the model must return logits [batch, classes]; it returned {shape}.")
+    if logits.shape[1] != len(spec.labels):
+        raise ModelError(
+            f"the model has {logits.shape[1]} outputs and the data set {len(spec.labels)} labels "
+            f"({', '.join(spec.labels[:8])}{', ...' if len(spec.labels) > 8 else ''}); give the "
+            "model a head of that size, or choose another --label-column."
+        )

@@ -1,0 +1,469 @@
+"""`finetune(recipe)`: from a pretrained model to a packed, verified artifact, on Accelerate.
+
+One way down: load, evaluate, plan, train with the skewed step, snap once, evaluate, pack, reload
+and compare to the bit. Every step is a function of (seed, step): data order, augmentation and
+dropout are drawn anew from them, so an interrupted run goes on exactly as it would have.
+"""
+
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from askewq import anneal, artifact, checkpoint, config, layers, models, report, wrap
+from askewq.anneal import Closing
+from askewq.config import Recipe
+from askewq.data import OpenData, loaders, open_data, prepare_batch
+from askewq.errors import DivergenceError, OutputError, RecipeError
+from askewq.evaluate import Evaluation, evaluate
+from askewq.models import LoadedModel
+from askewq.optim import AskewAdamW, AskewSGD
+from askewq.tasks import check_logits, logits_and_labels, score
+from askewq.vocabulary import Task
+
+STATE = "state.json"
+CHECKPOINTS = "checkpoints"
+# Of the saved checkpoints, this many newest ones are kept.
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a resumed run must know beside weights and optimizer: written with each checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    full_precision: float | None = None
+    rounded: float | None = None
+
+
+def finetune(recipe: Recipe) -> dict[str, Any]:
+    """Run a recipe; see the command `askewq finetune`.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        AskewError: any bad input, before anything is written; a loss that diverges.
+    """
+    return _Run(recipe).execute()
+
+
+def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
+    """Return the recipe with every choice that depends on the model made."""
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    optimizer = recipe.optimizer or ("sgd" if batch_norm else "adamw")
+    lr = recipe.lr or (0.02 if optimizer == "sgd" else 3e-4)
+    power = recipe.close_power or (3.0 if recipe.closing == "staggered" else 1.0)
+    return recipe.model_copy(
+        update={
+            "task": task,
+            "optimizer": optimizer,
+            "lr": lr,
+            "full_precision_lr": recipe.full_precision_lr or lr,
+            "close_power": power,
+        }
+    )
+
+
+class _Run:
+    """One fine-tuning run: its parts, made once, and the order in which they are used."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import (
+            DataLoaderConfiguration,
+            GradientAccumulationPlugin,
+            ProjectConfiguration,
+            set_seed,
+        )
+
+        recipe = _resumed(recipe) if recipe.resume else recipe
+        _check_output(recipe)
+        # Heads that are new to the task and own modules draw their first weights from this seed.
+        set_seed(recipe.seed)
+        self.loaded, self.data = _load(recipe)
+        self.recipe = resolve(recipe, self.loaded.spec.task, self.loaded.model)
+        self.out = recipe.output
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=recipe.grad_accumulation, sync_with_dataloader=False
+            ),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=recipe.seed
+            ),
+            log_with=None if recipe.report_to == "none" else recipe.report_to,
+            project_config=ProjectConfiguration(str(self.out), logging_dir=str(self.out / "logs")),
+        )
+        train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing)
+        self.train_loader, self.eval_loader = self.accelerator.prepare(train, evaluation)
+        self.model: nn.Module = self.loaded.model.to(self.accelerator.device)
+        self.plan = wrap.plan(
+            self.model,
+            recipe.bits,
+            grid=recipe.grid,
+            group_size=recipe.group_size,
+            include=recipe.include,
+            exclude=recipe.exclude,
+        )
+        self.steps = recipe.max_steps or max(
+            1, math.ceil(recipe.epochs * len(self.train_loader) / recipe.grad_accumulation)
+        )
+        self.progress = Progress()
+        self.step_seconds: list[float] = []
+
+    def execute(self) -> dict[str, Any]:
+        """Run from the start, or from the newest checkpoint, to the report."""
+        self._try_one_batch()
+        folder = _newest_checkpoint(self.out) if self.recipe.resume else None
+        if self.recipe.resume and folder is None:
+            raise OutputError(
+                f"--resume: {self.out} holds no checkpoint; start again with --overwrite."
+            )
+        self._prepare_output()
+        if self.accelerator.is_main_process:
+            report.print_start(self.loaded, self.plan, self.recipe, self.steps)
+        if folder is not None:
+            self.progress = Progress(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        full_precision = self.progress.step < self.recipe.full_precision_steps
+        self._train_full_precision(folder if full_precision else None)
+        self._train_low_bit(None if full_precision else folder)
+        return self._finish()
+
+    def _try_one_batch(self) -> None:
+        """Find out what does not fit (labels, shapes, missing inputs) before anything is written."""
+        raw = next(iter(self.eval_loader))
+        self.model.eval()
+        with torch.no_grad():
+            batch = prepare_batch(raw, self.loaded.preprocessing)
+            check_logits(
+                logits_and_labels(self.model, self.loaded.spec, batch)[0], self.loaded.spec
+            )
+
+    def _prepare_output(self) -> None:
+        if self.accelerator.is_main_process:
+            if self.recipe.overwrite and self.out.exists():
+                shutil.rmtree(self.out)
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / CHECKPOINTS).mkdir(exist_ok=True)
+            _write(self.out / "recipe.yaml", config.to_yaml(self.recipe))
+        self.accelerator.wait_for_everyone()
+        if self.recipe.report_to != "none":
+            self.accelerator.init_trackers("askewq", self.recipe.model_dump(mode="json"))
+
+    def _train_full_precision(self, folder: Path | None) -> None:
+        """Fine-tune ordinarily for the first steps, if the recipe asks for it, and evaluate."""
+        recipe, count = self.recipe, self.recipe.full_precision_steps
+        if self.progress.step < count:
+            lr = recipe.full_precision_lr or 0.0
+            if recipe.optimizer == "sgd":
+                optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                    self.model.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay
+                )
+            else:
+                optimizer = torch.optim.AdamW(
+                    self.model.parameters(), lr, weight_decay=recipe.weight_decay
+                )
+            self._loop("full precision", optimizer, lr, 0, count, folder, lambda _: {})
+        if self.progress.full_precision is None:
+            self.progress.full_precision = self._evaluate().value
+
+    def _train_low_bit(self, folder: Path | None) -> None:
+        """Wrap the model, evaluate plain rounding, and fine-tune under the constraint."""
+        recipe, start = self.recipe, self.recipe.full_precision_steps
+        wrap.apply(self.model, self.plan)
+        if self.progress.rounded is None:
+            with layers.snapped(self.model):
+                self.progress.rounded = self._evaluate().value
+        lr = recipe.lr or 0.0
+        optimizer = _optimizer(recipe, self.model, lr)
+        inside = optimizer.feasible_share()
+        counted_at = 0.0
+
+        def before_step(progress: float) -> dict[str, float]:
+            nonlocal inside, counted_at
+            optimizer.anneal(progress)
+            if progress - counted_at > 0.02:  # counting reads every weight: fifty times a run
+                inside, counted_at = optimizer.feasible_share(), progress
+            return {"radius": optimizer.closing.radius(progress), "inside": inside}
+
+        self._loop("low-bit", optimizer, lr, start, start + self.steps, folder, before_step)
+        self.inside = optimizer.feasible_share()
+
+    def _loop(
+        self,
+        phase: str,
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        first: int,
+        end: int,
+        folder: Path | None,
+        before_step: Callable[[float], dict[str, float]],
+    ) -> None:
+        """Train from step `first` (or the checkpoint in `folder`) to step `end`."""
+        recipe, accelerator = self.recipe, self.accelerator
+        model, prepared = accelerator.prepare(self.model, optimizer)
+        if folder is not None:
+            accelerator.load_state(str(folder))
+        save_every = recipe.save_every or max(1, (end - first) // 10)
+        batches = self._batches(self.progress.step * recipe.grad_accumulation)
+        main = accelerator.is_main_process
+        with report.progress_bar(phase, self.progress.step - first, end - first, main) as bar:
+            while self.progress.step < end:
+                began = time.perf_counter()
+                step = self.progress.step
+                share = (step - first) / (end - first)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * anneal.lr_factor(share, recipe.lr_hold)
+                shown = before_step(share)
+                torch.manual_seed(_mix(recipe.seed, step, accelerator.process_index))
+                loss = self._step(model, prepared, batches, step)
+                self.progress.step += 1
+                elapsed = time.perf_counter() - began
+                self.progress.seconds += elapsed
+                self.step_seconds.append(elapsed)
+                shown = {"loss": loss, "lr": optimizer.param_groups[0]["lr"], **shown}
+                report.advance(bar, shown)
+                if recipe.report_to != "none":
+                    accelerator.log(shown, step=self.progress.step)
+                self._visit(optimizer, end, save_every)
+        # Takes autocast off the model again, so that it can be wrapped, or prepared once more.
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+
+    def _step(self, model: nn.Module, optimizer: Any, batches: Iterator[Any], step: int) -> float:
+        """Make one optimizer step out of `grad_accumulation` batches; return their mean loss."""
+        total = 0.0
+        model.train()
+        for _ in range(self.recipe.grad_accumulation):
+            raw = next(batches)
+            with self.accelerator.accumulate(model):
+                batch = prepare_batch(raw, self.loaded.preprocessing, self.recipe.augment)
+                scores = score(*logits_and_labels(model, self.loaded.spec, batch))
+                loss = scores.loss.sum() / scores.count.sum()
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise DivergenceError(
+                        f"the loss is {value} at step {step}. Nothing was overwritten: the last "
+                        f"checkpoint is {_newest_checkpoint(self.out) or 'the start'}. Try a "
+                        f"smaller --lr than {self.recipe.lr:g}, or --mixed-precision no."
+                    )
+                self.accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            total += value
+        return total / self.recipe.grad_accumulation
+
+    def _batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
+        """Yield training batches without end, from the place after `consumed` ones."""
+        epoch, skip = divmod(consumed, len(self.train_loader))
+        while True:
+            self.train_loader.set_epoch(epoch)
+            loader = self.train_loader
+            yield from self.accelerator.skip_first_batches(loader, skip) if skip else loader
+            epoch, skip = epoch + 1, 0
+
+    def _visit(self, optimizer: torch.optim.Optimizer, end: int, save_every: int) -> None:
+        """After a step: evaluate and save where it is time to."""
+        step, recipe = self.progress.step, self.recipe
+        if recipe.eval_every and step % recipe.eval_every == 0 and step < end:
+            with layers.snapped(self.model):
+                result = self._evaluate()
+            if self.accelerator.is_main_process:
+                report.print_evaluation(step, result)
+            if recipe.report_to != "none":
+                self.accelerator.log({result.metric: result.value}, step=step)
+        if step % save_every == 0 and step < end:
+            self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        """Write a checkpoint beside its place, then rename it: it is there whole or not at all."""
+        name = self.out / CHECKPOINTS / f"step-{self.progress.step:08d}"
+        partial = name.with_suffix(".partial")
+        self.accelerator.save_state(str(partial))
+        if self.accelerator.is_main_process:
+            _write(partial / STATE, json.dumps(asdict(self.progress)))
+            if name.exists():
+                shutil.rmtree(name)
+            partial.rename(name)
+            for old in _checkpoints(self.out)[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _evaluate(self, *also: nn.Module) -> Evaluation:
+        """Evaluate the model; `also` names models that must equal it to the bit."""
+        return evaluate(
+            [self.model, *also],
+            self.loaded.spec,
+            self.loaded.preprocessing,
+            self.eval_loader,
+            self.accelerator,
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        """Snap, evaluate, pack, reload, compare, report."""
+        relaxed = self._evaluate().value
+        layers.snap_(self.model)
+        snapped = self._evaluate().value
+        path = self.out / artifact.ARTIFACT
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.model, path)
+            artifact.save_config(self.loaded, self.out)
+        self.accelerator.wait_for_everyone()
+        reloaded = self.loaded.rebuild()
+        checkpoint.load_into(reloaded, checkpoint.read(path))
+        same = self._evaluate(reloaded.to(self.accelerator.device))
+        metrics = {
+            "model": self.recipe.model,
+            "task": self.recipe.task,
+            "bits": self.recipe.bits,
+            "method": self.recipe.method,
+            "metric": same.metric,
+            "full_precision": self.progress.full_precision,
+            "rounded": self.progress.rounded,
+            "relaxed": relaxed,
+            "snapped": snapped,
+            "reloaded": same.value,
+            "parameters": {
+                "total": self.plan.total_parameters,
+                "quantized": self.plan.quantized_parameters,
+                "share": self.plan.quantized_parameters / self.plan.total_parameters,
+            },
+            "bytes": {
+                "full_precision": 4 * self.plan.total_parameters + _buffer_bytes(reloaded),
+                "packed": path.stat().st_size,
+            },
+            "bits_per_weight": self.plan.bits_per_weight,
+            "inside_interval": self.inside,
+            "steps": self.progress.step,
+            "seconds": self.progress.seconds,
+            "step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
+            "peak_memory_bytes": report.peak_memory(),
+        }
+        if self.accelerator.is_main_process:
+            _write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            _write(self.out / "README.md", report.model_card(metrics, self.recipe, self.loaded))
+            report.print_result(metrics, self.out)
+        if self.recipe.report_to != "none":
+            self.accelerator.end_training()
+        return metrics
+
+
+def _optimizer(recipe: Recipe, model: nn.Module, lr: float) -> AskewSGD | AskewAdamW:
+    closing = Closing(
+        kind=recipe.closing,
+        start=recipe.close_start,
+        end=recipe.close_end,
+        power=recipe.close_power or 1.0,
+        every=recipe.close_every,
+        final_radius=recipe.final_radius,
+    )
+    if recipe.optimizer == "sgd":
+        return AskewSGD(
+            model,
+            lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            closing=closing,
+            alpha=recipe.alpha,
+            clip=recipe.clip,
+            pull=recipe.pull,
+        )
+    return AskewAdamW(
+        model,
+        lr,
+        weight_decay=recipe.weight_decay,
+        closing=closing,
+        alpha=recipe.alpha,
+        clip=recipe.clip,
+        pull=recipe.pull,
+    )
+
+
+def _load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
+    source = models.find_source(recipe.model)
+    trust = recipe.trust_remote_code
+    task = recipe.task or models.guess_task(recipe.model, source, trust_remote_code=trust)
+    data = open_data(recipe, task)
+    loaded = models.load(
+        recipe.model,
+        task,
+        data.labels,
+        source=source,
+        pretrained=recipe.pretrained,
+        weights=recipe.weights,
+        tokenizer=recipe.tokenizer,
+        trust_remote_code=trust,
+        image_size=recipe.image_size,
+        mean=recipe.mean,
+        std=recipe.std,
+    )
+    return loaded, data
+
+
+def _check_output(recipe: Recipe) -> None:
+    out = recipe.output
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--output {out} is a file; name a folder.")
+    if out.is_dir() and any(out.iterdir()) and not (recipe.resume or recipe.overwrite):
+        raise OutputError(
+            f"--output {out} is not empty; pass --resume to go on with the run in it, --overwrite "
+            "to replace it, or another folder."
+        )
+
+
+def _resumed(recipe: Recipe) -> Recipe:
+    """Return the recipe of the run in the output folder, which must agree with the one given."""
+    path = recipe.output / "recipe.yaml"
+    if not path.is_file():
+        raise OutputError(f"--resume: {recipe.output} holds no run (no recipe.yaml).")
+    stored = config.build(config.read_yaml(path), str(path))
+    given = recipe.model_dump(exclude_unset=True)
+    differing = [
+        f"{key} = {value!r} (the run has {getattr(stored, key)!r})"
+        for key, value in given.items()
+        if key not in ("resume", "output") and value != getattr(stored, key)
+    ]
+    if differing:
+        raise RecipeError(
+            f"--resume goes on with the run in {recipe.output} as it was; these settings differ: "
+            f"{'; '.join(differing)}. Leave them out, or start again with --overwrite."
+        )
+    return stored.model_copy(update={"resume": True, "output": recipe.output})
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    return sorted(p for p in (out / CHECKPOINTS).glob("step-*") if p.suffix != ".partial")
+
+
+def _newest_checkpoint(out: Path) -> Path | None:
+    return next(reversed(_checkpoints(out)), None)
+
+
+def _buffer_bytes(model: nn.Module) -> int:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return sum(t.nbytes for name, t in model.state_dict().items() if name not in parameters)
+
+
+def _mix(*numbers: int) -> int:
+    """Return one seed for a tuple of numbers, without the overlaps of their sum."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return mixed
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

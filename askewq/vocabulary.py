@@ -1,0 +1,11 @@
+"""The words that settings are made of, for files that must not wait for torch."""
+
+from typing import Literal
+
+Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
+GridKind = Literal["integer", "half-integer"]
+GroupSize = int | Literal["channel", "tensor"]
+Closing = Literal["staggered", "single"]
+Pull = Literal["decoupled", "coupled"]
+Task = Literal["image-classification", "text-classification", "causal-lm"]
+Augmentation = Literal["none", "crop", "flip", "crop-flip"]
