@@ -83,7 +83,7 @@ def finetune(
     values: dict[str, Any] = {}
     if recipe is not None:
         values = config.read_yaml(config.find_recipe(recipe))
-    given = dict(flags)
+    given: dict[str, Any] = dict(flags)
     if "resume" in given and recipe is None and "output" in given:
         values = _stored_essentials(Path(given["output"]))
     from askewq.train import finetune as run
@@ -109,7 +109,7 @@ def evaluate(
     flags: Annotated[_EvalFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
 ) -> None:
     """Evaluate an artifact; the last line of standard output is one JSON object."""
-    given = dict(flags)
+    given: dict[str, Any] = dict(flags)
     recipe = config.build(
         {"model": str(folder), "output": str(folder), **given}, "the command line"
     )
@@ -130,7 +130,7 @@ def inspect(
     *,
     flags: Annotated[_InspectFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
 ) -> None:
-    """Print the plan for a model (every layer, its grid or why it stays float), or an artifact's."""
+    """Print every layer of a model with its grid or why it stays float, or an artifact's."""
     values = {"model": model_or_folder, "dataset": "", "output": ""}
     recipe = config.build({**values, **dict(flags)}, "the command line")
     from askewq import inspection

@@ -98,6 +98,6 @@ def _require_equal(logits: Tensor, other: Tensor) -> None:
     difference = (logits - other).abs().max().item()
     raise ExactnessError(
         f"the reloaded artifact's logits differ from the evaluated model's by up to "
-        f"{difference:g}; they must be equal to the bit. This is a bug in askewq: please report the "
-        "model and the recipe."
+        f"{difference:g}; they must be equal to the bit. This is a bug in askewq: please report "
+        "the model and the recipe."
     )

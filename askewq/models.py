@@ -1,7 +1,7 @@
 """Pretrained models from timm, Hugging Face or the user's own file, as one LoadedModel.
 
-A ModelSpec holds all that is needed to build the same plain network again, offline. Weights are never
-unpickled beyond plain tensors, and no code from the Hub runs unless it was asked for.
+A ModelSpec holds all that is needed to build the same plain network again, offline. Weights are
+never unpickled beyond plain tensors, and no code from the Hub runs unless it was asked for.
 """
 
 import importlib.util

@@ -140,7 +140,7 @@ class _Run:
         return self._finish()
 
     def _try_one_batch(self) -> None:
-        """Find out what does not fit (labels, shapes, missing inputs) before anything is written."""
+        """Find out what does not fit (labels, shapes, inputs) before anything is written."""
         raw = next(iter(self.eval_loader))
         self.model.eval()
         with torch.no_grad():
