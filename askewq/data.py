@@ -145,7 +145,11 @@ def _columns(recipe: Recipe, task: Task, features: Any) -> Columns:
     import datasets
 
     images = [name for name, f in features.items() if isinstance(f, datasets.Image)]
-    texts = [name for name, f in features.items() if getattr(f, "dtype", "") == "string"]
+    texts = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    ]
     if task == "image-classification":
         inputs = [recipe.image_column] if recipe.image_column else images[:1]
         _check(inputs, features, "--image-column", "an image")
@@ -190,13 +194,20 @@ def _check(names: Sequence[str], features: Any, flag: str, what: str) -> None:
 
 
 def _labels(train: Any, column: str) -> tuple[str, ...]:
-    """Return the class names of a split: the feature's own, or the values that occur, sorted."""
+    """Return the class names of a split: the feature's own, or the values that occur, sorted.
+
+    Raises:
+        DataError: a row without a label.
+    """
     import datasets
 
     feature = train.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
-    return tuple(str(value) for value in sorted(set(train[column])))
+    values = set(train[column])
+    if None in values:
+        raise DataError(f"the label column {column!r} has rows without a label; remove them.")
+    return tuple(str(value) for value in sorted(values))
 
 
 def label_ids(split: Any, column: str, labels: tuple[str, ...], flag: str) -> list[int]:

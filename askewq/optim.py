@@ -152,7 +152,11 @@ class _Skewed(torch.optim.Optimizer):
         self._compile = weights >= COMPILE_FROM if compile is None else compile
 
     def anneal(self, progress: float) -> None:
-        """Set the intervals for the next step; `progress` is the share of steps taken, 0 to 1."""
+        """Set the intervals for the next step.
+
+        Args:
+            progress: share of all steps taken once it is made, up to 1.
+        """
         for group in self.param_groups:
             group["progress"] = float(progress)
 
@@ -284,7 +288,7 @@ class AskewSGD(_Skewed, torch.optim.SGD):
         >>> optimizer = askewq.AskewSGD(model, lr=0.01, momentum=0.9)
         >>> for step, (x, y) in enumerate(batches):
         ...     loss(model(x), y).backward()
-        ...     optimizer.anneal(step / len(batches))
+        ...     optimizer.anneal((step + 1) / len(batches))
         ...     optimizer.step()
         ...     optimizer.zero_grad()
 

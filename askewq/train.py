@@ -224,7 +224,8 @@ class _Run:
                 share = (step - first) / (end - first)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * anneal.lr_factor(share, recipe.lr_hold)
-                shown = before_step(share)
+                # The interval at the end of this step, so that the last step closes everything.
+                shown = before_step((step + 1 - first) / (end - first))
                 torch.manual_seed(_mix(recipe.seed, step, accelerator.process_index))
                 loss = self._step(model, prepared, batches, step)
                 self.progress.step += 1
