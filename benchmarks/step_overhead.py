@@ -1,20 +1,25 @@
 """Cost of the constrained training step beside plain fine-tuning, interleaved on the same batches.
 
 For timm resnet50 with SGD and a ViT with AdamW at batch 16: median seconds of a whole training
-step (forward, backward, optimizer) and of the optimizer alone, with torch's own optimizer (fused
-and default) and with askewq's, and the bytes of optimizer state per parameter. Each pass does one
-step of every contestant in turn.
+step (forward, backward, optimizer) and of the optimizer alone, with torch's own optimizer (default
+and fused) and with askewq's. Each round does one step of every contestant in turn. Memory: bytes of
+optimizer state, the most that one update allocates on top, and the peak of a process of its own
+that makes three steps (the compiler is loaded in all of them).
 
     python benchmarks/step_overhead.py [--rounds 15] [--threads 2] [--models resnet50 ...]
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import timm
 import torch
+from timm.data.config import resolve_data_config
 from torch import nn
 
 import askewq
@@ -76,11 +81,43 @@ class Contestant:
         scales = [b for name, b in self.model.named_buffers() if name.endswith("weight_scale")]
         return sum(tensor.nbytes for tensor in [*tensors, *scales])
 
+    def transient_bytes(self) -> int:
+        """Return the most bytes that one update holds beyond what was there before it."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            self.optimizer.step()
+        held = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        self.optimizer.zero_grad()
+        return peak
 
-def compare(model_name: str, base: str, batch: int, rounds: int) -> None:
+
+def process_peak(model_name: str, name: str, batch: int) -> int:
+    """Return the peak resident bytes of this process after three steps of a contestant (Linux)."""
+    torch.compile(lambda x: x + 1)(torch.ones(8))
+    entrant = Contestant(name, model_name, contestants(base_of(model_name))[name])
+    size = resolve_data_config({}, model=entrant.model)["input_size"]
+    for i in range(3):
+        entrant.step(torch.randn(batch, *size), torch.zeros(batch, dtype=torch.long), i / 3)
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def base_of(model_name: str) -> str:
+    """Return the optimizer that such a model is fine-tuned with."""
+    return "adamw" if "vit" in model_name else "sgd"
+
+
+def compare(model_name: str, batch: int, rounds: int, threads: int) -> None:
     """Run the contestants in turn and print medians and ratios to the first."""
-    entrants = [Contestant(n, model_name, make) for n, make in contestants(base).items()]
-    size = timm.data.resolve_data_config({}, model=entrants[0].model)["input_size"]
+    entrants = [
+        Contestant(n, model_name, make) for n, make in contestants(base_of(model_name)).items()
+    ]
+    size = resolve_data_config({}, model=entrants[0].model)["input_size"]
     generator = torch.Generator().manual_seed(0)
     warm_up = 4  # compilation, and the closing's own kernel at every third step
     for i in range(rounds + warm_up):
@@ -91,15 +128,19 @@ def compare(model_name: str, base: str, batch: int, rounds: int) -> None:
             entrant.step(images, labels, progress=0.05 + 0.8 * i / (rounds + warm_up))
     parameters = sum(p.numel() for p in entrants[0].model.parameters())
     print(f"\n{model_name}, {parameters / 1e6:.1f} M parameters, batch {batch}, {rounds} rounds")
-    print(f"{'':20} {'step s':>8} {'ratio':>6} {'update ms':>10} {'state bytes/parameter':>22}")
+    print("                      step s  ratio  update ms  state MB  transient MB  process peak MB")
     reference = statistics.median(entrants[0].step_seconds[warm_up:])
     for entrant in entrants:
         step = statistics.median(entrant.step_seconds[warm_up:])
         # The mean, since the closing's extra pass comes at every third step only.
         update = statistics.mean(entrant.update_seconds[warm_up:])
+        flags = ["--models", model_name, "--batch", str(batch), "--threads", str(threads)]
+        command = [sys.executable, __file__, *flags, "--peak-of", entrant.name]
+        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(
-            f"{entrant.name:20} {step:8.3f} {step / reference:6.3f} {1e3 * update:10.1f} "
-            f"{entrant.state_bytes() / parameters:22.3f}"
+            f"{entrant.name:20} {step:7.3f} {step / reference:6.3f} {1e3 * update:10.1f} "
+            f"{entrant.state_bytes() / 1e6:9.1f} {entrant.transient_bytes() / 1e6:13.2f} "
+            f"{peak / 1e6:16.0f}"
         )
 
 
@@ -109,12 +150,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak-of", help="only print this contestant's process peak")
     parser.add_argument("--models", nargs="+", default=["resnet50", "vit_small_patch16_224"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.peak_of:
+        print(process_peak(arguments.models[0], arguments.peak_of, arguments.batch))
+        return
     for name in arguments.models:
-        base = "adamw" if "vit" in name else "sgd"
-        compare(name, base, arguments.batch, arguments.rounds)
+        compare(name, arguments.batch, arguments.rounds, arguments.threads)
 
 
 if __name__ == "__main__":

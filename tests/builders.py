@@ -1,0 +1,442 @@
+"""Tiny models and data sets, made offline once a session, and short runs on them.
+
+Import this before any Hugging Face library: it takes the Hub out of reach and moves every cache
+into a folder that disappears with the session.
+"""
+
+import atexit
+import contextlib
+import functools
+import io
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(tempfile.mkdtemp(prefix="askewq-tests-"))
+atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
+
+if "huggingface_hub" in sys.modules or "datasets" in sys.modules:
+    raise RuntimeError("builders.py must be imported before the Hugging Face libraries.")
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": str(ROOT / "hf"),
+    "HF_DATASETS_CACHE": str(ROOT / "hf" / "datasets"),
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
+
+import numpy as np  # noqa: E402  # after the environment
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from askewq import config  # noqa: E402
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+WORDS = ["good", "bad", "film", "plot", "actor", "song", "day", "night", "very", "not"]
+
+OWN_MODULE = '''
+"""Networks as users write them."""
+
+from torch import nn
+
+
+def _layers(channels, classes):
+    return [
+        nn.Conv2d(channels, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 16),
+        nn.ReLU(),
+        nn.Linear(16, classes),
+    ]
+
+
+def small():
+    return nn.Sequential(*_layers(3, 3))
+
+
+def grey():
+    return nn.Sequential(*_layers(1, 3))
+
+
+def ten_classes():
+    return nn.Sequential(*_layers(3, 10))
+
+
+def only_one_layer():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+
+
+def with_dropout():
+    layers = _layers(3, 3)
+    return nn.Sequential(*layers[:-1], nn.Dropout(0.2), layers[-1])
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(3 * 8 * 8, 12)
+        self.one = nn.Linear(12, 12)
+        self.two = nn.Linear(12, 12)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)
+        return self.head(self.two(self.one(self.stem(x).relu()).relu()).relu())
+
+
+def tied():
+    return Tied()
+
+
+def fails():
+    raise OSError("no such luck")
+
+
+def text():
+    return "not a module"
+'''
+
+
+def _once(make: Callable[[Path], None]) -> Callable[[], Path]:
+    """Turn a writer of a folder into a function that writes it once a session and returns it."""
+
+    @functools.cache
+    def made() -> Path:
+        folder = ROOT / make.__name__
+        folder.mkdir()
+        make(folder)
+        return folder
+
+    return made
+
+
+def pictures(count: int, seed: int = 0, size: int = 16) -> list[tuple[Any, int]]:
+    """Return noisy one-coloured PIL images with their classes, 0 to 2 in turn."""
+    from PIL import Image
+
+    random = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        colour = np.array(list(COLOURS.values())[i % 3])
+        pixels = random.normal(colour, 60, (size, size, 3)).clip(0, 255).astype(np.uint8)
+        made.append((Image.fromarray(pixels), i % 3))
+    return made
+
+
+def write_images(
+    path: Path, content: list[tuple[Any, int]], names: list[str] | None = None
+) -> None:
+    """Write images and labels to a parquet file with an Image and a ClassLabel column."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    label = datasets.ClassLabel(names=names or list(COLOURS))
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    columns = {"image": [image for image, _ in content], "label": [y for _, y in content]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+
+
+@_once
+def image_parquet(folder: Path) -> None:
+    """48 images to train on and 24 to test, as parquet."""
+    write_images(folder / "train.parquet", pictures(48))
+    write_images(folder / "test.parquet", pictures(24, seed=1))
+
+
+@_once
+def image_folder(folder: Path) -> None:
+    """24 images to train on and 12 to validate, as one folder a class."""
+    for split, count in (("train", 24), ("validation", 12)):
+        for i, (image, label) in enumerate(pictures(count, seed=count)):
+            path = folder / split / list(COLOURS)[label] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+
+
+def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Return sentences with their labels, pos or neg, in turn."""
+    random = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        label = ("pos", "neg")[i % 2]
+        rest = random.choice(WORDS[2:], size=int(random.integers(2, 6)))
+        made.append((" ".join(["good" if label == "pos" else "bad", *rest]), label))
+    return made
+
+
+@_once
+def text_csv(folder: Path) -> None:
+    """Sentences with labels that are words, as csv."""
+    for split, count in (("train", 32), ("validation", 16)):
+        rows = [f"{text},{label}" for text, label in sentences(count, seed=count)]
+        (folder / f"{split}.csv").write_text("\n".join(["sentence,label", *rows]) + "\n")
+
+
+@_once
+def text_pairs_json(folder: Path) -> None:
+    """Pairs of sentences with labels that are numbers, as lines of json."""
+    import json
+
+    for split, count in (("train", 32), ("test", 16)):
+        texts = [text for text, _ in sentences(2 * count, seed=count)]
+        rows = [
+            {"idx": i, "premise": texts[i], "hypothesis": texts[-1 - i], "label": i % 3}
+            for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@_once
+def corpus(folder: Path) -> None:
+    """Lines of text for a language model."""
+    for split, count in (("train", 120), ("validation", 40)):
+        lines = [text for text, _ in sentences(count, seed=count)]
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+@_once
+def own_module(folder: Path) -> None:
+    """The user's own networks, and a state dict for one of them."""
+    from safetensors.torch import save_file
+
+    (folder / "nets.py").write_text(OWN_MODULE)
+    torch.manual_seed(7)
+    names: dict[str, Any] = {}
+    exec(OWN_MODULE, names)
+    save_file(names["small"]().state_dict(), folder / "small.safetensors")
+
+
+def own(factory: str) -> str:
+    """Return the name of one of the user's own networks as --model takes it."""
+    return f"{own_module() / 'nets.py'}:{factory}"
+
+
+def own_network(factory: str) -> nn.Module:
+    """Return one of the user's own networks with fresh weights."""
+    names: dict[str, Any] = {}
+    exec(OWN_MODULE, names)
+    network: nn.Module = names[factory]()
+    return network
+
+
+def write_tokenizer(folder: Path, *inputs: str) -> int:
+    """Write a tokenizer of whole words that gives `inputs`, too; return its vocabulary's size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=32,
+        model_input_names=["input_ids", *inputs, "attention_mask"],
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+@_once
+def bert(folder: Path) -> None:
+    """A random two-layer BERT with a head for two labels."""
+    import transformers
+
+    torch.manual_seed(1)
+    made = transformers.BertConfig(
+        vocab_size=write_tokenizer(folder, "token_type_ids"),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        num_labels=2,
+    )
+    transformers.BertForSequenceClassification(made).save_pretrained(folder)
+
+
+@_once
+def llama(folder: Path) -> None:
+    """A random two-layer Llama whose output matrix is its embedding."""
+    import transformers
+
+    torch.manual_seed(2)
+    made = transformers.LlamaConfig(
+        vocab_size=write_tokenizer(folder),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    transformers.LlamaForCausalLM(made).save_pretrained(folder)
+
+
+@_once
+def vit(folder: Path) -> None:
+    """A random two-layer Vision Transformer with its image processor."""
+    import transformers
+
+    torch.manual_seed(3)
+    made = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=4,
+        num_labels=3,
+    )
+    transformers.ViTForImageClassification(made).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    transformers.ViTImageProcessor(size=size).save_pretrained(folder)
+
+
+# What a short run needs, by the name of its model; every run below starts from one of these.
+SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
+    "own": lambda: {
+        "model": own("small"),
+        "dataset": str(image_parquet()),
+        "optimizer": "sgd",
+        "lr": 0.05,
+    },
+    "timm": lambda: {
+        "model": "test_resnet",
+        "pretrained": False,
+        "dataset": str(image_folder()),
+        "image_size": 32,
+    },
+    "timm-vit": lambda: {
+        "model": "test_vit",
+        "pretrained": False,
+        "dataset": str(image_parquet()),
+        "image_size": 32,
+    },
+    "bert": lambda: {"model": str(bert()), "dataset": str(text_csv())},
+    "bert-pairs": lambda: {"model": str(bert()), "dataset": str(text_pairs_json())},
+    "llama": lambda: {"model": str(llama()), "dataset": str(corpus()), "max_length": 16},
+    "vit": lambda: {"model": str(vit()), "dataset": str(image_parquet())},
+}
+
+
+def settings(kind: str, output: Path, **changes: Any) -> dict[str, Any]:
+    """Return recipe keys of a short run: six steps of eight samples."""
+    short = {"max_steps": 6, "batch_size": 8, "output": str(output)}
+    return {**short, **SETTINGS[kind](), **changes}
+
+
+def recipe(kind: str, output: Path, **changes: Any) -> config.Recipe:
+    """Return the recipe of a short run."""
+    return config.build(settings(kind, output, **changes))
+
+
+def finetune(kind: str, output: Path, **changes: Any) -> dict[str, Any]:
+    """Make a short run and return its metrics."""
+    from askewq.train import finetune as run
+
+    return run(recipe(kind, output, **changes))
+
+
+@functools.cache
+def finished(kind: str) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the metrics of a short run, made once a session; not to be changed."""
+    output = ROOT / f"run-{kind}"
+    return output, finetune(kind, output)
+
+
+def copy_of(kind: str, folder: Path) -> Path:
+    """Return a copy of a finished run that a test may damage."""
+    target = folder / f"copy-{kind}"
+    shutil.copytree(finished(kind)[0], target)
+    return target
+
+
+class PowerCutError(Exception):
+    """Stands for a power cut."""
+
+
+@contextlib.contextmanager
+def power_cut(monkeypatch: Any, at_step: int) -> Iterator[None]:
+    """Within the block, a run ends with PowerCutError when it is about to make step `at_step`."""
+    from askewq import train
+
+    original = train._Run._step
+
+    def step(self: Any, model: Any, optimizer: Any, batches: Any, number: int) -> float:
+        if number == at_step:
+            raise PowerCutError
+        return original(self, model, optimizer, batches, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Run, "_step", step)
+        yield
+
+
+def files(folder: Path) -> set[str]:
+    """Return the relative paths of all files below a folder."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def new_process() -> None:
+    """Forget the precision of earlier runs, which accelerate keeps for the life of a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(*words: object) -> Outcome:
+    """Run the command line in this process; an exception that it lets through is raised here."""
+    from askewq import cli
+
+    argv, sys.argv = sys.argv, ["askewq", *map(str, words)]
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    new_process()
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
+        ):
+            # cyclopts suspects a forgotten argument where pytest calls it as a program does
+            warnings.filterwarnings("ignore", message="Cyclopts application invoked without tokens")
+            cli.main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = argv
+        new_process()
+    return Outcome(code, out.getvalue(), err.getvalue())

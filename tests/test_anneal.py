@@ -1,0 +1,130 @@
+"""The schedules: their ends, their order, and what they refuse."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from askewq.anneal import Closing, lr_factor
+from askewq.constraint import eps_of
+from askewq.errors import RecipeError
+
+progresses = st.floats(0, 1)
+
+
+@st.composite
+def closings(draw: st.DrawFn, kind: str) -> Closing:
+    """Closings over some part of the training."""
+    start = draw(st.floats(0, 0.9))
+    end = draw(st.floats(start + 0.05, 1))
+    return Closing(
+        kind,
+        start=start,
+        end=end,
+        power=draw(st.floats(0.2, 6)),
+        final_radius=draw(st.floats(1e-3, 0.5)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("progress", "hold", "factor"),
+    [
+        (0.0, 0.5, 1.0),
+        (0.5, 0.5, 1.0),
+        (0.75, 0.5, 0.5),
+        (1.0, 0.5, 0.0),
+        (0.0, 0.0, 1.0),
+        (0.5, 0.0, 0.5),
+        (1.0, 0.0, 0.0),
+        (1.0, 1.0, 1.0),
+    ],
+)
+def test_lr_is_held_and_then_falls_as_a_cosine(progress, hold, factor):
+    """The factor is 1 until `hold`, one half midway through the rest, and 0 at the end."""
+    assert lr_factor(progress, hold) == pytest.approx(factor, abs=1e-12)
+
+
+@given(a=progresses, b=progresses, hold=st.floats(0, 1))
+def test_lr_never_rises(a, b, hold):
+    """Later in training the factor is never larger, and it stays within 0 and 1."""
+    early, late = lr_factor(min(a, b), hold), lr_factor(max(a, b), hold)
+    assert 1 >= early >= late >= 0
+
+
+@given(closing=closings("staggered") | closings("single"), a=progresses, b=progresses)
+def test_closing_never_opens_again(closing, a, b):
+    """Later in training the closed share is never smaller and the interval never wider."""
+    early, late = min(a, b), max(a, b)
+    assert 0 <= closing.closure(early) <= closing.closure(late) <= 1
+    assert closing.closed_share(early) <= closing.closed_share(late)
+    assert 1 >= closing.eps(early) >= closing.eps(late) > 0
+    assert 0.5 >= closing.radius(early) >= closing.radius(late) > 0
+
+
+@given(closing=closings("staggered"))
+def test_staggered_closes_between_its_ends(closing):
+    """Nothing is closed up to `start`, everything from `end` on; open weights stay free."""
+    assert closing.closed_share(0.0) == closing.closed_share(closing.start) == 0
+    assert closing.closed_share(closing.end) == closing.closed_share(1.0) == 1
+    assert closing.eps(0.0) == closing.eps(1.0) == 1
+
+
+@given(closing=closings("single"))
+def test_single_shrinks_one_interval_between_its_ends(closing):
+    """The interval is free up to `start` and has the final radius from `end` on."""
+    assert closing.eps(0.0) == closing.eps(closing.start) == 1
+    assert closing.eps(closing.end) == closing.eps(1.0) == eps_of(closing.final_radius)
+    assert closing.radius(1.0) == pytest.approx(closing.final_radius, abs=1e-7)
+    assert closing.closed_share(1.0) == 0
+
+
+def test_single_with_power_one_is_the_papers_geometric_annealing():
+    """With power 1 equal steps of progress multiply eps by the same factor, like K^t."""
+    closing = Closing("single", start=0.5, end=1.0, power=1.0, final_radius=0.01)
+    eps = [closing.eps(0.5 + 0.01 * epoch) for epoch in range(51)]
+    factors = [after / before for before, after in itertools.pairwise(eps)]
+    assert factors == pytest.approx([eps_of(0.01) ** (1 / 50)] * 50)
+
+
+@pytest.mark.parametrize(
+    ("power", "progress", "share"), [(1.0, 0.25, 0.25), (2.0, 0.5, 0.75), (3.0, 0.5, 0.875)]
+)
+def test_staggered_follows_its_power(power, progress, share):
+    """The closed share is 1 - (1 - t)^power."""
+    closing = Closing(start=0.0, end=1.0, power=power)
+    assert closing.closed_share(progress) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("kind", ["staggered", "single"])
+def test_progress_beyond_the_training_is_its_end(kind):
+    """Rounding progress a little beyond 0 or 1 changes nothing."""
+    closing = Closing(kind, start=0.0, end=1.0)
+    assert closing.eps(1.001) == closing.eps(1.0)
+    assert closing.closed_share(-0.001) == closing.closed_share(0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragment"),
+    [
+        ({"kind": "double"}, "closing = 'double' is unknown; use 'staggered' or 'single'"),
+        ({"start": -0.1}, "the closing runs from -0.1 to 0.9 of the training steps"),
+        ({"end": 1.1}, "from 0.0 to 1.1 of the training steps; it must start at 0 or later, end"),
+        ({"start": 0.5, "end": 0.5}, "and start before it ends"),
+        ({"start": 0.6, "end": 0.4}, "from 0.6 to 0.4"),
+        ({"start": math.nan}, "from nan to 0.9"),
+        ({"power": 0.0}, "closing power = 0.0, every = 3, final radius = 0.01: power must be"),
+        ({"power": -1.0}, "power must be above 0, every 1 or more, and the radius in (0, 0.5]"),
+        ({"power": math.nan}, "closing power = nan"),
+        ({"every": 0}, "every = 0"),
+        ({"final_radius": 0.0}, "final radius = 0.0"),
+        ({"final_radius": 0.51}, "final radius = 0.51"),
+        ({"final_radius": math.nan}, "final radius = nan"),
+    ],
+)
+def test_closings_that_do_not_exist(settings, fragment):
+    """The error says what was given and what is allowed."""
+    with pytest.raises(RecipeError) as error:
+        Closing(**settings)
+    assert fragment in str(error.value)

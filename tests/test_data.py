@@ -1,0 +1,554 @@
+"""Data sets: splits, columns, labels, preprocessing and the batches that come out."""
+
+import json
+
+import builders
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from askewq import data, models
+from askewq.config import build
+from askewq.data import augment, loaders, open_data, open_eval, prepare_batch
+from askewq.errors import DataError, FormatError, RecipeError
+from askewq.preprocessing import ImagePreprocessing
+
+IMAGES, TEXTS, LM = "image-classification", "text-classification", "causal-lm"
+
+
+def recipe(dataset, **changes):
+    """Return a recipe that reads a data set."""
+    return build({"model": "m", "dataset": str(dataset), "output": "o", **changes})
+
+
+def opened(dataset, task, **changes):
+    """Open a data set for a task."""
+    return open_data(recipe(dataset, **changes), task)
+
+
+def tokenizer():
+    """Return the tiny tokenizer of whole words."""
+    return models.load_tokenizer(str(builders.bert()), trust_remote_code=False)
+
+
+def write_csv(folder, header, **splits):
+    """Write a csv file a split."""
+    folder.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.csv").write_text("\n".join([header, *rows]) + "\n")
+    return folder
+
+
+class TestSources:
+    def test_image_parquet(self):
+        """Parquet with an Image and a ClassLabel column needs no column flags."""
+        found = opened(builders.image_parquet(), IMAGES)
+        assert (len(found.train), len(found.eval)) == (48, 24)
+        assert found.columns == data.Columns(("image",), "label")
+        assert found.labels == ("red", "green", "blue")
+
+    def test_image_folder(self):
+        """A folder of one folder a class has its classes sorted by name."""
+        found = opened(builders.image_folder(), IMAGES)
+        assert (len(found.train), len(found.eval)) == (24, 12)
+        assert found.labels == ("blue", "green", "red")
+
+    def test_csv_of_words(self):
+        """Text columns and labels that are words are found without flags."""
+        found = opened(builders.text_csv(), TEXTS)
+        assert found.columns == data.Columns(("sentence",), "label")
+        assert found.labels == ("neg", "pos")
+
+    def test_json_of_pairs(self):
+        """Two text columns are a pair; numbers as labels keep their order."""
+        found = opened(builders.text_pairs_json(), TEXTS)
+        assert found.columns == data.Columns(("premise", "hypothesis"), "label")
+        assert found.labels == ("0", "1", "2")
+
+    def test_plain_text(self):
+        """A text file is a corpus: one column, no label."""
+        found = opened(builders.corpus(), LM)
+        assert found.columns == data.Columns(("text",), None)
+        assert found.labels == ()
+
+    @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet", "txt"])
+    def test_single_files(self, tmp_path, suffix):
+        """A file of each type is a data set with one split, which slices divide."""
+        import datasets
+
+        path = tmp_path / f"d.{suffix}"
+        rows = {"text": [f"good film {i}" for i in range(10)], "label": [0, 1] * 5}
+        if suffix == "parquet":
+            datasets.Dataset.from_dict(rows).to_parquet(path)
+        elif suffix in ("json", "jsonl"):
+            lines = [
+                json.dumps({"text": t, "label": y}) for t, y in zip(*rows.values(), strict=True)
+            ]
+            path.write_text("\n".join(lines) + "\n")
+        elif suffix == "txt":
+            path.write_text("\n".join(rows["text"]) + "\n")
+        else:
+            comma = "\t" if suffix == "tsv" else ","
+            lines = [f"{t}{comma}{y}" for t, y in zip(*rows.values(), strict=True)]
+            path.write_text("\n".join([f"text{comma}label", *lines]) + "\n")
+        task = LM if suffix == "txt" else TEXTS
+        found = opened(path, task, train_split="train[:80%]", eval_split="train[80%:]")
+        assert list(found.train["text"]) == rows["text"][:8]
+        assert list(found.eval["text"]) == rows["text"][8:]
+
+    def test_labels_that_are_numbers_sort_as_numbers(self, tmp_path):
+        """Class 10 comes after class 9."""
+        rows = [f"good film,{i}" for i in range(11)]
+        folder = write_csv(tmp_path / "d", "text,label", train=rows, test=rows)
+        assert opened(folder, TEXTS).labels == tuple(map(str, range(11)))
+
+    @pytest.mark.parametrize("name", ["./nowhere", "nowhere.csv", "/nowhere/at/all"])
+    def test_local_paths_that_are_not_there(self, name):
+        """A path that looks local is not looked up on the Hub."""
+        with pytest.raises(DataError, match="no such file or folder"):
+            opened(name, TEXTS)
+
+    @pytest.mark.parametrize("name", ["nowhere", "org/name"])
+    def test_the_hub_is_out_of_reach(self, name):
+        """A Hub id without a Hub is an error that says what works offline."""
+        with pytest.raises(DataError, match="local folder or file") as caught:
+            opened(name, TEXTS)
+        assert repr(name) in str(caught.value)
+
+    def test_other_types_of_file(self, tmp_path):
+        """A file of another type is refused with the types that are read."""
+        (tmp_path / "d.xlsx").write_text("x")
+        with pytest.raises(DataError, match=r"\.parquet, \.csv"):
+            opened(tmp_path / "d.xlsx", TEXTS)
+
+    @pytest.mark.parametrize("suffix", ["parquet", "json", "csv"])
+    def test_damaged_files(self, tmp_path, suffix):
+        """A file that cannot be parsed is refused with its path."""
+        path = tmp_path / f"d.{suffix}"
+        path.write_bytes(b'{"a": [1, \x00\xff "b,c\n1,2,3,"\n')
+        with pytest.raises(DataError) as caught:
+            opened(path, TEXTS)
+        assert str(path) in str(caught.value)
+
+    def test_an_empty_folder(self, tmp_path):
+        """A folder without data is refused."""
+        with pytest.raises(DataError, match="cannot be read"):
+            opened(tmp_path, TEXTS)
+
+
+class TestSplits:
+    ROWS = ("good film,0", "bad film,1")
+
+    @pytest.mark.parametrize(
+        ("present", "chosen"),
+        [(("validation", "test"), "validation"), (("test",), "test")],
+    )
+    def test_evaluation_defaults_to_validation_then_test(self, tmp_path, present, chosen):
+        """The validation split is taken where there is one."""
+        splits = {split: [f"{split} film,0", "bad film,1"] for split in ("train", *present)}
+        found = opened(write_csv(tmp_path / "d", "text,label", **splits), TEXTS)
+        assert found.eval["text"][0] == f"{chosen} film"
+
+    def test_neither_is_an_error_that_shows_how_to_split(self, tmp_path):
+        """With a train split alone, the message lists it and shows slices."""
+        folder = write_csv(tmp_path / "d", "text,label", train=self.ROWS)
+        with pytest.raises(DataError, match=r"it has train.*train\[:90%\]"):
+            opened(folder, TEXTS)
+
+    @pytest.mark.parametrize("flag", ["train_split", "eval_split"])
+    def test_a_missing_split_names_those_there_are(self, flag):
+        """A split that is not there is an error with near names and the list."""
+        with pytest.raises(DataError, match=r"did you mean train\?.*train, test") as caught:
+            opened(builders.image_parquet(), IMAGES, **{flag: "trian[:50%]"})
+        assert f"--{flag.replace('_', '-')}" in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["train[abc]", "train[:9", "train[50%:50%]"])
+    def test_slices_that_select_nothing(self, name):
+        """A slice that cannot be read, or is empty, is refused."""
+        with pytest.raises(DataError, match="train"):
+            opened(builders.image_parquet(), IMAGES, train_split=name)
+
+    def test_sample_limits(self):
+        """A limit takes that many random samples, the same ones for the same seed."""
+        limits = {"max_train_samples": 9, "max_eval_samples": 6}
+        first = opened(builders.image_folder(), IMAGES, **limits)
+        again = opened(builders.image_folder(), IMAGES, **limits)
+        other = opened(builders.image_folder(), IMAGES, **limits, seed=1)
+        assert (len(first.train), len(first.eval)) == (9, 6)
+        assert len(set(first.train["label"])) > 1  # the first nine are all blue
+        pixels = [np.stack(list(map(np.array, d.train["image"]))) for d in (first, again, other)]
+        assert np.array_equal(pixels[0], pixels[1])
+        assert not np.array_equal(pixels[0], pixels[2])
+        assert list(first.eval["label"]) == list(other.eval["label"])
+
+    def test_limits_beyond_the_data(self):
+        """A limit above the number of samples takes all."""
+        assert len(opened(builders.image_parquet(), IMAGES, max_train_samples=1000).train) == 48
+
+    def test_labels_do_not_depend_on_the_sample(self, tmp_path):
+        """A class that no sampled row has is still a class."""
+        rows = [*["good film,pos"] * 30, "bad film,neg"]
+        folder = write_csv(tmp_path / "d", "text,label", train=rows, test=["bad film,neg"])
+        assert opened(folder, TEXTS, max_train_samples=2).labels == ("neg", "pos")
+
+
+class TestColumns:
+    def test_column_flags_win(self, tmp_path):
+        """Columns that were named are taken instead of guesses."""
+        folder = write_csv(tmp_path / "d", "a,b,c,label", train=["1x,2x,3x,0", "1y,2y,3y,1"])
+        slices = {"eval_split": "train"}
+        guess = opened(folder, TEXTS, **slices)
+        assert guess.columns == data.Columns(("a", "b"), "label")
+        named = opened(folder, TEXTS, text_columns=["c", "a"], label_column="b", **slices)
+        assert named.columns == data.Columns(("c", "a"), "b")
+        assert named.labels == ("2x", "2y")
+
+    @pytest.mark.parametrize(
+        ("dataset", "task", "flags", "words"),
+        [
+            ("image_parquet", IMAGES, {"image_column": "img"}, ["--image-column 'img'", "image"]),
+            ("image_parquet", IMAGES, {"label_column": "lable"}, ["did you mean label?"]),
+            ("text_csv", TEXTS, {"text_columns": ["sentense"]}, ["did you mean sentence?"]),
+            ("text_csv", IMAGES, {}, ["no column looks like an image", "sentence, label"]),
+            ("image_parquet", TEXTS, {}, ["no column looks like a text", "image, label"]),
+            ("corpus", TEXTS, {}, ["no column looks like a label", "text"]),
+            ("image_parquet", LM, {}, ["no column looks like a text"]),
+            ("image_parquet", IMAGES, {"image_column": "label"}, ["not images", "image"]),
+        ],
+    )
+    def test_what_is_missing_is_named_with_what_there_is(self, dataset, task, flags, words):
+        """A column that is not there, or not guessable, lists the columns there are."""
+        with pytest.raises(DataError) as caught:
+            opened(getattr(builders, dataset)(), task, **flags)
+        assert all(word in str(caught.value) for word in words)
+
+    @pytest.mark.parametrize(
+        ("dataset", "task", "flags"),
+        [
+            ("image_parquet", IMAGES, {"label_column": "image"}),
+            ("text_pairs_json", TEXTS, {"text_columns": ["idx"]}),
+            ("image_parquet", LM, {"text_columns": ["image"]}),
+        ],
+        ids=["label", "text", "corpus"],
+    )
+    def test_columns_of_another_kind_are_refused(self, dataset, task, flags):
+        """A column that exists but cannot serve is refused by name, before any training."""
+        source = recipe(getattr(builders, dataset)(), **flags)
+        (column,) = flags.values()
+        with pytest.raises(DataError, match=column if isinstance(column, str) else column[0]):
+            loaders(source, open_data(source, task), tokenizer() if task != IMAGES else plain())
+
+
+def plain():
+    """Return the preprocessing that leaves images as they are."""
+    return ImagePreprocessing()
+
+
+class TestLabels:
+    def ids(self, folder, labels, **changes):
+        """Return the label ids of the evaluation split for a model with these labels."""
+        found = open_eval(recipe(folder, **changes), TEXTS, labels)
+        return data.label_ids(found.eval, found.columns.label, labels, "--eval-split")
+
+    def test_ids_follow_the_order_of_the_model(self, tmp_path):
+        """A label is the index of its name among the model's labels."""
+        folder = write_csv(tmp_path / "d", "text,label", train=["x,no"], test=["a,no", "b,yes"])
+        assert self.ids(folder, ("yes", "maybe", "no")) == [2, 0]
+
+    def test_class_names_of_another_order(self, tmp_path):
+        """Classes are matched by name, not by number, between data sets."""
+        content = builders.pictures(6)
+        builders.write_images(tmp_path / "test.parquet", content, ["blue", "red", "green"])
+        labels = ("red", "green", "blue")
+        found = open_eval(recipe(tmp_path), IMAGES, labels)
+        assert data.label_ids(found.eval, "label", labels, "--eval-split") == [2, 0, 1] * 2
+
+    def test_unknown_labels_are_listed(self, tmp_path):
+        """A label that the model was not made for is named beside those it knows."""
+        folder = write_csv(tmp_path / "d", "text,label", train=["x,no"], test=["a,no", "b,perhaps"])
+        with pytest.raises(DataError, match=r"perhaps; it knows 2: yes, no"):
+            self.ids(folder, ("yes", "no"))
+
+    def test_unlabelled_splits(self, tmp_path):
+        """A split whose labels are all -1 is called unlabelled."""
+        content = [(image, -1) for image, _ in builders.pictures(6)]
+        builders.write_images(tmp_path / "train.parquet", builders.pictures(6))
+        builders.write_images(tmp_path / "test.parquet", content)
+        found = opened(tmp_path, IMAGES)
+        with pytest.raises(DataError, match="--eval-split has no labels"):
+            loaders(recipe(tmp_path), found, plain())
+
+    @pytest.mark.parametrize("split", ["train", "test"])
+    def test_rows_without_a_label(self, tmp_path, split):
+        """An empty label is refused in words, in either split."""
+        rows = {"train": ["a,pos", "b,neg"], "test": ["a,pos", "b,neg"]}
+        rows[split] = ["a,pos", "b,"]
+        folder = write_csv(tmp_path / "d", "text,label", **rows)
+        source = recipe(folder)
+        with pytest.raises(DataError, match="label"):
+            loaders(source, open_data(source, TEXTS), tokenizer())
+
+
+class TestPreprocessing:
+    def pixels(self, width, height, mode="RGB"):
+        """Return a smooth picture of a size."""
+        from PIL import Image
+
+        random = np.random.default_rng(0).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+        return (
+            Image.fromarray(random).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+        )
+
+    @pytest.mark.parametrize("name", ["test_resnet", "resnet18", "efficientnet_b0", "test_vit"])
+    @pytest.mark.parametrize("size", [(300, 200), (201, 333), (40, 40)])
+    def test_is_timms_own(self, name, size):
+        """A timm model's images are prepared as timm's own evaluation transform does."""
+        import timm
+
+        loaded = models.load(name, IMAGES, ("a", "b"), pretrained=False)
+        settings = timm.data.resolve_data_config(model=loaded.model)
+        wanted = timm.data.create_transform(**settings)(self.pixels(*size))
+        prepared = loaded.preprocessing
+        got = prepared.batch(prepared.image(self.pixels(*size))[None])[0]
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+    def test_any_mode_becomes_rgb(self, mode):
+        """Grey, transparent and palette pictures have three channels afterwards."""
+        assert plain().image(self.pixels(8, 6, mode)).shape == (3, 6, 8)
+
+    def test_grey(self):
+        """One mean means one channel."""
+        grey = ImagePreprocessing(mean=(0.5,), std=(0.25,))
+        image = grey.image(self.pixels(8, 6))
+        assert image.shape == (1, 6, 8)
+        assert image.dtype == torch.uint8
+        expected = (image.float() / 255 - 0.5) / 0.25
+        torch.testing.assert_close(grey.batch(image[None])[0], expected)
+
+    def test_pictures_of_the_right_size_stay_as_they_are(self):
+        """An image that has the input's size is neither resized nor cropped."""
+        image = self.pixels(16, 16)
+        kept = ImagePreprocessing(size=(16, 16), crop_pct=0.875).image(image)
+        assert np.array_equal(kept.permute(1, 2, 0).numpy(), np.array(image))
+
+    @pytest.mark.parametrize(
+        ("mean", "std"),
+        [((0.5,), (0.1, 0.2, 0.3)), ((0.5, 0.5), (1.0, 1.0)), ((0.0,) * 3, (1.0, 0.0, 1.0))],
+    )
+    def test_statistics_that_do_not_fit(self, mean, std):
+        """Mean and std need one or three values each, and std above 0."""
+        with pytest.raises(RecipeError, match="std"):
+            plain().override(None, mean, std)
+
+    @pytest.mark.parametrize(
+        "prepared",
+        [
+            ImagePreprocessing(),
+            ImagePreprocessing((32, 48), (0.1,), (0.2,), 0.875, "bicubic"),
+        ],
+    )
+    def test_round_trip(self, tmp_path, prepared):
+        """What config.json stores restores the same preprocessing."""
+        stored = json.loads(json.dumps(prepared.save(tmp_path)))
+        assert ImagePreprocessing.restore(stored) == prepared
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"size": 3},
+            {"size": [1, "x"]},
+            {"mean": 0.5},
+            {"std": None},
+            {"crop_pct": "all"},
+            {"interpolation": "magic"},
+            {"extra": 1},
+        ],
+        ids=str,
+    )
+    def test_damaged_values(self, tmp_path, change):
+        """Stored values of another kind are refused as a damaged config.json."""
+        stored = {**plain().save(tmp_path), **change}
+        with pytest.raises(FormatError, match="preprocessing"):
+            ImagePreprocessing.restore(stored)
+
+    def test_missing_values(self, tmp_path):
+        """A stored preprocessing lacks no key."""
+        stored = plain().save(tmp_path)
+        del stored["mean"]
+        with pytest.raises(FormatError, match="preprocessing"):
+            ImagePreprocessing.restore(stored)
+
+
+class TestBatches:
+    def test_images(self):
+        """Training is shuffled in whole batches; evaluation has every image once, in order."""
+        source = recipe(builders.image_parquet(), batch_size=10)
+        train, evaluation = loaders(source, open_data(source, IMAGES), plain())
+        assert [len(batch["labels"]) for batch in train] == [10] * 4
+        batches = list(evaluation)
+        assert [len(batch["labels"]) for batch in batches] == [10, 10, 4]
+        assert torch.cat([batch["labels"] for batch in batches]).tolist() == [0, 1, 2] * 8
+        orders = [torch.cat([batch["labels"] for batch in train]).tolist() for _ in range(2)]
+        assert orders[0] != orders[1]
+
+    def test_fewer_samples_than_a_batch(self):
+        """A data set smaller than a batch is one batch."""
+        source = recipe(builders.image_parquet(), batch_size=64, max_train_samples=5)
+        train, _ = loaders(source, open_data(source, IMAGES), plain())
+        assert [len(batch["labels"]) for batch in train] == [5]
+
+    def test_images_are_decoded_once(self, monkeypatch):
+        """The second pass takes images from memory, unless they do not fit."""
+        source = recipe(builders.image_parquet(), max_eval_samples=5)
+        decoded = []
+        original = ImagePreprocessing.image
+        monkeypatch.setattr(
+            ImagePreprocessing, "image", lambda self, im: decoded.append(im) or original(self, im)
+        )
+        for limit, count in ((2**20, 5), (2 * 3 * 16 * 16, 2 + 2 * 3)):
+            monkeypatch.setattr(data, "CACHE_BYTES", limit)
+            _, evaluation = loaders(source, open_data(source, IMAGES), plain())
+            passes = [[batch["pixel_values"] for batch in evaluation] for _ in range(2)]
+            assert len(decoded) == count
+            assert torch.equal(torch.cat(passes[0]), torch.cat(passes[1]))
+            decoded.clear()
+
+    def test_a_damaged_image_is_named(self, tmp_path):
+        """A file that is no image is an error with its number."""
+        for split in ("train", "test"):
+            for i in range(3):
+                path = tmp_path / split / f"class{i}" / "x.png"
+                path.parent.mkdir(parents=True)
+                path.write_bytes(b"no picture")
+        source = recipe(tmp_path)
+        _, evaluation = loaders(source, open_data(source, IMAGES), plain())
+        with pytest.raises(DataError, match="image 0 "):
+            next(iter(evaluation))
+
+    def test_texts_are_padded_within_a_batch(self):
+        """Sentences become token ids with an attention mask, padded to the longest."""
+        source = recipe(builders.text_csv(), text_columns=["sentence"], batch_size=16)
+        _, evaluation = loaders(source, open_data(source, TEXTS), tokenizer())
+        (batch,) = list(evaluation)
+        lengths = batch["attention_mask"].sum(1)
+        words = [len(text.split()) for text, _ in builders.sentences(16, seed=16)]
+        assert lengths.tolist() == [count + 2 for count in words]
+        assert batch["input_ids"].shape == (16, max(words) + 2)
+        assert batch["labels"].tolist() == [1, 0] * 8
+
+    def test_pairs_have_two_segments(self):
+        """The second text of a pair follows the first, marked by its token type."""
+        source = recipe(builders.text_pairs_json(), batch_size=16)
+        _, evaluation = loaders(source, open_data(source, TEXTS), tokenizer())
+        (batch,) = list(evaluation)
+        assert (batch["input_ids"] == 3).sum(1).tolist() == [2] * 16
+        assert batch["token_type_ids"].amax(1).tolist() == [1] * 16
+
+    def test_max_length_truncates(self):
+        """No sample is longer than --max-length."""
+        source = recipe(builders.text_pairs_json(), batch_size=16, max_length=6)
+        _, evaluation = loaders(source, open_data(source, TEXTS), tokenizer())
+        (batch,) = list(evaluation)
+        assert batch["input_ids"].shape == (16, 6)
+
+    def test_empty_texts(self, tmp_path):
+        """A missing sentence is an empty one."""
+        rows = ["good film,0", ",1"]
+        folder = write_csv(tmp_path / "d", "text,label", train=rows, test=rows)
+        source = recipe(folder)
+        _, evaluation = loaders(source, open_data(source, TEXTS), tokenizer())
+        (batch,) = list(evaluation)
+        assert batch["attention_mask"].sum(1).tolist() == [4, 2]
+
+    def test_a_corpus_becomes_blocks(self):
+        """Tokens run on from line to line; a block has its own tokens as labels."""
+        source = recipe(builders.corpus(), max_length=16, batch_size=1000)
+        _, evaluation = loaders(source, open_data(source, LM), tokenizer())
+        (batch,) = list(evaluation)
+        lines = (builders.corpus() / "validation.txt").read_text().splitlines()
+        wanted = [t for line in lines for t in tokenizer().tokenizer(line)["input_ids"]]
+        count = len(wanted) // 16
+        assert (
+            batch["input_ids"].tolist() == torch.tensor(wanted[: count * 16]).view(-1, 16).tolist()
+        )
+        assert torch.equal(batch["labels"], batch["input_ids"])
+
+    def test_a_corpus_shorter_than_a_block(self):
+        """Too little text names the tokens there are and --max-length."""
+        source = recipe(builders.corpus(), max_length=16, max_eval_samples=1)
+        with pytest.raises(DataError, match=r"less than one block of 16.*--max-length"):
+            loaders(source, open_data(source, LM), tokenizer())
+
+    def test_evaluation_alone(self):
+        """An artifact's evaluation opens one split and has no training loader."""
+        source = recipe(builders.image_parquet())
+        train, evaluation = loaders(
+            source, open_eval(source, IMAGES, ("red", "green", "blue")), plain()
+        )
+        assert train is None
+        assert sum(len(batch["labels"]) for batch in evaluation) == 24
+
+    def test_prepare_batch_normalises_after_augmenting(self):
+        """Augmentation sees the image's own values, the network normalised ones."""
+        pixels = torch.arange(2 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(2, 3, 8, 8)
+        batch = prepare_batch({"pixel_values": pixels, "labels": torch.ones(2)}, plain())
+        torch.testing.assert_close(batch["pixel_values"], plain().batch(pixels))
+        text = {"input_ids": torch.ones(2, 3)}
+        assert prepare_batch(text, tokenizer(), "crop-flip") is text
+
+
+class TestAugment:
+    def positions(self, batch, height, width):
+        """Return images whose pixels are their own coordinates."""
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        return torch.stack([rows, columns]).expand(batch, 2, height, width).contiguous()
+
+    def test_none_changes_nothing(self):
+        """Without augmentation the batch is the same object, and no random number is drawn."""
+        pixels = self.positions(4, 8, 8)
+        state = torch.get_rng_state()
+        assert augment(pixels, "none") is pixels
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @given(seed=st.integers(0, 2**32), height=st.integers(1, 20), width=st.integers(1, 20))
+    def test_flip_mirrors_whole_images(self, seed, height, width):
+        """Each image is as it was, or mirrored left to right."""
+        torch.manual_seed(seed)
+        pixels = self.positions(6, height, width)
+        for before, after in zip(pixels, augment(pixels, "flip"), strict=True):
+            assert torch.equal(after, before) or torch.equal(after, before.flip(2))
+
+    @given(seed=st.integers(0, 2**32), height=st.integers(1, 40), width=st.integers(1, 40))
+    def test_crop_shifts_by_an_eighth_at_most(self, seed, height, width):
+        """Each image is shifted as a whole, and its edge repeated where it moved in."""
+        torch.manual_seed(seed)
+        pixels = self.positions(4, height, width)
+        for image in augment(pixels, "crop"):
+            middle = height // 2, width // 2
+            dy, dx = image[0, middle[0], 0] - middle[0], image[1, 0, middle[1]] - middle[1]
+            assert abs(dy) <= height // 8
+            assert abs(dx) <= width // 8
+            rows = (torch.arange(height) + dy).clamp(0, height - 1)
+            columns = (torch.arange(width) + dx).clamp(0, width - 1)
+            assert torch.equal(image[0], rows[:, None].expand(height, width))
+            assert torch.equal(image[1], columns.expand(height, width))
+
+    @pytest.mark.parametrize("kind", ["crop", "flip", "crop-flip"])
+    def test_draws_from_the_global_generator(self, kind):
+        """The same seed gives the same images, another one others, and images differ."""
+        pixels = self.positions(16, 16, 16)
+        made = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            made.append(augment(pixels, kind))
+        assert torch.equal(made[0], made[1])
+        assert not torch.equal(made[0], made[2])
+        assert len({tuple(image.flatten().tolist()) for image in made[0]}) > 1
+
+    def test_half_of_the_images_are_flipped(self):
+        """Flips are as frequent as no flips."""
+        flipped = augment(self.positions(2000, 1, 2), "flip")[:, 1, 0, 0]
+        assert 900 < int(flipped.sum()) < 1100

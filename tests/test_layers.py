@@ -1,0 +1,244 @@
+"""Quantization-aware layers: the same layer to everything but the optimizer and the snap."""
+
+import copy
+import io
+
+import pytest
+import torch
+from conftest import GRIDS, grid_name
+from timm.layers import Conv2dSame
+from torch import nn
+
+from askewq.errors import DivergenceError
+from askewq.grid import fit_scale, make_grid
+from askewq.layers import (
+    QuantizedLayer,
+    quantize_layer_,
+    quantized_layers,
+    snap_,
+    snapped,
+)
+
+
+class DoublingLinear(nn.Linear):
+    """A model's own subclass with a forward and an attribute of its own."""
+
+    factor = 2.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.factor
+
+
+LAYERS = {
+    "Linear": (lambda: nn.Linear(6, 4), (3, 6)),
+    "Linear without bias": (lambda: nn.Linear(6, 4, bias=False), (2, 3, 6)),
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 8, 8)),
+    "grouped Conv2d": (lambda: nn.Conv2d(4, 8, 3, groups=4, dilation=2), (2, 4, 9, 9)),
+    "reflecting Conv2d": (
+        lambda: nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"),
+        (1, 3, 6, 6),
+    ),
+    "Conv3d": (lambda: nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 4)),
+    "timm's Conv2dSame": (lambda: Conv2dSame(4, 6, 3, stride=2), (2, 4, 7, 7)),
+    "own subclass": (lambda: DoublingLinear(6, 4), (3, 6)),
+}
+every_layer = pytest.mark.parametrize(("build", "inputs"), LAYERS.values(), ids=LAYERS.keys())
+
+
+def quantized(layer: nn.Module, bits: int | str = 2) -> nn.Module:
+    """Return the layer made quantization-aware, with a fitted scale."""
+    grid = make_grid(bits)
+    quantize_layer_(layer, grid, fit_scale(layer.weight, grid))
+    return layer
+
+
+@every_layer
+def test_forward_and_gradients_stay_the_same_bits(build, inputs):
+    """Outputs and gradients before and after the change of class are bit-identical."""
+    layer, x = build(), torch.randn(inputs)
+    layer(x).square().sum().backward()
+    expected, gradient = layer(x).detach(), layer.weight.grad.clone()
+    layer.zero_grad()
+    layer = quantized(layer)
+    layer(x).square().sum().backward()
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.weight.grad, gradient)
+
+
+@every_layer
+def test_the_layer_stays_what_it_was(build, inputs):
+    """Same object, same class lineage, same Parameter; hooks still run and repr is still shown."""
+    layer = build()
+    kind, weight, settings = type(layer), layer.weight, layer.extra_repr()
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(True))
+    assert quantized(layer) is layer
+    assert isinstance(layer, kind)
+    assert isinstance(layer, QuantizedLayer)
+    assert type(layer).__name__ == f"Quantized{kind.__name__}"
+    assert layer.weight is weight
+    assert layer.extra_repr() == settings
+    layer(torch.randn(inputs))
+    assert seen == [True]
+
+
+@every_layer
+def test_state_dict_keeps_its_keys(build, inputs):
+    """The state dict has the keys and values of before, and weight_scale."""
+    layer = build()
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    after = quantized(layer).state_dict()
+    assert list(after) == [*before, "weight_scale"]
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_layers_of_one_class_share_one_class():
+    """Two quantized Linear layers are of the same class, and another class is not touched."""
+    assert type(quantized(nn.Linear(2, 2))) is type(quantized(nn.Linear(3, 3)))
+    assert type(nn.Linear(2, 2)) is nn.Linear
+
+
+def test_deepcopy_is_independent():
+    """A deep copy has its own weights, the same grid, and can be snapped alone."""
+    model = nn.Sequential(quantized(nn.Linear(6, 4)), nn.ReLU(), quantized(nn.Linear(4, 3)))
+    weight = model[0].weight.detach().clone()
+    twin = copy.deepcopy(model)
+    assert list(quantized_layers(twin)) == ["0", "2"]
+    assert twin[0].grid == model[0].grid
+    snap_(twin)
+    assert torch.equal(model[0].weight, weight)
+    assert not torch.equal(twin[0].weight, weight)
+    assert torch.equal(twin[0].weight, model[0].grid.snap(weight, model[0].weight_scale))
+
+
+def test_a_quantized_model_can_be_pickled():
+    """torch.save of the whole module, and so a process started by spawn, works."""
+    model = quantized(nn.Linear(6, 4))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert type(loaded) is type(model)
+    assert loaded.grid == model.grid
+    assert torch.equal(loaded.codes(), model.codes())
+
+
+def test_scale_moves_with_the_layer():
+    """The scale is a buffer: it follows the layer to another type, and the codes stay."""
+    layer = quantized(nn.Linear(6, 4))
+    codes = layer.codes()
+    layer.double()
+    assert layer.weight_scale.dtype == torch.float64
+    assert torch.equal(layer.codes(), codes)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_snap_puts_every_weight_on_a_level(grid):
+    """After the snap a layer holds at most as many values per scale as its grid has levels."""
+    layer = nn.Linear(64, 3)
+    quantize_layer_(layer, grid, fit_scale(layer.weight, grid))
+    codes = layer.codes()
+    snap_(layer)
+    assert torch.equal(layer.weight, grid.values(codes, layer.weight_scale))
+    assert torch.equal(layer.codes(), codes)
+    for row, scale in zip(layer.weight.detach(), layer.weight_scale, strict=True):
+        assert set(row.tolist()) <= set((grid.levels() * scale).tolist())
+
+
+def test_snap_keeps_the_parameter_and_its_memory_format():
+    """The snap writes in place: same Parameter, same memory, still channels_last."""
+    layer = quantized(nn.Conv2d(4, 6, 3)).to(memory_format=torch.channels_last)
+    weight, pointer = layer.weight, layer.weight.data_ptr()
+    expected = layer.grid.snap(weight.detach(), layer.weight_scale)
+    snap_(layer)
+    assert layer.weight is weight
+    assert weight.data_ptr() == pointer
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(weight, expected)
+
+
+def test_snapped_restores_bit_for_bit():
+    """Inside the block weights are on their levels; after it they are the bits of before."""
+    model = nn.Sequential(quantized(nn.Linear(6, 4)), quantized(nn.Conv2d(3, 3, 3), "ternary"))
+    before = [layer.weight.detach().clone() for layer in model]
+    with snapped(model):
+        for layer, weight in zip(model, before, strict=True):
+            assert torch.equal(layer.weight, layer.grid.snap(weight, layer.weight_scale))
+            assert not torch.equal(layer.weight, weight)
+    assert all(torch.equal(m.weight, w) for m, w in zip(model, before, strict=True))
+
+
+def test_snapped_restores_when_the_body_raises():
+    """An exception inside the block passes through, and the weights come back."""
+    model = quantized(nn.Linear(6, 4))
+    before = model.weight.detach().clone()
+    inside = []
+
+    def body() -> None:
+        inside.append(model.weight.detach().clone())
+        raise KeyError("from the body")
+
+    with pytest.raises(KeyError, match="from the body"), snapped(model):
+        body()
+    assert not torch.equal(inside[0], before)
+    assert torch.equal(model.weight, before)
+
+
+def test_snapped_restores_when_the_snap_raises():
+    """When a later layer cannot be snapped, the earlier ones come back."""
+    model = nn.Sequential(quantized(nn.Linear(6, 4)), quantized(nn.Linear(4, 4)))
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    before = model[0].weight.detach().clone()
+    with pytest.raises(DivergenceError), snapped(model):
+        pytest.fail("the body must not run")
+    assert torch.equal(model[0].weight, before)
+
+
+def test_snapped_leaves_gradients_alone():
+    """Gradients computed before the block are still there after it."""
+    model = quantized(nn.Linear(6, 4))
+    model(torch.randn(2, 6)).sum().backward()
+    gradient = model.weight.grad.clone()
+    with snapped(model):
+        pass
+    assert torch.equal(model.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("action", [lambda layer: layer.codes(), snap_])
+def test_weights_that_are_not_finite_have_no_codes(value, action):
+    """NaN and infinity are an error that says what to do, not some code."""
+    layer = quantized(nn.Linear(6, 4))
+    with torch.no_grad():
+        layer.weight[1, 2] = value
+    with pytest.raises(DivergenceError) as error:
+        action(layer)
+    assert "a weight of shape (4, 6) holds NaN or infinite values" in str(error.value)
+    assert "go back to an earlier checkpoint and train with a smaller lr" in str(error.value)
+
+
+def test_quantized_layers_by_name():
+    """Only quantization-aware layers are listed, in the model's order, under their names."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": quantized(nn.Linear(4, 4))})
+    model["c"] = nn.Sequential(quantized(nn.Conv1d(4, 4, 1)))
+    layers = quantized_layers(model)
+    assert list(layers) == ["b", "c.0"]
+    assert layers["b"] is model["b"]
+
+
+def test_layers_that_share_a_weight_are_listed_once():
+    """Of two layers with one Parameter the first is listed, and it is snapped once."""
+    a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+    b.weight = a.weight
+    grid = make_grid(2)
+    scale = fit_scale(a.weight, grid)
+    for layer in (a, b):
+        quantize_layer_(layer, grid, scale)
+    model = nn.Sequential(a, b)
+    assert list(quantized_layers(model)) == ["0"]
+    expected = grid.snap(a.weight.detach(), scale)
+    snap_(model)
+    assert torch.equal(a.weight, expected)
+    assert a.weight is b.weight

@@ -1,0 +1,871 @@
+"""The skewed optimizers: beside the scalar reference, beside torch's, and on their own promises."""
+
+import copy
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from conftest import GRIDS, grid_name, grids, pulls, random_tensor, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import SGD, AdamW, Reference
+from torch import nn
+
+from askewq import optim
+from askewq.anneal import Closing
+from askewq.constraint import nearest, radius_of, slack
+from askewq.errors import DivergenceError, ModelError, RecipeError
+from askewq.grid import GroupSize, fit_scale, make_grid, scale_shape
+from askewq.layers import quantize_layer_, quantized_layers
+from askewq.optim import DISTANCE_BINS, AskewAdamW, AskewSGD, Interval, constrain
+
+FREE = Closing("single", start=0.0, end=1.0, final_radius=0.5)  # eps = 1 all along
+SINGLE = Closing("single", start=0.0, end=1.0, power=1.0, final_radius=0.01)
+STAGGERED = Closing("staggered", start=0.0, end=0.9, power=3.0, every=3)
+
+OPTIMIZERS = {
+    "SGD": lambda model, **options: AskewSGD(model, lr=0.05, **options),
+    "momentum": lambda model, **options: AskewSGD(
+        model, lr=0.02, momentum=0.9, weight_decay=0.01, **options
+    ),
+    "nesterov": lambda model, **options: AskewSGD(
+        model, lr=0.02, momentum=0.9, weight_decay=0.01, nesterov=True, **options
+    ),
+    "AdamW": lambda model, **options: AskewAdamW(model, lr=0.02, weight_decay=0.1, **options),
+}
+TORCHS = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.05),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=0.01),
+    "nesterov": lambda params: torch.optim.SGD(
+        params, lr=0.02, momentum=0.9, weight_decay=0.01, nesterov=True
+    ),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.02, weight_decay=0.1),
+}
+REFERENCES = {
+    "SGD": (0.05, SGD),
+    "momentum": (0.02, lambda: SGD(momentum=0.9, weight_decay=0.01)),
+    "nesterov": (0.02, lambda: SGD(momentum=0.9, weight_decay=0.01, nesterov=True)),
+    "AdamW": (0.02, lambda: AdamW(weight_decay=0.1)),
+}
+every_optimizer = pytest.mark.parametrize("base", OPTIMIZERS)
+every_closing = pytest.mark.parametrize("closing", [SINGLE, STAGGERED], ids=lambda c: c.kind)
+PARITY_GRIDS = [
+    grid for grid in GRIDS if grid_name(grid) in
+    ("1-integer", "ternary-integer", "2-integer", "2-half-integer", "3-integer", "4-integer",
+     "8-integer")
+]  # fmt: skip
+
+
+def spread(
+    layer: nn.Module, bits_grid, group_size: GroupSize = "channel", *, seed: int = 0, margin=0.45
+) -> nn.Module:
+    """Quantize a layer and spread its weights over the grid and `margin` spacings beyond it."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = layer.weight
+    shape = scale_shape(weight.shape, group_size)
+    scale = 0.5 + torch.rand(shape, generator=generator, dtype=weight.dtype)
+    x = torch.rand(weight.shape, generator=generator, dtype=weight.dtype)
+    x = x * (bits_grid.last + 2 * margin) - margin
+    rows = (bits_grid.first + bits_grid.step * x).reshape(scale.numel(), -1)
+    with torch.no_grad():
+        weight.copy_((rows * scale.reshape(-1, 1)).reshape(weight.shape))
+    quantize_layer_(layer, bits_grid, scale)
+    return layer
+
+
+def network(
+    *, dtype: torch.dtype = torch.float64, bits: int = 2, scale: float | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """Return a plain model, and its twin with quantized layers; the scale is fitted if not given."""
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 4)
+    ).to(dtype)
+    twin = copy.deepcopy(plain)
+    for layer in (twin[2], twin[4]):
+        grid = make_grid(bits)
+        fitted = fit_scale(layer.weight, grid)
+        quantize_layer_(layer, grid, fitted if scale is None else torch.full_like(fitted, scale))
+    return plain, twin
+
+
+def wide(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    """Return a plain model and its twin on a grid that no test's updates lead out of."""
+    return network(dtype=dtype, bits=8, scale=0.1)
+
+
+def copies(model: nn.Module, count: int) -> list[nn.Module]:
+    """Return independent copies of a model."""
+    return [copy.deepcopy(model) for _ in range(count)]
+
+
+def give_gradients(models: list[nn.Module], seed: int) -> None:
+    """Put the same random gradients on the parameters of all models."""
+    for i, parameters in enumerate(zip(*(model.parameters() for model in models), strict=True)):
+        gradient = random_tensor(1000 * seed + i, *parameters[0].shape, dtype=parameters[0].dtype)
+        for parameter in parameters:
+            parameter.grad = gradient.clone()
+
+
+def on_level(model: nn.Module) -> list[torch.Tensor]:
+    """Return which weights of each quantized layer are exactly on a level."""
+    return [
+        layer.weight.detach() == layer.grid.snap(layer.weight.detach(), layer.weight_scale)
+        for layer in quantized_layers(model).values()
+    ]
+
+
+# --- beside the scalar reference ---------------------------------------------------------------
+
+
+class Twin:
+    """One layer and its scalar reference, pulled to the same minimum by the same noisy slope."""
+
+    def __init__(self, grid, group_size: GroupSize, seed: int, **settings):
+        layer = nn.Linear(6, 2, bias=False, dtype=torch.float64)
+        self.layer = spread(layer, grid, group_size, seed=seed)
+        units = layer.weight_scale.flatten().repeat_interleave(12 // layer.weight_scale.numel())
+        self.spacing = (grid.step * units).reshape(2, 6)
+        self.target = layer.weight.detach() + 1.5 * self.spacing * random_tensor(seed, 2, 6)
+        self.noise = self.spacing * random_tensor(seed + 1, 100, 2, 6)
+        self.targets, self.noises = self.target.flatten().tolist(), self.noise.flatten(1).tolist()
+        self.reference = Reference(
+            weights=layer.weight.flatten().tolist(),
+            levels=[[k * unit for k in grid.levels().tolist()] for unit in units.tolist()],
+            **settings,
+        )
+
+    def give_gradient(self, t: int) -> list[float]:
+        """Give the layer its gradient at step t, and return the reference's."""
+        self.layer.weight.grad = self.layer.weight.detach() - self.target + self.noise[t]
+        triples = zip(self.reference.weights, self.targets, self.noises[t], strict=True)
+        return [weight - target + noise for weight, target, noise in triples]
+
+    def gap(self) -> float:
+        """Return the largest difference between the two, in level spacings."""
+        expected = torch.tensor(self.reference.weights, dtype=torch.float64).reshape(2, 6)
+        return ((self.layer.weight.detach() - expected) / self.spacing).abs().max().item()
+
+
+@pytest.mark.parametrize("pull", ["decoupled", "coupled"])
+@every_closing
+@pytest.mark.parametrize("base", ["momentum", "nesterov", "AdamW"])
+@pytest.mark.parametrize("grid", PARITY_GRIDS, ids=grid_name)
+def test_a_hundred_steps_beside_the_reference(grid, base, closing, pull):
+    """For 100 steps every weight stays within 1e-10 of Algorithm 1, for each kind of scale."""
+    lr, rule = REFERENCES[base]
+    alpha, clip = (0.2, 0.1) if pull == "decoupled" else (0.2 / lr, 0.1 / lr)
+    settings = {"alpha": alpha, "clip": clip}
+    twins = [
+        Twin(
+            grid, group_size, seed, base=rule(), coupled=pull == "coupled", every=closing.every,
+            **settings,
+        )
+        for seed, group_size in enumerate(["tensor", "channel", 3])
+    ]  # fmt: skip
+    model = nn.ModuleList(twin.layer for twin in twins)
+    optimizer = OPTIMIZERS[base](model, closing=closing, pull=pull, **settings)
+    for t in range(100):
+        optimizer.param_groups[0]["lr"] = now = lr * (1 - t / 200)
+        if closing is SINGLE:
+            eps_rel, share = (4 * 0.01 * 0.99) ** (2 * t / 100), 0.0
+        else:
+            eps_rel, share = 1.0, 1 - (1 - min(t / 100 / 0.9, 1)) ** 3
+        for twin in twins:
+            twin.reference.step(twin.give_gradient(t), now, eps_rel, share)
+        optimizer.anneal(t / 100)
+        optimizer.step()
+        gap = max(twin.gap() for twin in twins)
+        assert gap < 1e-10 * grid.size, f"step {t}: {gap:.1e} level spacings apart"
+    if closing is STAGGERED:
+        assert all(len(twin.reference.held) == 12 for twin in twins)
+    else:  # both branches of the algorithm were taken
+        assert all(50 < twin.reference.bound < 1150 for twin in twins)
+
+
+# --- the constrained landing, on tensors -------------------------------------------------------
+
+
+def interval(grid, *, eps: float, pull: float, clip: float, within: float = -1.0) -> Interval:
+    """Return an interval as the optimizer makes it, in float64."""
+    numbers = (grid.first, grid.step, float(grid.last), eps, pull, clip, within)
+    return Interval(*(torch.tensor(number, dtype=torch.float64) for number in numbers))
+
+
+@given(grid=grids, seed=seeds, eps=st.floats(0, 1), pull=pulls, staggered=st.booleans())
+def test_feasible_weights_land_on_the_plain_update(grid, seed, eps, pull, staggered):
+    """Weights with slack follow the base update bit for bit, and so do those that gain slack."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 0.5 + torch.rand(3, 1, generator=generator, dtype=torch.float64)
+    x = torch.rand(3, 40, generator=generator, dtype=torch.float64) * (grid.last + 1) - 0.5
+    weight = (grid.first + grid.step * x) * scale
+    plain = weight + 0.1 * torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    landed = constrain(
+        weight, plain, scale, interval(grid, eps=eps, pull=pull, clip=0.1), staggered=staggered
+    )
+    x = grid.coordinate(weight, scale)
+    psi, slope = slack(x, grid.last, eps)
+    growth = (plain - weight) / (scale * grid.step) * slope
+    free = (psi > 1e-9) | (growth > -pull * psi + 1e-9)
+    bound = (psi < -1e-9) & (growth < -pull * psi - 1e-9)
+    assert torch.equal(landed[free], plain[free])
+    assert (landed[bound] != plain[bound]).all()
+    back = (landed - weight) * slope
+    assert (back[bound & (slope != 0)] > 0).all(), "a bound weight must drift toward its interval"
+
+
+@given(grid=grids, seed=seeds, pull=pulls, clip=st.floats(1e-4, 0.5))
+def test_the_drift_is_clipped_in_level_spacings(grid, seed, pull, clip):
+    """No weight moves further than its update, or than `clip` spacings where it is bound."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10 ** (torch.rand(4, 1, generator=generator, dtype=torch.float64) * 8 - 4)
+    x = torch.rand(4, 30, generator=generator, dtype=torch.float64) * (grid.last + 6) - 3
+    weight = (grid.first + grid.step * x) * scale
+    bounds = interval(grid, eps=1e-3, pull=pull, clip=clip)
+    landed = constrain(weight, weight.clone(), scale, bounds, staggered=False)
+    moved = ((landed - weight) / (scale * grid.step)).abs()
+    assert moved.max() <= clip * (1 + 1e-9)
+    assert (moved > 0).any()
+
+
+@given(grid=grids, seed=seeds, within=st.floats(0, 0.5))
+def test_closed_weights_land_on_their_level(grid, seed, within):
+    """Staggered, weights within the threshold land on the very bits that Grid.snap gives."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 0.5 + torch.rand(3, 1, generator=generator, dtype=torch.float64)
+    x = torch.rand(3, 40, generator=generator, dtype=torch.float64) * (grid.last + 0.8) - 0.4
+    weight = (grid.first + grid.step * x) * scale
+    weight[0, :5] = grid.snap(weight[0, :5].reshape(1, -1), scale[:1])
+    bounds = interval(grid, eps=1.0, pull=0.5, clip=0.1, within=within)
+    landed = constrain(weight, weight + 0.01, scale, bounds, staggered=True)
+    snapped = grid.snap(weight, scale)
+    distance = ((weight - snapped) / (scale * grid.step)).abs()
+    closed = distance < within - 1e-9
+    closed[0, :5] = True
+    assert torch.equal(landed[closed], snapped[closed])
+    open_ = (distance > within + 1e-9) & (weight != snapped)
+    assert (landed[open_] != snapped[open_]).all()
+
+
+# --- beside torch's optimizers -----------------------------------------------------------------
+
+
+@every_optimizer
+@pytest.mark.parametrize("closing", [FREE, Closing(start=0.5)], ids=["eps 1", "not yet closing"])
+def test_without_a_constraint_it_is_torchs_optimizer_in_float64(base, closing):
+    """With eps = 1 inside the grid 20 steps agree with torch's to 1e-12."""
+    plain, twin = wide()
+    torchs, askew = TORCHS[base](plain.parameters()), OPTIMIZERS[base](twin, closing=closing)
+    for t in range(20):
+        give_gradients([plain, twin], t)
+        torchs.step()
+        askew.anneal(t / 100)
+        askew.step()
+    for expected, parameter in zip(plain.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(plain[2].weight, wide()[0][2].weight)
+
+
+@every_optimizer
+def test_without_a_constraint_it_is_torchs_optimizer_in_float32(base):
+    """In float32 a step is within a few units in the last place of torch's."""
+    plain, twin = wide(torch.float32)
+    torchs, askew = TORCHS[base](plain.parameters()), OPTIMIZERS[base](twin, closing=FREE)
+    for t in range(10):
+        before = [parameter.detach().clone() for parameter in plain.parameters()]
+        give_gradients([plain, twin], t)
+        torchs.step()
+        askew.anneal(t / 10)
+        askew.step()
+        for old, expected, parameter in zip(
+            before, plain.parameters(), twin.parameters(), strict=True
+        ):
+            largest = torch.maximum(old.abs(), expected.detach().abs())
+            ulps = (parameter - expected).abs() / (largest * torch.finfo(torch.float32).eps)
+            assert ulps.max() <= 8, f"step {t}: {ulps.max():.1f} units in the last place"
+            parameter.data.copy_(expected)  # so that every step starts from the same weights
+        for expected, state in zip(
+            (torchs.state[p] for p in plain.parameters()),
+            (askew.state[p] for p in twin.parameters()),
+            strict=True,
+        ):
+            for name, value in expected.items():
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+
+
+@every_optimizer
+@every_closing
+def test_other_parameters_are_torchs_bit_for_bit(base, closing):
+    """Parameters without a grid are updated by torch's own step, to the bit."""
+    plain, twin = network(dtype=torch.float32)
+    torchs, askew = TORCHS[base](plain.parameters()), OPTIMIZERS[base](twin, closing=closing)
+    for t in range(10):
+        give_gradients([plain, twin], t)
+        torchs.step()
+        askew.anneal(t / 10)
+        askew.step()
+    for (name, expected), parameter in zip(
+        plain.named_parameters(), twin.parameters(), strict=True
+    ):
+        if name not in ("2.weight", "4.weight"):
+            assert torch.equal(parameter, expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_cross_the_middle_freely_at_eps_one(dtype):
+    """With eps = 1 small updates carry a weight over half-way as torch's do, without sticking."""
+    layer = nn.Linear(400, 2, bias=False, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.498, 0.502, 400).expand(2, 400))
+    quantize_layer_(layer, make_grid(2), torch.ones(1, 1, dtype=dtype))
+    plain = nn.Parameter(layer.weight.detach().clone())
+    torchs, askew = torch.optim.SGD([plain], lr=1.0), AskewSGD(layer, lr=1.0, closing=FREE)
+    gradient = torch.tensor([[1e-5], [-1e-5]], dtype=dtype).expand(2, 400)
+    for _ in range(200):
+        plain.grad, layer.weight.grad = gradient.clone(), gradient.clone()
+        torchs.step()
+        askew.step()
+    torch.testing.assert_close(layer.weight.detach(), plain.detach(), rtol=1e-6, atol=1e-6)
+
+
+@every_optimizer
+@every_closing
+def test_state_is_exactly_torchs(base, closing):
+    """The state holds the tensors that torch's optimizer holds and no copy of the weights."""
+    plain, twin = network(dtype=torch.float32)
+    torchs, askew = TORCHS[base](plain.parameters()), OPTIMIZERS[base](twin, closing=closing)
+    for t in range(3):
+        give_gradients([plain, twin], t)
+        torchs.step()
+        askew.anneal(t / 3)
+        askew.step()
+
+    def layout(optimizer: torch.optim.Optimizer) -> dict:
+        return {
+            key: {
+                name: (tuple(value.shape), value.dtype) if torch.is_tensor(value) else value
+                for name, value in state.items()
+            }
+            for key, state in optimizer.state_dict()["state"].items()
+        }
+
+    assert layout(askew) == layout(torchs)
+    own = [value for name, value in vars(askew).items() if name not in ("state", "param_groups")]
+    assert not any(torch.is_tensor(value) for value in own)
+
+
+@every_optimizer
+def test_groups_hold_numbers_strings_and_tensors_only(base):
+    """What Accelerate has to reload from the state dict is plain."""
+    _, twin = network()
+    optimizer = OPTIMIZERS[base](twin)
+    for group in optimizer.state_dict()["param_groups"]:
+        for name, value in group.items():
+            plain = value if isinstance(value, list | tuple) else [value]
+            assert all(isinstance(v, int | float | str | bool | None) for v in plain), name
+
+
+@every_optimizer
+@every_closing
+def test_a_reloaded_optimizer_continues_identically(base, closing):
+    """Saved and loaded with weights_only, the optimizer makes the same bits as without a break."""
+    _, model = network(dtype=torch.float32)
+    optimizer = OPTIMIZERS[base](model, closing=closing)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for t in steps:
+            give_gradients([model], t)
+            optimizer.anneal(t / 20)
+            optimizer.step()
+
+    train(model, optimizer, range(8))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    _, resumed = network(dtype=torch.float32)
+    resumed.load_state_dict(saved["model"])
+    reloaded = OPTIMIZERS[base](resumed, closing=closing)
+    reloaded.load_state_dict(saved["optimizer"])
+    for a, b in ((model, optimizer), (resumed, reloaded)):
+        train(a, b, range(8, 16))
+    for (name, expected), parameter in zip(
+        model.named_parameters(), resumed.parameters(), strict=True
+    ):
+        assert torch.equal(parameter, expected), name
+    assert any(closed.any() for closed in on_level(model)) == (closing is STAGGERED)
+
+
+def test_parameter_groups_have_their_own_settings():
+    """Weights in a group with its own lr and weight decay are updated with them."""
+    plain, twin = wide()
+
+    def groups(model: nn.Module) -> list[dict]:
+        norms = list(model[1].parameters())
+        others = [p for p in model.parameters() if all(p is not norm for norm in norms)]
+        return [
+            {"params": norms, "weight_decay": 0.0},
+            {"params": others, "weight_decay": 0.2, "lr": 0.03},
+        ]
+
+    torchs = torch.optim.SGD(groups(plain), lr=0.01, momentum=0.5)
+    askew = AskewSGD(twin, lr=0.01, momentum=0.5, params=groups(twin), closing=FREE)
+    for t in range(5):
+        give_gradients([plain, twin], t)
+        torchs.step()
+        askew.anneal(0.1)
+        askew.step()
+    for expected, parameter in zip(plain.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_group_added_later_is_trained():
+    """add_param_group works as with torch's optimizers, for gradual unfreezing."""
+    _, twin = network()
+    late = twin[4]
+    early = [p for p in twin.parameters() if p is not late.weight]
+    optimizer = AskewSGD(twin, lr=0.1, params=early, closing=SINGLE)
+    optimizer.add_param_group({"params": [late.weight], "lr": 0.2})
+    before = late.weight.detach().clone()
+    give_gradients([twin], 0)
+    optimizer.anneal(0.5)
+    optimizer.step()
+    assert not torch.equal(late.weight, before)
+
+
+def test_only_the_given_parameters_are_trained():
+    """Parameters that are not in `params`, or that need no gradient, stay as they are."""
+    _, twin = network()
+    twin[0].weight.requires_grad_(False)
+    assert all(p is not twin[0].weight for p in AskewSGD(twin, lr=0.1).param_groups[0]["params"])
+    before = [p.detach().clone() for p in twin.parameters()]
+    optimizer = AskewSGD(twin, lr=0.1, params=[twin[2].weight, twin[4].bias])
+    give_gradients([twin], 0)
+    optimizer.step()
+    changed = [not torch.equal(p, b) for p, b in zip(twin.parameters(), before, strict=True)]
+    names = [name for name, _ in twin.named_parameters()]
+    assert [n for n, c in zip(names, changed, strict=True) if c] == ["2.weight", "4.bias"]
+
+
+@every_optimizer
+def test_weights_without_a_gradient_are_left_alone(base):
+    """A step moves neither a quantized weight without gradient nor its state."""
+    _, twin = network()
+    optimizer = OPTIMIZERS[base](twin, closing=SINGLE)
+    give_gradients([twin], 0)
+    optimizer.step()
+    weight, state = twin[2].weight.detach().clone(), copy.deepcopy(optimizer.state[twin[2].weight])
+    give_gradients([twin], 1)
+    twin[2].weight.grad = None
+    optimizer.anneal(0.5)
+    optimizer.step()
+    assert torch.equal(twin[2].weight, weight)
+    assert all(
+        value is state[name] or torch.equal(value, state[name])
+        for name, value in optimizer.state[twin[2].weight].items()
+    )
+
+
+def test_gradients_are_still_there_after_the_step():
+    """The step leaves every gradient, the quantized weights' too, for the caller to use."""
+    _, twin = network()
+    optimizer = AskewSGD(twin, lr=0.1, momentum=0.9)
+    give_gradients([twin], 0)
+    before = [p.grad.clone() for p in twin.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(twin.parameters(), before, strict=True))
+
+
+def test_a_closure_is_called_once_with_gradients_enabled():
+    """`step(closure)` evaluates the closure before the update and returns its loss."""
+    layer = spread(nn.Linear(6, 4), make_grid(2))
+    optimizer = AskewSGD(layer, lr=0.1, closing=FREE)
+    calls = []
+
+    def closure() -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        loss = layer(torch.ones(2, 6)).square().sum()
+        loss.backward()
+        return loss
+
+    before = layer.weight.detach().clone()
+    loss = optimizer.step(closure)
+    assert calls == [True]
+    assert loss.item() > 0
+    assert not torch.equal(layer.weight, before)
+
+
+def test_step_hooks_run_once():
+    """Hooks run once a step, also after a torch optimizer of the same kind was built."""
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    _, twin = network()
+    optimizer = AskewSGD(twin, lr=0.1)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    give_gradients([twin], 0)
+    optimizer.step()
+    assert calls == ["pre", "post"]
+
+
+def test_a_torch_scheduler_drives_the_lr():
+    """The schedulers of torch find the optimizer and its learning rate where they expect them."""
+    layer = spread(nn.Linear(6, 4), make_grid(2))
+    optimizer = AskewSGD(layer, lr=0.4, closing=FREE)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for expected in (0.4, 0.2, 0.1):
+        assert optimizer.param_groups[0]["lr"] == expected
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("base", ["momentum", "AdamW"])
+@every_closing
+def test_channels_last_weights_are_updated_as_contiguous_ones(base, closing):
+    """The memory format changes neither the weights nor the way they are stored."""
+    models = copies(
+        nn.Sequential(spread(nn.Conv2d(4, 6, 3), make_grid(2), 9), nn.Conv2d(6, 2, 1)), 2
+    )
+    models[1].to(memory_format=torch.channels_last)
+    optimizers = [OPTIMIZERS[base](model, closing=closing) for model in models]
+    for t in range(6):
+        give_gradients(models, t)
+        models[1][0].weight.grad = models[1][0].weight.grad.to(memory_format=torch.channels_last)
+        for optimizer in optimizers:
+            optimizer.anneal(t / 6)
+            optimizer.step()
+    assert models[1][0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not models[1][0].weight.is_contiguous()
+    assert torch.equal(models[0][0].weight, models[1][0].weight)
+    assert torch.equal(models[0][1].weight, models[1][1].weight)
+
+
+# --- the theorem -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("pull", ["coupled", "decoupled"])
+@pytest.mark.parametrize("grid", [make_grid(1), make_grid(3, "half-integer")], ids=grid_name)
+def test_it_converges_to_a_kkt_point(grid, pull, noise):
+    """Theorem 1: with eps fixed and decreasing steps the limit is feasible and a KKT point."""
+    radius = 0.15
+    closing = Closing("single", start=0.0, end=1.0, power=1.0, final_radius=radius)
+    layer = spread(nn.Linear(12, 3, bias=False, dtype=torch.float64), grid, "tensor", margin=0.6)
+    unit = layer.weight_scale.item() * grid.step
+    mixing = 0.3 * random_tensor(5, 36, 36) / 36
+    hessian = torch.eye(36, dtype=torch.float64) + mixing @ mixing.T
+    goal = torch.rand(36, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    near = nearest(grid.coordinate(layer.weight.detach(), layer.weight_scale), grid.last).flatten()
+    goal[::2] = near[::2] + 0.1 * (goal[::2] - 0.5)  # every other minimum lies in an interval
+    goal[1::2] = goal[1::2] * (grid.last + 2) - 1
+    target = layer.weight_scale.item() * (grid.first + grid.step * goal)
+
+    def gradient() -> torch.Tensor:
+        return hessian @ (layer.weight.detach().flatten() - target)
+
+    optimizer = AskewSGD(layer, lr=0.3, closing=closing, alpha=0.5, clip=1.0, pull=pull)
+    optimizer.anneal(1.0)
+    disturbance = noise * unit * random_tensor(9, 2500, 36)
+    for k in range(2500):
+        optimizer.param_groups[0]["lr"] = 0.3 / (1 + k / 20) ** 0.9
+        layer.weight.grad = (gradient() + disturbance[k]).reshape(3, 12)
+        optimizer.step()
+
+    x = grid.coordinate(layer.weight.detach(), layer.weight_scale).flatten()
+    psi, slope = slack(x, grid.last, closing.eps(1.0))
+    tolerance = 0.01 if noise == 0 else 0.03
+    to_border = psi / slope.abs().clamp_min(1e-3)  # first order, in level spacings
+    grad = gradient() / unit
+    assert (to_border > -tolerance).all(), "every weight is in its interval"
+    inside = to_border > tolerance
+    border = ~inside
+    assert inside.any(), "the problem must have weights of both kinds"
+    assert border.any()
+    assert (grad[inside].abs() < tolerance).all(), "the gradient vanishes inside"
+    assert (grad[border] * slope[border].sign() > -tolerance).all(), "and points inward on it"
+    assert (grad[border].abs() > 0.1).any()
+
+
+# --- staggered closing -------------------------------------------------------------------------
+
+
+def distances(layer: nn.Module) -> torch.Tensor:
+    """Return every weight's distance to its nearest level, in spacings."""
+    x = layer.grid.coordinate(layer.weight.detach(), layer.weight_scale)
+    levels = torch.arange(layer.grid.size, dtype=x.dtype)
+    return (x.unsqueeze(-1) - levels).abs().amin(-1)
+
+
+@pytest.mark.parametrize("base", ["momentum", "AdamW"])
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 5])
+@pytest.mark.parametrize("grid", [make_grid(1), make_grid(2), make_grid(4, "half-integer")])
+def test_the_nearest_weights_are_closed_and_stay(grid, group_size, base):
+    """The target share closes, the nearest first, at most a bin more; closed weights never move."""
+    layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), grid, group_size)
+    closing = Closing(start=0.1, end=0.9, power=2.0, every=2)
+    optimizer = OPTIMIZERS[base](layer, closing=closing)
+    count = layer.weight.numel()
+    held = torch.zeros(25, 40, dtype=torch.bool)
+    seen = set()
+    for t in range(40):
+        layer.weight.grad = random_tensor(t, 25, 40)
+        before, distance = layer.weight.detach().clone(), distances(layer)
+        optimizer.anneal(t / 40)
+        optimizer.step()
+        (closed,) = on_level(layer)
+        assert torch.equal(layer.weight[held], before[held]), "a closed weight moved"
+        assert (closed | ~held).all()
+        target = int(closing.closed_share(t / 40) * count)
+        if closing.closed_share(t / 40) == 0 or (t % 2 and target < count):
+            assert torch.equal(closed, held), "weights closed out of turn"
+        else:
+            assert closed.sum() >= target
+            edge = distance[closed].max()
+            assert (distance[~closed] >= edge).all(), "an open weight was nearer"
+            one_bin_less = (distance <= edge - 1 / (2 * DISTANCE_BINS)).sum()
+            assert one_bin_less < max(target, 1), "more than a bin too many"
+        held = closed
+        seen.add(int(closed.sum()))
+    assert held.all()
+    assert optimizer.feasible_share() == 1
+    assert len(seen) > 10
+
+
+@every_optimizer
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_everything_is_closed_at_the_end(grid, base):
+    """At share 1 every weight is exactly on a level, however far away it was."""
+    layer = spread(nn.Linear(30, 5), grid, margin=3.0)
+    optimizer = OPTIMIZERS[base](layer, closing=Closing(end=0.9))
+    layer.weight.grad = random_tensor(0, 5, 30, dtype=torch.float32)
+    expected = grid.snap(layer.weight.detach(), layer.weight_scale)
+    optimizer.anneal(0.9)
+    optimizer.step()
+    assert torch.equal(layer.weight, expected)
+    layer.weight.grad = random_tensor(1, 5, 30, dtype=torch.float32)
+    optimizer.step()
+    assert torch.equal(layer.weight, expected)
+
+
+@pytest.mark.parametrize("outside", [0.3, 0.6, 3.0])
+def test_weights_far_outside_the_grid_are_closed_in_their_turn(outside):
+    """The closed share reaches its target also where many weights lie beyond the last level."""
+    layer = spread(nn.Linear(50, 4, bias=False, dtype=torch.float64), make_grid(2), "tensor")
+    with torch.no_grad():
+        beyond = 1 + outside + 0.1 * torch.rand(4, 40, dtype=torch.float64)
+        layer.weight[:, 10:] = layer.weight_scale * beyond
+    optimizer = AskewSGD(layer, lr=0.0, closing=Closing(start=0.0, end=1.0, power=1.0))
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.anneal(0.6)
+    optimizer.step()
+    assert on_level(layer)[0].double().mean() >= 0.6
+
+
+def test_layers_are_closed_separately():
+    """Every layer closes its own share, whatever the distances in the others are."""
+    model = nn.Sequential(
+        spread(nn.Linear(50, 8, dtype=torch.float64), make_grid(2)),
+        spread(nn.Linear(8, 30, dtype=torch.float64), make_grid(2), seed=1),
+    )
+    with torch.no_grad():  # the second layer's weights are all nearer to their levels
+        layer = model[1]
+        snapped = layer.grid.snap(layer.weight, layer.weight_scale)
+        layer.weight.copy_(snapped + 0.01 * (layer.weight - snapped))
+    optimizer = AskewSGD(model, lr=0.0, closing=Closing(start=0.0, end=1.0, power=1.0))
+    give_gradients([model], 0)
+    optimizer.anneal(0.5)
+    optimizer.step()
+    first, second = (closed.double().mean().item() for closed in on_level(model))
+    assert first == pytest.approx(0.5, abs=0.02)
+    assert 0.5 <= second < 0.6
+
+
+def test_single_closing_holds_no_weight():
+    """In the paper's form even a weight exactly on a level follows its update."""
+    layer = spread(nn.Linear(6, 4, dtype=torch.float64), make_grid(2))
+    with torch.no_grad():
+        layer.weight.copy_(layer.grid.snap(layer.weight, layer.weight_scale))
+    before = layer.weight.detach().clone()
+    optimizer = AskewSGD(layer, lr=1e-3, closing=SINGLE)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.anneal(1.0)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before - 1e-3, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("radius", [0.01, 0.1, 0.3, 0.5])
+def test_feasible_share_counts_the_weights_in_their_intervals(radius):
+    """For the paper's closing it is the share within the radius, or a quarter root outside."""
+    closing = Closing("single", start=0.0, end=1.0, final_radius=radius)
+    layer = spread(nn.Linear(40, 20, dtype=torch.float64), make_grid(2), margin=0.9)
+    optimizer = AskewSGD(layer, lr=0.1, closing=closing)
+    optimizer.anneal(1.0)
+    x = layer.grid.coordinate(layer.weight.detach(), layer.weight_scale)
+    eps = closing.eps(1.0)
+    outside = (x < 0) | (x > layer.grid.last)
+    reach = torch.where(outside, math.sqrt(eps) / 4, radius_of(eps))
+    expected = (distances(layer) <= reach).double().mean().item()
+    assert optimizer.feasible_share() == pytest.approx(expected)
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [AskewSGD, AskewAdamW])
+@pytest.mark.parametrize(
+    ("settings", "fragment"),
+    [
+        ({"alpha": 0.0}, "alpha = 0.0 and clip = 0.1 must both be above 0"),
+        ({"alpha": -1.0}, "alpha = -1.0 and clip"),
+        ({"alpha": math.nan}, "alpha = nan"),
+        ({"clip": 0.0}, "alpha = 0.5 and clip = 0.0 must both be above 0"),
+        ({"clip": math.nan}, "clip = nan"),
+        ({"pull": "strong"}, "pull = 'strong' is unknown; use 'decoupled' or 'coupled'"),
+        ({"alpha": 1.5}, "alpha = 1.5 is a share of a Newton step toward the interval, at most 1"),
+        ({"alpha": 1.5}, "the paper's alpha, times lr, goes with pull = 'coupled'"),
+    ],
+)
+def test_settings_that_do_not_exist(kind, settings, fragment):
+    """The error says what was given, what is allowed and what to do."""
+    _, twin = network()
+    with pytest.raises(RecipeError) as error:
+        kind(twin, lr=0.1, **settings)
+    assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [AskewSGD, AskewAdamW])
+def test_coupled_takes_the_papers_alpha(kind):
+    """With the pull coupled to the learning rate alpha may be above 1, as in the paper."""
+    _, twin = network()
+    kind(twin, lr=0.1, alpha=4.0, pull="coupled")
+
+
+@pytest.mark.parametrize("kind", [AskewSGD, AskewAdamW])
+def test_a_model_without_quantized_layers_is_refused(kind):
+    """The error says which call is missing."""
+    with pytest.raises(ModelError) as error:
+        kind(nn.Linear(4, 4), lr=0.1)
+    assert "the model has no quantized layer; call askewq.quantize(model, bits=2)" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_below_float32_are_refused(dtype):
+    """A model cast down after quantizing is an error at the first step."""
+    _, twin = network(dtype=torch.float32)
+    optimizer = AskewSGD(twin, lr=0.1)
+    twin.to(dtype)
+    give_gradients([twin], 0)
+    with pytest.raises(ModelError) as error:
+        optimizer.step()
+    assert f"a quantized weight became {dtype}; keep the model in float32" in str(error.value)
+
+
+@every_closing
+def test_a_weight_that_became_nan_is_named(closing):
+    """A diverged weight ends in our own error, at the snap if not in the step."""
+    _, twin = network()
+    optimizer = AskewSGD(twin, lr=0.1, closing=closing)
+    with torch.no_grad():
+        twin[2].weight[0, 0, 0, 0] = torch.nan
+    give_gradients([twin], 0)
+    optimizer.anneal(0.5)
+    with pytest.raises(DivergenceError):  # noqa: PT012  # either of the two may notice
+        optimizer.step()
+        twin[2].codes()
+
+
+# --- compiled ----------------------------------------------------------------------------------
+
+
+def layers_of_many_shapes() -> nn.Module:
+    """Return conv, linear, one-row and grouped layers, quantized."""
+    return nn.ModuleList(
+        [
+            spread(nn.Conv2d(6, 10, 3), make_grid(2), seed=1),
+            spread(nn.Linear(30, 20), make_grid(2), seed=2),
+            spread(nn.Linear(16, 8), make_grid("ternary"), "tensor", seed=3),
+            spread(nn.Conv2d(4, 6, 3), make_grid(4), 9, seed=4).to(
+                memory_format=torch.channels_last
+            ),
+        ]
+    )
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.parametrize(
+    ("base", "closing"),
+    [("nesterov", STAGGERED), ("SGD", SINGLE), ("AdamW", SINGLE), ("AdamW", STAGGERED)],
+    ids=lambda value: getattr(value, "kind", value),
+)
+def test_the_compiled_step_is_the_eager_step(base, closing):
+    """Compiled and eager steps give the same weights and state, up to the order of rounding."""
+    models = copies(layers_of_many_shapes(), 2)
+    optimizers = [
+        OPTIMIZERS[base](model, closing=closing, compile=compiled)
+        for model, compiled in zip(models, (False, True), strict=True)
+    ]
+    for t in range(5):
+        give_gradients(models, t)
+        for optimizer in optimizers:
+            optimizer.anneal(t / 4)
+            optimizer.step()
+        for eager, compiled in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(compiled.detach(), eager.detach(), rtol=1e-5, atol=1e-6)
+            states = [o.state[p] for o, p in zip(optimizers, (eager, compiled), strict=True)]
+            torch.testing.assert_close(states[1], states[0], rtol=1e-5, atol=1e-6)
+            compiled.data.copy_(eager.data)  # so that no rounding moves a weight over a threshold
+    shares = [optimizer.feasible_share() for optimizer in optimizers]
+    assert shares[0] == shares[1]
+    assert (shares[0] == 1) == (closing is STAGGERED)
+    assert optim._can_compile("cpu"), "this test needs a compiler, or it compares nothing"
+
+
+def test_without_a_compiler_the_step_runs_eagerly_and_says_so_once(monkeypatch):
+    """When torch.compile fails there is one warning, and the weights are the eager ones."""
+
+    def no_compiler(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    optim._can_compile.cache_clear()
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(optim, "COMPILE_FROM", 1)
+    models = copies(layers_of_many_shapes(), 3)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizers = [
+                AskewSGD(models[0], lr=0.1, closing=STAGGERED, compile=False),
+                AskewSGD(models[1], lr=0.1, closing=STAGGERED, compile=True),
+                AskewSGD(models[2], lr=0.1, closing=STAGGERED),  # many weights: compiled by default
+            ]
+            for t in range(4):
+                give_gradients(models, t)
+                for optimizer in optimizers:
+                    optimizer.anneal(t / 4)
+                    optimizer.step()
+    finally:
+        optim._can_compile.cache_clear()
+    assert [str(warning.message) for warning in caught] == [
+        "torch.compile does not work here (RuntimeError), so the constrained step runs eagerly: "
+        "the same weights, several times slower. A C++ compiler (CPU) or Triton (CUDA) makes it "
+        "one pass over memory."
+    ]
+    for eager, *others in zip(*(model.parameters() for model in models), strict=True):
+        assert all(torch.equal(eager, other) for other in others)
+
+
+def test_small_models_are_not_compiled(monkeypatch):
+    """Below the threshold compiling costs more than it saves, so it is not tried."""
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled a small model"))
+    model = layers_of_many_shapes()
+    optimizer = AskewSGD(model, lr=0.1, closing=STAGGERED)
+    give_gradients([model], 0)
+    optimizer.anneal(0.5)
+    optimizer.step()
+    assert sum(layer.weight.numel() for layer in model) < optim.COMPILE_FROM

@@ -1,0 +1,652 @@
+"""Fine-tuning from end to end on tiny models: the files, the figures, and going on after a cut."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import builders
+import pytest
+import torch
+from builders import files, finetune, finished
+from safetensors.torch import load_file, save_file
+
+import askewq
+from askewq import checkpoint, config, train, wrap
+from askewq.errors import DivergenceError, ExactnessError, OutputError, RecipeError
+from askewq.evaluate import evaluate_artifact
+
+KINDS = sorted(builders.SETTINGS)
+ALWAYS = {"model.safetensors", "config.json", "recipe.yaml", "metrics.json", "README.md"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+EXTRA_FILES = {
+    "bert": TOKENIZER,
+    "bert-pairs": TOKENIZER,
+    "llama": TOKENIZER,
+    "vit": {"preprocessor_config.json"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Leave no precision behind for other tests."""
+    builders.new_process()
+    yield
+    builders.new_process()
+
+
+def digest(folder: Path) -> str:
+    """Return the SHA-256 of a run's packed file."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def packed(folder: Path) -> checkpoint.Artifact:
+    """Read a run's packed file."""
+    return checkpoint.read(folder / "model.safetensors")
+
+
+def on_levels(folder: Path) -> bool:
+    """Tell whether every packed weight is a level of its grid times its scale."""
+    for weight in packed(folder).weights.values():
+        rows = weight.dense().reshape(weight.scale.numel(), -1) / weight.scale.reshape(-1, 1)
+        levels = weight.grid.levels()
+        if not (rows[..., None] - levels).abs().amin(-1).lt(1e-4).all():
+            return False
+    return bool(packed(folder).weights)
+
+
+class TestEveryModelAndTask:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_reloaded_model_is_the_evaluated_one(self, kind):
+        """The figure of the reloaded file is the figure of the snapped model, exactly."""
+        _, metrics = finished(kind)
+        assert metrics["reloaded"] == metrics["snapped"]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_folder_is_complete(self, kind):
+        """A run leaves the artifact, its description and its checkpoints, and nothing partial."""
+        folder, _ = finished(kind)
+        found = files(folder)
+        assert {f for f in found if "/" not in f} == ALWAYS | EXTRA_FILES.get(kind, set())
+        assert all(f.startswith("checkpoints/step-0") for f in found if "/" in f)
+        assert not any("partial" in f for f in found)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_metrics_have_the_documented_keys(self, kind):
+        """metrics.json holds exactly what is documented, and is what finetune returns."""
+        folder, metrics = finished(kind)
+        assert json.loads((folder / "metrics.json").read_text()) == metrics
+        assert metrics.keys() == {
+            *("model", "task", "bits", "method", "metric", "full_precision", "rounded", "relaxed"),
+            *("snapped", "reloaded", "parameters", "bytes", "bits_per_weight", "steps", "seconds"),
+            *("step_seconds", "peak_memory_bytes", "inside_interval"),
+        }
+        assert metrics["parameters"].keys() == {"total", "quantized", "share"}
+        assert metrics["bytes"].keys() == {"full_precision", "packed"}
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_metrics_are_plausible(self, kind):
+        """Figures have their units: percent, bytes, seconds."""
+        _, metrics = finished(kind)
+        figures = [metrics[k] for k in ("full_precision", "rounded", "relaxed", "snapped")]
+        if metrics["metric"] == "accuracy":
+            assert all(0 <= figure <= 100 for figure in figures)
+            assert metrics["task"] != "causal-lm"
+        else:
+            assert all(1 < figure < 100 for figure in figures)  # a vocabulary of 14 words
+            assert metrics["task"] == "causal-lm"
+        assert (metrics["bits"], metrics["method"], metrics["steps"]) == (2, "askewsgd", 6)
+        assert 0 < metrics["step_seconds"] <= metrics["seconds"] < 600
+        assert 10**7 < metrics["peak_memory_bytes"] < 10**11
+        assert 0 <= metrics["inside_interval"] <= 1
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_sizes_are_those_of_the_file_and_the_network(self, kind):
+        """Parameter counts and bytes are counted again, from the file and the plain network."""
+        folder, metrics = finished(kind)
+        artifact = packed(folder)
+        network = plain_network(kind)
+        quantized = sum(math.prod(w.shape) for w in artifact.weights.values())
+        codes_and_scales = sum(w.codes.nbytes + w.scale.nbytes for w in artifact.weights.values())
+        assert metrics["bits_per_weight"] == pytest.approx(8 * codes_and_scales / quantized)
+        total = sum(p.numel() for p in network.parameters())
+        assert metrics["parameters"]["total"] == total
+        assert metrics["parameters"]["quantized"] == quantized
+        assert metrics["parameters"]["share"] == pytest.approx(quantized / total)
+        assert metrics["bytes"]["packed"] == (folder / "model.safetensors").stat().st_size
+        unique = {t.data_ptr(): t.nbytes for t in network.state_dict().values()}
+        assert metrics["bytes"]["full_precision"] == sum(unique.values())
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_packed_weights_sit_on_their_levels(self, kind):
+        """Every packed weight is one of four levels times its scale."""
+        folder, _ = finished(kind)
+        assert on_levels(folder)
+        assert {w.grid.bits for w in packed(folder).weights.values()} == {2}
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_recipe_is_written_with_every_choice_made(self, kind):
+        """recipe.yaml reads back as a recipe, says what was guessed, and gives the same run."""
+        folder, metrics = finished(kind)
+        recipe = config.build(config.read_yaml(folder / "recipe.yaml"))
+        given = builders.recipe(kind, folder)
+        assert all(getattr(recipe, key) == getattr(given, key) for key in given.model_fields_set)
+        assert recipe.task == metrics["task"]
+        assert recipe.optimizer == ("sgd" if kind in ("own", "timm") else "adamw")
+        assert None not in (recipe.lr, recipe.full_precision_lr, recipe.close_power)
+
+    @pytest.mark.parametrize("kind", ["own", "llama"])
+    def test_the_written_recipe_repeats_the_run(self, tmp_path, kind):
+        """The recipe of a run, with another output, gives the very same file."""
+        folder, _ = finished(kind)
+        values = config.read_yaml(folder / "recipe.yaml")
+        train.finetune(config.build({**values, "output": str(tmp_path / "again")}))
+        assert digest(tmp_path / "again") == digest(folder)
+
+    def test_tied_weights_of_a_language_model(self):
+        """The output matrix that is the embedding is stored once, in full precision."""
+        folder, _ = finished("llama")
+        artifact = packed(folder)
+        assert artifact.shared == {"lm_head.weight": "model.embed_tokens.weight"}
+        model = askewq.load(folder)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    def test_tied_weights_on_a_grid(self, tmp_path):
+        """Two Linears that share a weight are trained, packed and restored as one."""
+        metrics = finetune("own", tmp_path, model=builders.own("tied"))
+        assert packed(tmp_path).shared == {"two.weight": "one.weight"}
+        assert packed(tmp_path).weights.keys() == {"one.weight"}
+        assert metrics["parameters"]["quantized"] == 144
+
+
+def plain_network(kind: str) -> torch.nn.Module:
+    """Return the plain network of a finished run."""
+    folder, _ = finished(kind)
+    if kind == "own":
+        return askewq.load(folder, model=builders.own_network("small"))
+    return askewq.load(folder)
+
+
+class TestFigures:
+    def test_first_figures_are_those_of_the_given_weights(self, tmp_path):
+        """full_precision and rounded are the pretrained model and its nearest rounding."""
+        weights = builders.own_module() / "small.safetensors"
+        metrics = finetune("own", tmp_path, weights=str(weights), bits=3, max_steps=2)
+        network = builders.own_network("small")
+        network.load_state_dict(load_file(weights))
+        by_hand = []
+        for rounded in (False, True):
+            if rounded:
+                wrap.quantize(network, 3)
+                askewq.snap_(network)
+            by_hand.append(accuracy_by_hand(network))
+        assert [metrics["full_precision"], metrics["rounded"]] == pytest.approx(by_hand)
+
+    def test_all_weights_are_closed_at_the_end(self, tmp_path):
+        """Once the staggered closing has ended, the snap changes nothing."""
+        metrics = finetune("own", tmp_path, max_steps=20)
+        assert metrics["inside_interval"] == 1.0
+        assert metrics["relaxed"] == metrics["snapped"]
+
+    def test_the_network_learns(self, tmp_path):
+        """Two bits suffice for three colours, where rounding alone fails."""
+        metrics = finetune("own", tmp_path, max_steps=150, full_precision_steps=100, batch_size=16)
+        assert metrics["full_precision"] > 90
+        assert metrics["snapped"] > 90
+        assert metrics["steps"] == 250
+
+    def test_full_precision_steps_come_first(self, tmp_path):
+        """The full-precision figure is that of the network after its ordinary fine-tuning."""
+        metrics = finetune("own", tmp_path, full_precision_steps=100, full_precision_lr=0.1)
+        _, without = finished("own")
+        assert metrics["full_precision"] > without["full_precision"]
+        assert metrics["steps"] == 106
+
+    def test_epochs_count_passes(self, tmp_path):
+        """Without --max-steps the steps are the epochs times the batches, per accumulation."""
+        settings = {"max_steps": None, "epochs": 1.5, "grad_accumulation": 2}
+        assert finetune("own", tmp_path, **settings)["steps"] == math.ceil(1.5 * 6 / 2)
+
+    def test_the_figures_come_from_the_evaluation_split(self, tmp_path):
+        """Evaluating the artifact on another split gives that split's figure."""
+        finetune("own", tmp_path, max_steps=30, max_eval_samples=7, eval_split="test")
+        recipe = builders.recipe("own", tmp_path, eval_split="train")
+        assert evaluate_artifact(tmp_path, recipe, factory=builders.own("small")).samples == 48
+
+
+def accuracy_by_hand(network: torch.nn.Module) -> float:
+    """Return the accuracy of one of the user's own networks on the test images."""
+    from askewq.preprocessing import ImagePreprocessing
+
+    prepared = ImagePreprocessing()
+    hits = []
+    network.eval()
+    for image, label in builders.pictures(24, seed=1):
+        with torch.no_grad():
+            hits.append(int(network(prepared.batch(prepared.image(image)[None])).argmax()) == label)
+    return 100 * sum(hits) / len(hits)
+
+
+class TestSettings:
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    @pytest.mark.parametrize("pull", ["coupled", "decoupled"])
+    @pytest.mark.parametrize("closing", ["staggered", "single"])
+    def test_every_way_of_closing(self, tmp_path, closing, pull, optimizer):
+        """Both closings and both pulls work with both optimizers, and end on the grid."""
+        settings = {"closing": closing, "pull": pull, "optimizer": optimizer, "lr": 0.02}
+        if pull == "coupled":
+            settings["alpha"] = 20.0
+        metrics = finetune("own", tmp_path, **settings, weight_decay=0.01)
+        assert metrics["reloaded"] == metrics["snapped"]
+        assert on_levels(tmp_path)
+        state = optimizer_state(tmp_path)
+        assert ("momentum_buffer" in state) == (optimizer == "sgd")
+        assert ("exp_avg" in state) == (optimizer == "adamw")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"closing": "single"},
+            {"pull": "coupled"},
+            {"alpha": 0.1},
+            {"clip": 0.01},
+            {"close_power": 1.0},
+            {"close_end": 0.5},
+            {"close_start": 0.4},
+            {"close_every": 1},
+            {"optimizer": "adamw"},
+            {"momentum": 0.0},
+            {"weight_decay": 0.1},
+            {"lr": 0.01},
+            {"lr_hold": 0.0},
+            {"seed": 1},
+            {"batch_size": 16},
+            {"grad_accumulation": 2},
+            {"augment": "crop-flip"},
+            {"mixed_precision": "bf16"},
+            {"full_precision_steps": 2},
+            {"grid": "half-integer"},
+            {"max_train_samples": 20},
+            {"image_size": 12},
+            {"mean": [0.5] * 3, "std": [0.5] * 3},
+        ],
+        ids=str,
+    )
+    def test_every_setting_makes_a_difference(self, tmp_path, change):
+        """A run that differs in one setting ends with other weights, and the same run does not."""
+        base = {"pretrained": False, "seed": 0, "max_steps": 8, "closing": "staggered"}
+        if change.keys() & {"clip", "alpha", "pull"}:  # what these do shows off the grid alone
+            base |= {"closing": "single", "final_radius": 0.3}
+        reference = reference_run(tuple(base.items()))
+        finetune("own", tmp_path, **{**base, **change})
+        assert digest(tmp_path) != digest(reference)
+
+    def test_the_same_run_twice_gives_the_same_bytes(self, tmp_path):
+        """Nothing but the recipe decides the result."""
+        torch.manual_seed(123)
+        finetune("own", tmp_path)
+        assert digest(tmp_path) == digest(finished("own")[0])
+
+    @pytest.mark.parametrize(
+        ("bits", "grid"),
+        [
+            (1, "integer"),
+            ("ternary", "integer"),
+            (2, "half-integer"),
+            (3, "integer"),
+            (4, "half-integer"),
+            (8, "integer"),
+        ],
+    )
+    def test_bit_widths(self, tmp_path, bits, grid):
+        """Every width trains, packs at its size and reloads exactly."""
+        metrics = finetune("own", tmp_path, bits=bits, grid=grid)
+        assert on_levels(tmp_path)
+        assert metrics["reloaded"] == metrics["snapped"]
+        for weight in packed(tmp_path).weights.values():
+            assert weight.grid == askewq.make_grid(bits, grid)
+            per_code = 1.6 if bits == "ternary" else bits
+            assert weight.codes.numel() == math.ceil(math.prod(weight.shape) * per_code / 8)
+
+    @pytest.mark.parametrize(
+        ("group_size", "scales"),
+        [
+            ("channel", {"2.weight": [8, 1], "6.weight": [16, 1]}),
+            ("tensor", {"2.weight": [1, 1], "6.weight": [1, 1]}),
+            (8, {"2.weight": [8, 9], "6.weight": [16, 4]}),
+            (32, {"2.weight": [8, 1], "6.weight": [16, 1]}),  # 32 does not divide 72
+        ],
+    )
+    def test_group_sizes(self, tmp_path, group_size, scales):
+        """The file has the scales that the group size asks for."""
+        finetune("own", tmp_path, group_size=group_size, max_steps=2)
+        weights = packed(tmp_path).weights
+        assert {name: list(w.scale.shape) for name, w in weights.items()} == scales
+
+    @pytest.mark.parametrize(
+        ("selection", "names"),
+        [
+            ({}, {"2", "6"}),
+            ({"exclude": ["2"]}, {"6"}),
+            ({"include": ["*"]}, {"0", "2", "6", "8"}),
+            ({"include": ["0", "8"], "exclude": ["8"]}, {"0"}),
+        ],
+        ids=str,
+    )
+    def test_selections(self, tmp_path, selection, names):
+        """Patterns decide which layers are packed; all others keep their float weights."""
+        finetune("own", tmp_path, **selection, max_steps=2)
+        artifact = packed(tmp_path)
+        assert artifact.weights.keys() == {f"{name}.weight" for name in names}
+        assert artifact.tensors["0.bias"].dtype == torch.float32
+
+    def test_accumulated_micro_steps_are_one_step(self, tmp_path):
+        """Two micro-steps of eight make the step of one batch of sixteen, up to rounding."""
+        common = {"closing": "single", "final_radius": 0.4, "max_steps": 5, "bits": 4}
+        finetune("own", tmp_path / "two", batch_size=8, grad_accumulation=2, **common)
+        finetune("own", tmp_path / "one", batch_size=16, **common)
+        finetune("own", tmp_path / "other", batch_size=8, **common)
+        two, one, other = (packed(tmp_path / name) for name in ("two", "one", "other"))
+        for name, tensor in one.tensors.items():
+            torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+        assert any(
+            not torch.allclose(other.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+            for name, tensor in one.tensors.items()
+        )
+        for name, weight in one.weights.items():
+            same = (two.weights[name].dense() == weight.dense()).float().mean()
+            assert same > 0.99
+
+    @pytest.mark.parametrize("kind", ["own", "timm-vit", "bert-pairs"])
+    def test_bf16(self, tmp_path, kind):
+        """Under autocast master weights stay float32 and the reload is exact all the same."""
+        metrics = finetune(kind, tmp_path, mixed_precision="bf16", full_precision_steps=2)
+        assert metrics["reloaded"] == metrics["snapped"]
+        dense = packed(tmp_path).dense_state()
+        assert {t.dtype for t in dense.values() if t.is_floating_point()} == {torch.float32}
+
+    def test_a_process_can_run_more_than_one_precision(self, tmp_path):
+        """A notebook may fine-tune with bf16 after a run without, and back."""
+        for i, precision in enumerate(("no", "bf16", "no")):
+            finetune("own", tmp_path / str(i), mixed_precision=precision, max_steps=1)
+
+    def test_weights_of_a_timm_model(self, tmp_path):
+        """A timm model starts from a state dict of the user's."""
+        source = askewq.load(finished("timm")[0])
+        save_file(source.state_dict(), tmp_path / "w.safetensors")
+        settings = {"pretrained": True, "weights": str(tmp_path / "w.safetensors")}
+        metrics = finetune("timm", tmp_path / "out", **settings, max_steps=1)
+        assert metrics["full_precision"] == finished("timm")[1]["reloaded"]
+
+    def test_tensorboard(self, tmp_path):
+        """--report-to tensorboard writes an events file below the output."""
+        finetune("own", tmp_path, report_to="tensorboard", eval_every=3)
+        events = [f for f in files(tmp_path) if "events.out.tfevents" in f]
+        assert events
+        assert all(f.startswith("logs/") for f in events)
+
+
+def reference_run(base: tuple) -> Path:
+    """Return the folder of a run that others are compared with, made once."""
+    name = hashlib.sha256(repr(base).encode()).hexdigest()[:8]
+    folder = builders.ROOT / f"reference-{name}"
+    if not folder.exists():
+        finetune("own", folder, **dict(base))
+    return folder
+
+
+def optimizer_state(folder: Path) -> set[str]:
+    """Return the names of the optimizer's state in the newest checkpoint."""
+    newest = max((folder / "checkpoints").iterdir())
+    state = torch.load(newest / "optimizer.bin", weights_only=True)
+    return {key for values in state["state"].values() for key in values}
+
+
+RESUMED = {
+    "sgd, dropout, augmentation": (
+        "own",
+        {"model": builders.own("with_dropout"), "augment": "crop-flip", "max_train_samples": 20},
+    ),
+    "adamw, one radius": ("own", {"optimizer": "adamw", "lr": 0.01, "closing": "single"}),
+    "accumulation": ("own", {"grad_accumulation": 3, "momentum": 0.0}),
+    "bf16": ("own", {"mixed_precision": "bf16"}),
+    "tied language model": ("llama", {}),
+    "batch norm": ("timm", {}),
+    "text": ("bert", {}),
+}
+PHASES = {"full_precision_steps": 4, "max_steps": 6, "save_every": 2}
+
+
+class TestResume:
+    @pytest.mark.parametrize("cut", [3, 4, 7, 9])
+    @pytest.mark.parametrize("case", ["sgd, dropout, augmentation", "tied language model"])
+    def test_a_cut_anywhere_leaves_no_trace(self, tmp_path, monkeypatch, case, cut):
+        """A run that was cut in either phase and resumed ends with the same bytes and figures."""
+        self.check(tmp_path, monkeypatch, case, cut)
+
+    @pytest.mark.parametrize("case", sorted(RESUMED))
+    def test_every_kind_of_state_is_restored(self, tmp_path, monkeypatch, case):
+        """Optimizers, schedules, data order and buffers go on where they were."""
+        self.check(tmp_path, monkeypatch, case, 7)
+
+    def check(self, tmp_path, monkeypatch, case, cut):
+        """Cut a run before a step, resume it, and compare with one that was not cut."""
+        kind, settings = RESUMED[case]
+        settings = {**PHASES, **settings}
+        whole = finetune(kind, tmp_path / "whole", **settings)
+        with builders.power_cut(monkeypatch, cut), pytest.raises(builders.PowerCutError):
+            finetune(kind, tmp_path / "cut", **settings)
+        assert not (tmp_path / "cut" / "model.safetensors").exists()
+        resumed = finetune(kind, tmp_path / "cut", **settings, resume=True)
+        assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+        timings = {"seconds", "step_seconds", "peak_memory_bytes"}
+        assert all(resumed[key] == value for key, value in whole.items() if key not in timings)
+        assert not any("partial" in f for f in files(tmp_path / "cut"))
+
+    def test_two_cuts(self, tmp_path, monkeypatch):
+        """A run may be cut again after it was resumed."""
+        finetune("own", tmp_path / "whole", **PHASES)
+        for cut in (3, 6, 9):
+            with builders.power_cut(monkeypatch, cut), pytest.raises(builders.PowerCutError):
+                finetune("own", tmp_path / "cut", **PHASES, resume=cut > 3)
+        finetune("own", tmp_path / "cut", resume=True)
+        assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+    def test_a_run_that_replaced_another_can_be_resumed(self, tmp_path, monkeypatch):
+        """--resume after a run with --overwrite goes on with it instead of deleting it."""
+        finetune("own", tmp_path / "whole", **PHASES)
+        finetune("own", tmp_path / "cut", max_steps=1)
+        with builders.power_cut(monkeypatch, 7), pytest.raises(builders.PowerCutError):
+            finetune("own", tmp_path / "cut", **PHASES, overwrite=True)
+        finetune("own", tmp_path / "cut", resume=True)
+        assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+    def test_a_finished_run_resumes_to_itself(self, tmp_path):
+        """Resuming after the end repeats the end."""
+        folder = builders.copy_of("own", tmp_path)
+        finetune("own", folder, resume=True)
+        assert digest(folder) == digest(finished("own")[0])
+
+    def test_a_cut_while_a_checkpoint_is_written(self, tmp_path, monkeypatch):
+        """A checkpoint that is not complete is not resumed from."""
+        from accelerate import Accelerator
+
+        original = Accelerator.save_state
+
+        def save_state(self, output_dir, *args, **kwargs):
+            original(self, output_dir, *args, **kwargs)
+            if "00000006" in output_dir:
+                (Path(output_dir) / "model.safetensors").write_bytes(b"half")
+                raise builders.PowerCutError
+
+        finetune("own", tmp_path / "whole", **PHASES)
+        with monkeypatch.context() as patch:
+            patch.setattr(Accelerator, "save_state", save_state)
+            with pytest.raises(builders.PowerCutError):
+                finetune("own", tmp_path / "cut", **PHASES)
+        finetune("own", tmp_path / "cut", resume=True)
+        assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+        assert not any("partial" in f for f in files(tmp_path / "cut"))
+
+    def test_the_newest_two_checkpoints_are_kept(self, tmp_path):
+        """Older checkpoints make room."""
+        finetune("own", tmp_path, max_steps=12, save_every=2)
+        names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+        assert names == ["step-00000008", "step-00000010"]
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"lr": 0.5}, "lr = 0.5 (the run has 0.05)"),
+            ({"bits": 3}, "bits = 3 (the run has 2)"),
+            ({"seed": 9, "batch_size": 16}, "batch_size = 16 (the run has 8)"),
+            ({"include": ["*"]}, "include"),
+        ],
+        ids=str,
+    )
+    def test_other_settings_are_refused(self, tmp_path, change, named):
+        """A resumed run cannot change its settings; those that differ are named."""
+        folder = builders.copy_of("own", tmp_path)
+        before = files(folder)
+        with pytest.raises(RecipeError) as caught:
+            finetune("own", folder, resume=True, **change)
+        assert all(key in str(caught.value) for key in change)
+        assert named in str(caught.value)
+        assert files(folder) == before
+
+    def test_unset_settings_do_not_differ(self, tmp_path):
+        """A key that a recipe leaves to askewq does not differ from what was chosen for it."""
+        folder = builders.copy_of("own", tmp_path)
+        finetune("own", folder, resume=True, full_precision_lr=None, close_power=None, task=None)
+        assert digest(folder) == digest(finished("own")[0])
+
+    def test_nothing_to_resume(self, tmp_path, monkeypatch):
+        """Without a run, or without a checkpoint in it, --resume is refused."""
+        with pytest.raises(OutputError, match="holds no run"):
+            finetune("own", tmp_path / "new", resume=True)
+        assert not (tmp_path / "new").exists()
+        with builders.power_cut(monkeypatch, 1), pytest.raises(builders.PowerCutError):
+            finetune("own", tmp_path / "cut", **PHASES)
+        with pytest.raises(OutputError, match=r"no checkpoint.*--overwrite"):
+            finetune("own", tmp_path / "cut", resume=True)
+
+    @pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.bin"])
+    def test_damaged_checkpoints(self, tmp_path, name):
+        """A checkpoint that was cut short is refused with its path."""
+        folder = builders.copy_of("own", tmp_path)
+        newest = max((folder / "checkpoints").iterdir())
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(OutputError) as caught:
+            finetune("own", folder, resume=True)
+        assert str(newest) in str(caught.value)
+
+    @pytest.mark.parametrize("kind", ["own", "timm", "llama"])
+    def test_evaluations_on_the_way_change_nothing(self, tmp_path, kind):
+        """--eval-every and --save-every do not change what is trained."""
+        finetune(kind, tmp_path, eval_every=2, save_every=1)
+        assert digest(tmp_path) == digest(finished(kind)[0])
+
+
+class TestOutput:
+    def test_a_folder_with_something_in_it_is_refused(self, tmp_path):
+        """A file that is there stays, and the message names the ways out."""
+        (tmp_path / "thesis.txt").write_text("five years")
+        with pytest.raises(OutputError, match=r"--resume.*--overwrite"):
+            finetune("own", tmp_path)
+        assert files(tmp_path) == {"thesis.txt"}
+
+    def test_an_empty_folder_is_fine(self, tmp_path):
+        """A folder that exists and is empty is used."""
+        finetune("own", tmp_path, max_steps=1)
+        assert files(tmp_path) >= ALWAYS
+
+    def test_a_file_is_refused(self, tmp_path):
+        """An output that is a file is refused, even with --overwrite."""
+        (tmp_path / "out").write_text("x")
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match="is a file"):
+                finetune("own", tmp_path / "out", overwrite=overwrite)
+        assert (tmp_path / "out").read_text() == "x"
+
+    def test_overwrite_replaces_the_earlier_run(self, tmp_path):
+        """Nothing of the earlier run is left."""
+        finetune("bert", tmp_path, max_steps=3)
+        finetune("own", tmp_path, overwrite=True)
+        assert {f for f in files(tmp_path) if "/" not in f} == ALWAYS
+        assert digest(tmp_path) == digest(finished("own")[0])
+
+    def test_overwrite_keeps_the_earlier_run_when_the_new_one_is_wrong(self, tmp_path):
+        """Bad input is found before the earlier run is deleted."""
+        folder = builders.copy_of("own", tmp_path)
+        before = files(folder)
+        for change in ({"include": ["nope"]}, {"model": builders.own("ten_classes")}):
+            with pytest.raises(askewq.AskewError):
+                finetune("own", folder, overwrite=True, **change)
+            assert files(folder) == before
+
+
+class TestDivergence:
+    def test_the_step_is_named_and_nothing_is_packed(self, tmp_path):
+        """A loss that is NaN stops the run, naming the step, the lr and what to try."""
+        with pytest.raises(DivergenceError, match=r"nan at step 1\b") as caught:
+            finetune("own", tmp_path, lr=1e30)
+        assert "smaller --lr than 1e+30" in str(caught.value)
+        assert not {"model.safetensors", "metrics.json"} & files(tmp_path)
+
+    @pytest.mark.parametrize("save_every", [1, 3])
+    def test_the_last_good_checkpoint_is_kept_and_named(self, tmp_path, save_every):
+        """The checkpoint in the message gives a loss that is a number."""
+        settings = {"full_precision_steps": 5, "full_precision_lr": 0.01, "save_every": save_every}
+        with pytest.raises(DivergenceError, match=r"nan at step 6\b") as caught:
+            finetune("own", tmp_path, **settings, lr=1e30)
+        good = 4 if save_every == 1 else 3
+        name = str(tmp_path / "checkpoints" / f"step-{good:08d}")
+        assert name in str(caught.value)
+        state = load_file(Path(name) / "model.safetensors")
+        assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+    def test_without_a_good_checkpoint_the_message_says_so(self, tmp_path):
+        """A run that diverges at once names the start, not a checkpoint of broken weights."""
+        with pytest.raises(DivergenceError) as caught:
+            finetune("own", tmp_path, lr=1e30, save_every=1)
+        assert "the last checkpoint is the start" in str(caught.value)
+
+    def test_weights_that_overflow_in_the_last_step(self, tmp_path):
+        """Weights that are not finite after the last step are a divergence, and not packed."""
+        with pytest.raises(DivergenceError):
+            finetune("own", tmp_path, lr=3e38, max_steps=1, momentum=0.0)
+        assert not {"model.safetensors", "metrics.json"} & files(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["own", "bert-pairs"])
+def test_a_reload_that_differs_is_an_error(tmp_path, monkeypatch, kind):
+    """If the packed file gave other logits by one bit, the run would say so and fail."""
+    original = checkpoint.load_into
+
+    def imprecise(model, artifact):
+        original(model, artifact)
+        with torch.no_grad():
+            weight = next(p for p in model.parameters() if p.dim() > 1)
+            weight.add_(1e-3)
+
+    monkeypatch.setattr(checkpoint, "load_into", imprecise)
+    with pytest.raises(ExactnessError, match="must be equal to the bit"):
+        finetune(kind, tmp_path)
+    assert "metrics.json" not in files(tmp_path)
+
+
+def test_resolve_chooses_by_the_model():
+    """Batch norm asks for SGD, everything else for AdamW, each with its own lr and closing."""
+    recipe = config.build({"model": "m", "dataset": "d", "output": "o"})
+    with_norm = train.resolve(recipe, "image-classification", torch.nn.BatchNorm2d(3))
+    without = train.resolve(recipe, "causal-lm", torch.nn.Linear(3, 3))
+    assert (with_norm.optimizer, with_norm.lr) == ("sgd", 0.02)
+    assert (without.optimizer, without.lr) == ("adamw", 3e-4)
+    assert (without.full_precision_lr, without.close_power) == (3e-4, 3.0)
+    single = train.resolve(
+        config.build({**recipe.model_dump(exclude_unset=True), "closing": "single", "lr": 0.1}),
+        "causal-lm",
+        torch.nn.Linear(3, 3),
+    )
+    assert (single.lr, single.close_power) == (0.1, 1.0)

@@ -1,0 +1,537 @@
+"""The model walker: what it selects, what it leaves and why, and what it counts."""
+
+import copy
+import fnmatch
+
+import pytest
+import timm
+import torch
+import transformers
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from askewq.errors import AskewError, ModelError, PlanError, RecipeError
+from askewq.grid import fit_scale, make_grid, scale_shape
+from askewq.layers import QuantizedLayer, quantized_layers
+from askewq.pack import packed_size
+from askewq.wrap import Plan, apply, plan, quantize
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def mlp() -> nn.Sequential:
+    """Three Linear layers with a LayerNorm between the first two."""
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.Linear(6, 2))
+
+
+def between(layer: nn.Module) -> nn.Sequential:
+    """Put a layer between a first and a last Linear; the result is planned, never run."""
+    return nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+def notes(result: Plan) -> dict[str, str]:
+    """Return the reason of every layer left in float, by name."""
+    return {layer.names[0]: layer.note for layer in result.layers if layer.grid is None}
+
+
+def names(result: Plan) -> list[str]:
+    """Return the names of the quantized layers."""
+    return [layer.names[0] for layer in result.quantized]
+
+
+def tiny_bert() -> nn.Module:
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            **TINY, vocab_size=60, intermediate_size=24, max_position_embeddings=20
+        )
+    )
+
+
+def tiny_llama(tied: bool = True) -> nn.Module:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **TINY,
+            vocab_size=60,
+            intermediate_size=24,
+            max_position_embeddings=20,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def tiny_t5() -> nn.Module:
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    )
+
+
+def tiny_vit() -> nn.Module:
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**TINY, intermediate_size=24, image_size=16, patch_size=8)
+    )
+
+
+def test_first_and_last_stay_in_full_precision():
+    """Without include every Linear and Conv but the first and the last gets the grid."""
+    result = plan(mlp(), 2)
+    assert names(result) == ["2"]
+    assert notes(result) == {
+        "0": "first layer, kept in full precision",
+        "1": "no weight matrix",
+        "3": "last layer, kept in full precision",
+    }
+    assert result.quantized[0].grid == make_grid(2)
+
+
+def test_layers_come_in_the_models_order():
+    """The table lists every module with parameters, in the order of the model."""
+    assert [layer.names[0] for layer in plan(mlp(), 2).layers] == ["0", "1", "2", "3"]
+    assert [layer.kind for layer in plan(mlp(), 2).layers] == [
+        "Linear",
+        "LayerNorm",
+        "Linear",
+        "Linear",
+    ]
+
+
+def test_an_embedding_counts_as_the_first_layer():
+    """Behind an embedding the first Linear is quantized."""
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    result = plan(model, 2)
+    assert names(result) == ["1"]
+    assert notes(result)["0"] == "Embedding is not Linear or Conv"
+
+
+@pytest.mark.parametrize(
+    "build", [mlp, lambda: timm.create_model("test_nfnet"), tiny_bert, tiny_llama]
+)
+def test_planning_changes_nothing(build):
+    """After `plan` classes, weights, buffers, modes and random state are those of before."""
+    model = build().train()
+    next(model.children()).eval()
+    before = copy.deepcopy(model)
+    random_state = torch.get_rng_state()
+    first = plan(model, 2)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for (name, now), then in zip(model.named_modules(), before.modules(), strict=True):
+        assert type(now) is type(then), name
+        assert now.training == then.training, name
+    state = model.state_dict()
+    assert state.keys() == before.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in before.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert plan(model, 2) == first
+
+
+def test_planning_runs_no_hook():
+    """A user's forward hook does not see the walker probing a layer."""
+    layer = ScaledStdConv2d(4, 4, 3)
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append("forward"))
+    layer.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    plan(between(layer), 2)
+    assert calls == []
+
+
+def test_apply_follows_the_plan():
+    """Exactly the planned layers become quantization-aware, with the scales that fit them."""
+    model = mlp()
+    result = plan(model, "ternary", group_size=4)
+    weight = model[2].weight.detach().clone()
+    apply(model, result)
+    assert list(quantized_layers(model)) == names(result) == ["2"]
+    assert model[2].grid == make_grid("ternary")
+    assert torch.equal(model[2].weight, weight)
+    assert torch.equal(model[2].weight_scale, fit_scale(weight, make_grid("ternary"), 4))
+    assert [type(model[i]) for i in (0, 1, 3)] == [nn.Linear, nn.LayerNorm, nn.Linear]
+
+
+def test_quantize_is_plan_and_apply():
+    """`quantize` returns the plan that it has applied."""
+    model = mlp()
+    expected = plan(model, 3, grid="half-integer", group_size="tensor", exclude=["0"])
+    assert quantize(model, 3, grid="half-integer", group_size="tensor", exclude=["0"]) == expected
+    assert model[2].grid == make_grid(3, "half-integer")
+    assert model[2].weight_scale.shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (["*"], [], ["0", "2", "3"]),
+        (["0"], [], ["0"]),
+        (["[02]"], [], ["0", "2"]),
+        (["0", "3"], ["3"], ["0"]),
+        ([], ["0"], ["2"]),
+        (["*"], ["2"], ["0", "3"]),
+    ],
+)
+def test_include_selects_exactly_and_exclude_takes_away(include, exclude, expected):
+    """Include names the layers, the ends too; exclude takes layers away from either."""
+    assert names(plan(mlp(), 2, include=include, exclude=exclude)) == expected
+
+
+def test_patterns_are_globs_on_module_names():
+    """Patterns select what fnmatch selects, on real names, and the notes quote them."""
+    model = timm.create_model("test_resnet")
+    pattern = "layer[12].*.conv?"
+    result = plan(model, 2, include=[pattern])
+    convs = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    assert names(result) == [name for name in convs if fnmatch.fnmatchcase(name, pattern)]
+    assert notes(result)["fc"] == "not included"
+    without = plan(model, 2, exclude=["layer1.*"])
+    assert not any(name.startswith("layer1.") for name in names(without))
+    assert notes(without)[names(result)[0]] == "excluded by 'layer1.*'"
+
+
+@pytest.mark.parametrize("where", ["include", "exclude"])
+@pytest.mark.parametrize(
+    ("pattern", "fragment"),
+    [
+        ("layer1.0.conv9", "did you mean layer1.0.conv"),
+        ("layer1.0.cnov1", "'layer1.0.cnov1' matches no layer (did you mean layer1.0.conv1"),
+        ("head.*", "the pattern 'head.*' matches no layer"),
+        ("LAYER1.*", "globs on module names such as 'layer1.*' (askewq inspect MODEL lists"),
+        ("layer1", "the pattern 'layer1' matches no layer"),
+    ],
+)
+def test_a_pattern_without_a_match_is_an_error(where, pattern, fragment):
+    """The error quotes the pattern and offers the nearest names, for include and exclude."""
+    with pytest.raises(PlanError) as error:
+        plan(timm.create_model("test_resnet"), 2, **{where: ["*", pattern]})
+    assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragment"),
+    [
+        ({"bits": 9}, "bits = 9 is not a width that askewq can train; use 1, ternary, 2"),
+        ({"bits": "two"}, "bits = 'two' is not"),
+        ({"bits": True}, "bits = True is not"),
+        ({"bits": 1, "grid": "half-integer"}, "grid = 'half-integer' does not go with bits = 1"),
+        ({"bits": 2, "grid": "log"}, "grid = 'log' is unknown"),
+        ({"bits": 2, "group_size": 0}, "group_size = 0: use 'channel', 'tensor' or a positive"),
+        ({"bits": 2, "group_size": -8}, "group_size = -8: use"),
+        ({"bits": 2, "group_size": "rows"}, "group_size = 'rows': use"),
+    ],
+)
+def test_settings_that_do_not_exist(settings, fragment):
+    """Bits, grids and group sizes that do not exist are refused before any layer is looked at."""
+    with pytest.raises(RecipeError) as error:
+        plan(mlp(), **settings)
+    assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "fragment"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 2)), {}, "0: last layer, kept in full precision"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), {}, "0: first layer, kept"),
+        (mlp, {"exclude": ["*"]}, "none of the model's 4 layers with parameters can be quantized"),
+        (mlp, {"include": ["1"]}, "0: not included; 1: no weight matrix; 2: not included"),
+        (mlp, {"exclude": ["2"]}, "2: excluded by '2'"),
+        (nn.ReLU, {}, "0 layers with parameters can be quantized (it has no parameters)"),
+        (
+            lambda: nn.Sequential(nn.Embedding(5, 4), nn.LSTM(4, 4)),
+            {},
+            "Embedding is not Linear or Conv",
+        ),
+        (mlp, {"exclude": ["2"]}, "name layers with include, or exclude fewer"),
+    ],
+)
+def test_an_empty_plan_is_an_error(build, settings, fragment):
+    """When nothing is left to quantize the error gives the layers' reasons."""
+    with pytest.raises(PlanError) as error:
+        plan(build(), 2, **settings)
+    assert fragment in str(error.value)
+
+
+def test_linear_layers_that_share_a_weight():
+    """Two Linear layers with one weight are one entry, counted once and quantized together."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    model[2].weight = model[1].weight
+    result = plan(model, 2)
+    assert [layer.names for layer in result.layers] == [("0",), ("1", "2"), ("3",)]
+    assert result.layers[1].note == "weight shared by 2"
+    assert result.layers[1].parameters == 16 + 4 + 4  # one weight, two biases
+    assert result.quantized_parameters == 16
+    assert result.total_parameters == sum(p.numel() for p in model.parameters())
+    apply(model, result)
+    assert isinstance(model[2], QuantizedLayer)
+    assert model[1].weight is model[2].weight
+    assert torch.equal(model[1].weight_scale, model[2].weight_scale)
+    assert list(quantized_layers(model)) == ["1"]
+
+
+def test_a_share_of_the_last_layers_weight_is_the_last_layer():
+    """A weight that the last layer uses too stays float wherever it is used."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    model[3].weight = model[1].weight
+    result = plan(model, 2)
+    assert names(result) == ["2"]
+    assert notes(result)["1"] == "last layer, kept in full precision; weight shared by 3"
+
+
+@pytest.mark.parametrize("include", [(), ("lm_head",), ("*",)])
+def test_a_head_tied_to_an_embedding_stays_float(include):
+    """The weight that an Embedding reads is not quantized, and the table says why."""
+    model = tiny_llama()
+    if include == ("lm_head",):
+        with pytest.raises(PlanError, match="Embedding is not Linear or Conv"):
+            plan(model, 2, include=include)
+        return
+    result = plan(model, 2, include=include)
+    tied = next(layer for layer in result.layers if "lm_head" in layer.names)
+    assert tied.names == ("model.embed_tokens", "lm_head")
+    assert tied.grid is None
+    assert tied.note == "Embedding is not Linear or Conv; weight shared by lm_head"
+    assert tied.parameters == 60 * 16
+    assert "lm_head" not in names(result)
+
+
+def test_excluding_one_name_of_a_shared_weight_excludes_it():
+    """A weight cannot be quantized in one place and float in another."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    model[2].weight = model[1].weight
+    assert names(plan(model, 2, exclude=["2"])) == ["3"]
+    assert names(plan(model, 2, include=["2", "3"])) == ["1", "3"]
+
+
+def test_a_module_used_twice_is_one_layer():
+    """A module that appears under two names is listed and counted once."""
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.ReLU(), shared, nn.Linear(4, 2))
+    result = plan(model, 2)
+    assert [layer.names for layer in result.layers] == [("0",), ("1",), ("4",)]
+    assert result.total_parameters == sum(p.numel() for p in model.parameters())
+    apply(model, result)
+    assert model[1] is model[3]
+    assert isinstance(model[3], QuantizedLayer)
+
+
+def test_a_shared_bias_is_counted_once():
+    """Parameters other than the weight may be shared too, without being counted twice."""
+    model = mlp()
+    model.append(nn.Linear(2, 2))
+    model[4].bias = model[3].bias
+    result = plan(model, 2)
+    assert result.total_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame])
+@pytest.mark.parametrize("settings", [{}, {"groups": 2, "stride": 2}, {"bias": False}])
+def test_weight_standardised_convolutions_stay_float(kind, settings):
+    """A conv that standardises its weight multiplies by other values than the snapped ones."""
+    result = plan(between(kind(4, 4, 3, **settings)), 2)
+    assert notes(result)["1"] == f"{kind.__name__} transforms its weight before use"
+    assert names(result) == ["2"]
+
+
+@pytest.mark.parametrize(
+    "parametrize",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_parametrized_layers_stay_float(parametrize, bias):
+    """A weight computed from other parameters is left alone, with a reason that says so."""
+    model = between(parametrize(nn.Linear(4, 4, bias=bias)))
+    result = plan(model, 2)
+    assert names(result) == ["2"]
+    assert any(
+        name.startswith("1") and "computed" in note for name, note in notes(result).items()
+    ), notes(result)
+    assert result.total_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_an_own_forward_that_is_linear_in_the_weight_is_quantized():
+    """A subclass with another forward is probed: a linear use of the weight passes."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0.3 * super().forward(x)
+
+    class Normalised(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+    class TwoInputs(nn.Linear):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + y)
+
+    assert names(plan(between(Scaled(4, 4)), 2)) == ["1", "2"]
+    for kind in (Normalised, TwoInputs):
+        result = plan(between(kind(4, 4)), 2)
+        assert notes(result)["1"] == f"{kind.__name__} transforms its weight before use"
+
+
+def test_timms_same_padding_is_quantized():
+    """EfficientNet's Conv2dSame has its own forward, which is linear in the weight."""
+    model = timm.create_model("tf_efficientnet_b0")
+    kinds = {layer.kind for layer in plan(model, 4).quantized}
+    assert "Conv2dSame" in kinds
+
+
+def test_what_is_no_linear_layer_is_named_with_its_kind():
+    """Modules with another kind of weight matrix stay float, and the table names their class."""
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.ConvTranspose2d(4, 4, 3), nn.Bilinear(4, 4, 4), nn.BatchNorm2d(4),
+        nn.Linear(4, 4), nn.Linear(4, 2),
+    )  # fmt: skip
+    assert notes(plan(model, 2)) == {
+        "0": "first layer, kept in full precision",
+        "1": "ConvTranspose2d is not Linear or Conv",
+        "2": "Bilinear is not Linear or Conv",
+        "3": "no weight matrix",
+        "5": "last layer, kept in full precision",
+    }
+
+
+def test_groups_that_do_not_divide_fall_back_to_channels():
+    """A layer whose rows the group size does not divide gets a scale per channel, and a note."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 2)
+    )
+    result = plan(model, 2, group_size=8)
+    assert [(layer.names[0], layer.group_size, layer.note) for layer in result.quantized] == [
+        ("1", 8, ""),
+        ("2", "channel", "scale per channel: 8 does not divide 9"),
+    ]
+    apply(model, result)
+    assert model[1].weight_scale.shape == (8, 9)
+    assert model[2].weight_scale.shape == (8, 1)
+
+
+COUNTED = {
+    "resnet18": lambda: timm.create_model("resnet18"),
+    "vit_tiny_patch16_224": lambda: timm.create_model("vit_tiny_patch16_224"),
+    "efficientnet_b0": lambda: timm.create_model("efficientnet_b0"),
+    "nfnet_l0": lambda: timm.create_model("nfnet_l0"),
+    "test_byobnet": lambda: timm.create_model("test_byobnet"),
+    "BERT": tiny_bert,
+    "Llama, tied": tiny_llama,
+    "Llama, untied": lambda: tiny_llama(tied=False),
+    "T5": tiny_t5,
+    "ViT": tiny_vit,
+    "attention": lambda: between(nn.MultiheadAttention(4, 2)),
+    "recurrent": lambda: between(nn.LSTM(4, 4)),
+}
+
+
+@pytest.mark.parametrize("build", COUNTED.values(), ids=COUNTED.keys())
+def test_every_parameter_is_counted_once(build):
+    """The table's parameters add up to the model's, tied and unusual ones included."""
+    model = build()
+    result = plan(model, 2)
+    assert result.total_parameters == sum(p.numel() for p in model.parameters())
+    by_name = dict(model.named_modules())
+    weights = {id(by_name[layer.names[0]].weight): layer.weights for layer in result.quantized}
+    assert len(weights) == len(result.quantized)
+    assert result.quantized_parameters == sum(weights.values())
+    assert all(layer.note or layer.grid for layer in result.layers), (
+        "a layer left in float needs a reason"
+    )
+    listed = {name for layer in result.layers for name in layer.names}
+    owners = {n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    assert listed == owners
+
+
+@pytest.mark.parametrize(
+    ("build", "least"),
+    [
+        (lambda: timm.create_model("resnet18"), 0.95),
+        (lambda: timm.create_model("vit_tiny_patch16_224"), 0.9),
+        (tiny_bert, 0.6),
+    ],
+)
+def test_most_of_a_model_is_quantized(build, least):
+    """The default plan covers most parameters of the usual models."""
+    result = plan(build(), 2)
+    assert result.quantized_parameters / result.total_parameters > least
+
+
+def test_a_model_of_other_layers_only_cannot_be_quantized():
+    """GPT-2's weights sit in transformers' own Conv1D: an error that names the class."""
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=60, n_positions=20, n_embd=16, n_layer=1, n_head=2)
+    )
+    with pytest.raises(PlanError, match="Conv1D is not Linear or Conv"):
+        plan(model, 2)
+
+
+def test_attention_weights_outside_a_linear_layer_are_named():
+    """The input projection of nn.MultiheadAttention is a matrix, and the note must not deny it."""
+    result = plan(between(nn.MultiheadAttention(4, 2)), 2)
+    assert notes(result)["1"] == "MultiheadAttention is not Linear or Conv"
+    assert "1.out_proj" in names(result)
+
+
+@pytest.mark.parametrize("bits", [1, "ternary", 2, 3, 8])
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 16, 10])
+def test_predicted_bytes(bits, group_size):
+    """Codes at b bits, a float32 per scale and four bytes for every other parameter."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 5), nn.Linear(5, 3))
+    result = plan(model, bits, group_size=group_size)
+    size = "channel" if group_size == 10 else group_size
+    out, groups = scale_shape(torch.Size((5, 16)), size)
+    codes = packed_size(80, bits)
+    rest = sum(p.numel() for p in model.parameters()) - 80
+    assert result.layers[1].packed_bytes == codes + 4 * out * groups
+    assert result.layers[0].packed_bytes == 0
+    assert result.predicted_bytes == codes + 4 * out * groups + 4 * rest
+    assert result.bits_per_weight == pytest.approx(8 * (codes + 4 * out * groups) / 80)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fragment"),
+    [
+        (lambda layer: layer.half(), "2.weight is torch.float16; low-bit training needs float32"),
+        (lambda layer: layer.bfloat16(), "call model.float() first and use bf16 through autocast"),
+        (
+            lambda layer: nn.init.constant_(layer.weight, torch.nan),
+            "2.weight holds NaN or infinite values; check the file",
+        ),
+        (
+            lambda layer: nn.init.constant_(layer.weight, torch.inf),
+            "2.weight holds NaN or infinite values",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_trained(spoil, fragment):
+    """Half-precision masters and weights that are not finite are refused, by name."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    spoil(model[2])
+    with pytest.raises(ModelError) as error:
+        apply(model, plan(model, 2))
+    assert fragment in str(error.value)
+
+
+def test_a_refused_model_is_left_as_it_was():
+    """When a later layer is refused the earlier ones are not quantized either."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    model[2].half()
+    with pytest.raises(ModelError):
+        quantize(model, 2)
+    assert list(quantized_layers(model)) == []
+
+
+def test_quantizing_twice_is_refused():
+    """A model that is quantized already is an error of ours, and stays usable."""
+    model = mlp()
+    quantize(model, 2)
+    scale = model[2].weight_scale.clone()
+    with pytest.raises(AskewError):
+        quantize(model, 4)
+    assert model[2].grid == make_grid(2)
+    assert torch.equal(model[2].weight_scale, scale)
+
+
+def test_float64_masters_keep_float64_scales():
+    """A double-precision model is quantized with double-precision scales."""
+    model = mlp().double()
+    quantize(model, 2)
+    assert model[2].weight_scale.dtype == torch.float64
