@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from askewq.errors import FormatError, RecipeError, near
 from askewq.grid import Grid, make_grid
 from askewq.layers import QuantizedLayer, quantized_layers
-from askewq.pack import pack, packed_size, unpack
+from askewq.pack import check_packed, pack, unpack
 
 VERSION = 1
 METADATA_KEY = "askewq"
@@ -64,9 +64,9 @@ def save(model: nn.Module, path: Path) -> None:
     Raises:
         DivergenceError: a quantized weight that is not finite.
     """
-    layers = {f"{name}.weight": layer for name, layer in quantized_layers(model).items()}
+    layers = {_key(name, "weight"): layer for name, layer in quantized_layers(model).items()}
     scales = {
-        f"{name}.weight_scale"
+        _key(name, "weight_scale")
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QuantizedLayer)
     }
@@ -92,6 +92,11 @@ def save(model: nn.Module, path: Path) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _key(module: str, leaf: str) -> str:
+    """Return the state-dict key of a tensor; the model itself may be the module."""
+    return f"{module}.{leaf}" if module else leaf
 
 
 def _describe(grid: Grid, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -146,9 +151,9 @@ def _manifest(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(metadata[METADATA_KEY])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"the manifest in {path} is not JSON: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("version"), int):
+    if not isinstance(manifest, dict) or type(manifest.get("version")) is not int:
         raise FormatError(f"the manifest in {path} names no version.")
     if manifest["version"] != VERSION:
         raise FormatError(
@@ -183,11 +188,14 @@ def _packed_weight(name: str, entry: Any, tensors: dict[str, Tensor]) -> PackedW
     if name in tensors:
         raise FormatError(f"{name!r} is stored both packed and dense.")
     codes, scale = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scale")
-    expected = packed_size(math.prod(shape), grid.bits)
-    if codes.dtype != torch.uint8 or codes.shape != (expected,):
+    if codes.dtype != torch.uint8 or codes.dim() != 1:
         raise FormatError(
-            f"'{name}.codes' must be uint8 [{expected}], not {codes.dtype} {list(codes.shape)}."
+            f"'{name}.codes' must be uint8 of one dimension, not {codes.dtype} {list(codes.shape)}."
         )
+    try:
+        check_packed(codes, grid.bits, math.prod(shape))
+    except FormatError as error:
+        raise FormatError(f"'{name}.codes': {error}") from error
     if scale.dtype != torch.float32 or scale.dim() != 2 or not _divides(scale.shape, shape):
         raise FormatError(
             f"'{name}.scale' must be float32 [{shape[0]}, groups] or [1, 1], groups dividing the "
@@ -199,7 +207,10 @@ def _packed_weight(name: str, entry: Any, tensors: dict[str, Tensor]) -> PackedW
 
 
 def _grid(name: str, entry: dict[str, Any]) -> Grid:
+    levels = entry["grid"] if isinstance(entry["grid"], dict) else {}
     for kind in ("integer", "half-integer"):
+        if type(levels.get("size")) is not int:
+            break
         try:
             grid = make_grid(entry["bits"], kind)
         except (RecipeError, TypeError):

@@ -84,7 +84,7 @@ def finetune(
     if recipe is not None:
         values = config.read_yaml(config.find_recipe(recipe))
     given: dict[str, Any] = dict(flags)
-    if "resume" in given and recipe is None and "output" in given:
+    if given.get("resume") and recipe is None and "output" in given:
         values = _stored_essentials(Path(given["output"]))
     from askewq.train import finetune as run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from askewq.errors import RecipeError, near
 from askewq.vocabulary import Augmentation, Bits, Closing, GridKind, GroupSize, Pull, Task
@@ -32,7 +32,7 @@ def _key(default: Any, group: str, help: str, **limits: Any) -> Any:
 class Recipe(BaseModel):
     """All settings of `askewq finetune`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = _key(
         ..., MODEL, "timm name, Hugging Face id or folder, or path/to/file.py:factory"
@@ -94,7 +94,9 @@ class Recipe(BaseModel):
     batch_size: int = _key(64, TRAIN, "samples per process and micro-step", ge=1)
     grad_accumulation: int = _key(1, TRAIN, "micro-steps per optimizer step", ge=1)
     mixed_precision: Literal["no", "bf16"] = _key("no", TRAIN, "autocast of the forward pass")
-    seed: int = _key(0, TRAIN, "of data order, augmentation, dropout and new layers", ge=0)
+    seed: int = _key(
+        0, TRAIN, "of data order, augmentation, dropout and new layers", ge=0, lt=2**32
+    )
 
     method: Literal["askewsgd"] = _key("askewsgd", CLOSING, "how the weights reach the grid")
     closing: Closing = _key(
@@ -119,6 +121,13 @@ class Recipe(BaseModel):
     resume: bool = _key(False, OUTPUT, "go on from the newest checkpoint in output")
     overwrite: bool = _key(False, OUTPUT, "replace what is in output")
     report_to: Literal["none", "tensorboard", "wandb"] = _key("none", OUTPUT, "tracker")
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _refuse_truth(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # True equals 1, but nobody means one bit by it
+            raise ValueError("must be one of 1 to 8 or 'ternary'")
+        return value
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":

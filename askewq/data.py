@@ -63,9 +63,9 @@ def open_data(recipe: Recipe, task: Task) -> OpenData:
     splits = _call_datasets(recipe, split=None)
     train = _split(recipe, splits, recipe.train_split, "--train-split")
     evaluation = _eval_split(recipe, splits)
-    train = _sample(train, recipe.max_train_samples, recipe.seed)
     columns = _columns(recipe, task, train.features)
     labels = _labels(train, columns.label) if columns.label else ()
+    train = _sample(train, recipe.max_train_samples, recipe.seed)
     return OpenData(train, evaluation, columns, labels)
 
 
@@ -161,12 +161,28 @@ def _columns(recipe: Recipe, task: Task, features: Any) -> Columns:
         return Columns(tuple(inputs), _label_column(recipe, features))
     if task == "causal-lm":
         inputs = list(recipe.text_columns) or [n for n in ("text", *texts) if n in texts][:1]
-        _check(inputs, features, "--text-columns", "a text")
-        return Columns(tuple(inputs[:1]), None)
+        _check_texts(inputs, texts, features, at_most=1)
+        return Columns(tuple(inputs), None)
     label = _label_column(recipe, features)
     inputs = list(recipe.text_columns) or [name for name in texts if name != label][:2]
-    _check(inputs, features, "--text-columns", "a text")
+    _check_texts(inputs, texts, features, at_most=2)
     return Columns(tuple(inputs), label)
+
+
+def _check_texts(
+    names: Sequence[str], texts: Sequence[str], features: Any, *, at_most: int
+) -> None:
+    _check(names, features, "--text-columns", "a text")
+    for name in names:
+        if name not in texts:
+            raise DataError(
+                f"--text-columns {name!r} holds {features[name]}, not text; text columns: "
+                f"{', '.join(texts) or 'none'}."
+            )
+    if len(names) > at_most:
+        raise DataError(
+            f"--text-columns {' '.join(names)}: the task reads at most {at_most} of them."
+        )
 
 
 def _label_column(recipe: Recipe, features: Any) -> str:
@@ -174,6 +190,12 @@ def _label_column(recipe: Recipe, features: Any) -> str:
 
     if recipe.label_column:
         _check([recipe.label_column], features, "--label-column", "a label")
+        feature = features[recipe.label_column]
+        if not isinstance(feature, datasets.ClassLabel | datasets.Value):
+            raise DataError(
+                f"--label-column {recipe.label_column!r} holds {feature}, not labels; columns: "
+                f"{', '.join(features)}."
+            )
         return recipe.label_column
     classes = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel)]
     named = [name for name in _LABEL_NAMES if name in features]

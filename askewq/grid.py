@@ -71,7 +71,7 @@ def make_grid(bits: Bits, kind: GridKind = "integer") -> Grid:
     Raises:
         RecipeError: bits that are none of `BITS`, or half-integers where there is only one grid.
     """
-    if bits not in BITS or isinstance(bits, bool):
+    if type(bits) not in (int, str) or bits not in BITS:
         allowed = ", ".join(map(str, BITS))
         raise RecipeError(f"bits = {bits!r} is not a width that askewq can train; use {allowed}.")
     if kind not in ("integer", "half-integer"):

@@ -9,6 +9,7 @@ the Parameter itself, so the forward pass sees the relaxed weight; after the sna
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,10 @@ class QuantizedLayer(nn.Module):
             )
         return self.grid.codes(weight, self.weight_scale)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle by the original class: a class made at run time has no name to import."""
+        return _empty_layer, (type(self).__bases__[1],), self.__dict__
+
     def snap_(self) -> None:
         """Move every weight to its nearest level, in place."""
         with torch.no_grad():
@@ -54,6 +59,12 @@ class QuantizedLayer(nn.Module):
 @functools.cache
 def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": __name__})
+
+
+def _empty_layer(cls: type[nn.Module]) -> nn.Module:
+    """Return an instance for pickle and deepcopy to fill."""
+    quantized = _quantized_class(cls)  # type: ignore[arg-type]  # a class is hashable
+    return quantized.__new__(quantized)
 
 
 def quantize_layer_(layer: nn.Module, grid: Grid, scale: Tensor) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, get_args
 
 import safetensors.torch
@@ -86,11 +87,11 @@ def find_source(name: str) -> Source:
     import timm
 
     file, _, factory = name.rpartition(":")
-    if file.endswith(".py"):
+    if file.endswith(".py") or name.endswith(".py"):
         if not Path(file).is_file() or not factory:
             raise ModelError(
-                f"--model {name!r}: there is no file {file!r}; a model of your own is given as "
-                "path/to/file.py:factory."
+                f"--model {name!r}: there is no file {file or name!r}, or no function named; a "
+                "model of your own is given as path/to/file.py:factory."
             )
         return "module"
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name.split(".")[0]):
@@ -239,6 +240,7 @@ def _load_timm(
         std=tuple(data["std"]),
         crop_pct=data["crop_pct"],
         interpolation=data["interpolation"],
+        crop_mode=data["crop_mode"],
     )
     spec = ModelSpec("timm", name, "image-classification", labels, arguments)
     return LoadedModel(model, spec, preprocessing, tuple(notes))
@@ -315,18 +317,31 @@ def _load_transformers(
                 notes.append(f"new, without pretrained weights: {', '.join(new[:6])}")
         else:
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ModelError(_unreachable(name, error)) from error
     if task == "image-classification":
-        processor = transformers.AutoImageProcessor.from_pretrained(
-            name, trust_remote_code=trust_remote_code
-        )
-        preprocessing: Preprocessing = ProcessorPreprocessing(processor)
+        preprocessing: Preprocessing = _processor(name, trust_remote_code)
     else:
         preprocessing = load_tokenizer(tokenizer or name, trust_remote_code)
     model.float()
     spec = ModelSpec("transformers", name, task, labels, _json(model.config.to_dict()))
     return LoadedModel(model, spec, preprocessing, tuple(notes))
+
+
+def _processor(name: str, trust_remote_code: bool) -> ProcessorPreprocessing:
+    import transformers
+
+    try:
+        return ProcessorPreprocessing(
+            transformers.AutoImageProcessor.from_pretrained(
+                name, trust_remote_code=trust_remote_code
+            )
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"there is no image processor in {name!r} ({_first_line(error)}); put the model's "
+            "preprocessor_config.json beside its weights."
+        ) from error
 
 
 def _json(value: dict[str, Any]) -> dict[str, Any]:
@@ -360,17 +375,28 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> TextPreprocessing:
             f"there is no tokenizer in {name!r} ({_first_line(error)}); pass --tokenizer with a "
             "Hugging Face id or folder."
         ) from error
+    # Where the files are missing transformers may return a tokenizer of special tokens alone.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"the tokenizer in {name!r} is empty: its files are missing; pass --tokenizer with a "
+            "Hugging Face id or folder."
+        )
     return TextPreprocessing(tokenizer)
 
 
 def _unreachable(name: str, error: Exception) -> str:
     import timm
 
-    close = near(name, timm.list_models())
+    known = timm.is_model(name.split(".")[0])
+    what = (
+        "Its pretrained weights could not be fetched."
+        if known
+        else f"It is no timm name{near(name, timm.list_models())}, and no Hugging Face model was "
+        "found under it."
+    )
     return (
-        f"the model {name!r} cannot be loaded: {_first_line(error)}\n"
-        f"It is no timm name{close}, or its weights or config could not be fetched. Pass a timm "
-        "name with --no-pretrained or --weights FILE.safetensors, a local Hugging Face folder, or "
+        f"the model {name!r} cannot be loaded: {_first_line(error)}\n{what} Pass a timm name with "
+        "--no-pretrained or --weights FILE.safetensors, a local Hugging Face folder, or "
         "path/to/file.py:factory; if the Hub is out of reach, a folder works offline."
     )
 

@@ -39,33 +39,45 @@ def unpack(packed: Tensor, bits: Bits, count: int) -> Tensor:
     """Return the `count` codes held in `packed` (uint8, 1-D) as uint8, 1-D.
 
     Raises:
+        FormatError: as `check_packed`.
+    """
+    check_packed(packed, bits, count)
+    if bits == 8:
+        return packed.clone()
+    if bits == "ternary":
+        digits = torch.stack([(packed // power) % 3 for power in _POWERS_OF_3], dim=1)
+        return digits.reshape(-1)[:count]
+    padded = torch.zeros(-(-count // 8), 8, dtype=torch.uint8, device=packed.device)
+    padded[:, :bits] = _pad(packed, bits).reshape(-1, bits)
+    words = padded.view(torch.int64).reshape(-1)
+    codes = torch.stack([(words >> (i * bits)) & (2**bits - 1) for i in range(8)], dim=1)
+    return codes.to(torch.uint8).reshape(-1)[:count]
+
+
+def check_packed(packed: Tensor, bits: Bits, count: int) -> None:
+    """Check that bytes are what `pack` writes for `count` codes.
+
+    Raises:
         FormatError: a wrong number of bytes, a byte above 242 in ternary, or filling bits that
-            are not zero; each means that the bytes are not what `pack` wrote.
+            are not zero.
     """
     expected = packed_size(count, bits)
     if packed.numel() != expected:
         raise FormatError(
             f"{count} codes of {bits} bits take {expected} bytes, not {packed.numel()}."
         )
-    if bits == 8:
-        return packed.clone()
+    if expected == 0:
+        return
     if bits == "ternary":
-        if count and int(packed.max()) >= 3**5:
+        if int(packed.max()) >= 3**5:
             raise FormatError(
                 f"byte {int(packed.max())} holds no five ternary codes (at most 242)."
             )
-        digits = torch.stack([(packed // power) % 3 for power in _POWERS_OF_3], dim=1)
-        codes = digits.reshape(-1)
+        limit = 3 ** (count - 5 * (expected - 1))
     else:
-        padded = torch.zeros(-(-count // 8), 8, dtype=torch.uint8, device=packed.device)
-        padded[:, :bits] = _pad(packed, bits).reshape(-1, bits)
-        words = padded.view(torch.int64).reshape(-1)
-        mask = 2**bits - 1
-        codes = torch.stack([(words >> (i * bits)) & mask for i in range(8)], dim=1)
-        codes = codes.to(torch.uint8).reshape(-1)
-    if codes[count:].any():
+        limit = 2 ** (count * bits - 8 * (expected - 1))
+    if int(packed[-1]) >= limit:
         raise FormatError(f"the bits that fill up the last byte after {count} codes are not zero.")
-    return codes[:count]
 
 
 def _pad(flat: Tensor, multiple: int) -> Tensor:

@@ -4,11 +4,11 @@ An image is prepared in two parts: one image to a tensor of fixed size (which ca
 batch of those to the network's input (cheap and vectorised).
 """
 
+import functools
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +36,7 @@ class ImagePreprocessing:
         mean, std: per channel, for values in 0..1; one value means grayscale input.
         crop_pct: share of the resized shorter side that the center crop keeps.
         interpolation: bilinear, bicubic or nearest.
+        crop_mode: center, squash or border, as timm defines them.
     """
 
     size: tuple[int, int] | None = None
@@ -43,6 +44,7 @@ class ImagePreprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     crop_pct: float = 1.0
     interpolation: str = "bilinear"
+    crop_mode: str = "center"
 
     def override(
         self,
@@ -72,19 +74,9 @@ class ImagePreprocessing:
 
     def image(self, image: Any) -> Tensor:
         """Return a PIL image as uint8 [channels, height, width]."""
-        from PIL import Image
-
         image = image.convert("RGB" if len(self.mean) == 3 else "L")
-        if self.size is not None and (image.height, image.width) != self.size:
-            height, width = self.size
-            ratio = max(height / image.height, width / image.width) / self.crop_pct
-            new = (round(image.width * ratio), round(image.height * ratio))
-            resample = Image.Resampling[self.interpolation.upper()]
-            image = image.resize(new, resample)
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
-        pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-        return pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels.unsqueeze(0)
+        pixels: Tensor = _transform(self)(image)
+        return pixels
 
     def batch(self, pixels: Tensor) -> Tensor:
         """Return uint8 [batch, channels, height, width] as the network's float32 input."""
@@ -108,14 +100,37 @@ class ImagePreprocessing:
             raise FormatError(
                 f"config.json: preprocessing must have exactly {sorted(cls.__dataclass_fields__)}."
             )
-        size = values["size"]
-        return cls(
-            size=None if size is None else (int(size[0]), int(size[1])),
-            mean=tuple(map(float, values["mean"])),
-            std=tuple(map(float, values["std"])),
-            crop_pct=float(values["crop_pct"]),
-            interpolation=str(values["interpolation"]),
-        )
+        try:
+            size = values["size"]
+            restored = cls(
+                size=None if size is None else (int(size[0]), int(size[1])),
+                mean=tuple(map(float, values["mean"])),
+                std=tuple(map(float, values["std"])),
+                crop_pct=float(values["crop_pct"]),
+                interpolation=str(values["interpolation"]),
+                crop_mode=str(values["crop_mode"]),
+            )
+            _transform(restored)
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            raise FormatError(f"config.json: unusable preprocessing {values}: {error}") from error
+        return restored
+
+
+@functools.lru_cache(maxsize=8)
+def _transform(preprocessing: ImagePreprocessing) -> Any:
+    """Return timm's own evaluation transform up to uint8 [channels, height, width]."""
+    from timm.data.transforms_factory import transforms_imagenet_eval
+    from torchvision.transforms import PILToTensor
+
+    if preprocessing.size is None:
+        return PILToTensor()
+    return transforms_imagenet_eval(
+        img_size=preprocessing.size,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+        interpolation=preprocessing.interpolation,
+        normalize=False,
+    )
 
 
 @dataclass(frozen=True, slots=True)

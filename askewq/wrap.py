@@ -11,10 +11,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from askewq.errors import ModelError, PlanError, near
 from askewq.grid import Grid, fit_scale, make_grid, scale_shape
-from askewq.layers import SUPPORTED, quantize_layer_
+from askewq.layers import SUPPORTED, quantize_layer_, quantized_layers
 from askewq.pack import packed_size
 from askewq.vocabulary import Bits, GridKind, GroupSize
 
@@ -109,6 +110,11 @@ def plan(
         PlanError: a pattern without a match, or nothing left to quantize.
     """
     chosen = make_grid(bits, grid)
+    if quantized := quantized_layers(model):
+        raise PlanError(
+            f"the model is quantized already ({next(iter(quantized))} and {len(quantized) - 1} "
+            "other layers); plan the plain model."
+        )
     scale_shape(torch.Size((1, group_size if isinstance(group_size, int) else 1)), group_size)
     modules = {name: m for name, m in model.named_modules() if any(True for _ in _own(m))}
     _check_patterns([*include, *exclude], list(modules))
@@ -171,10 +177,12 @@ def _unsupported(module: nn.Module) -> str:
     """Return why this module cannot be quantized, or an empty string."""
     own = dict(module.named_parameters(recurse=False))
     kind = type(module).__name__
-    if not isinstance(module, SUPPORTED):
-        return f"{kind} is not Linear or Conv" if _has_matrix(module) else "no weight matrix"
-    if "weight" not in own:
-        return "its weight is computed from other parameters"
+    supported = isinstance(module, SUPPORTED)
+    if isinstance(module, ParametrizationList) or (supported and "weight" not in own):
+        return "a weight computed from other parameters"
+    if not supported:
+        matrix = any(parameter.dim() > 1 for parameter in own.values())
+        return f"{kind} is not Linear or Conv" if matrix else "no weight matrix"
     if not own["weight"].is_floating_point():
         return f"its weight is {own['weight'].dtype}"
     return "" if _uses_weight_linearly(module) else f"{kind} transforms its weight before use"
@@ -200,20 +208,31 @@ def _uses_weight_linearly(module: nn.Module) -> bool:
         shape = [1, cast(nn.Conv2d, module).in_channels, *(2 * (k - 1) * d + 2 for k, d in spans)]
     x, weight = (_ramp(size, own) for size in (shape, own.shape))
     bias = dict(module.named_parameters(recurse=False)).get("bias")
-    state = {} if bias is None else {"bias": torch.zeros_like(bias)}
+    state = {} if bias is None else {"module.bias": torch.zeros_like(bias)}
     outputs = []
     training = module.training
     module.eval()
     try:
         with torch.no_grad():
             for factor in (1, 2):
-                state["weight"] = factor * weight
-                outputs.append(torch.func.functional_call(module, state, (x,)))
+                state["module.weight"] = factor * weight
+                outputs.append(torch.func.functional_call(_Bare(module), state, (x,)))
         return torch.equal(2 * outputs[0], outputs[1])
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
         return False  # a forward with other inputs: not known to be linear, so left in float
     finally:
         module.train(training)
+
+
+class _Bare(nn.Module):
+    """Calls a module's forward without its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.module.forward(x))
 
 
 def _ramp(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -251,6 +270,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
     Raises:
         ModelError: a weight that is not float32 (masters are trained in float32), or not finite.
     """
+    scales = []
     for layer in plan.quantized:
         weight = model.get_submodule(layer.names[0]).get_parameter("weight")
         if weight.dtype not in (torch.float32, torch.float64):
@@ -262,10 +282,10 @@ def apply(model: nn.Module, plan: Plan) -> None:
             raise ModelError(
                 f"{layer.names[0]}.weight holds NaN or infinite values; check the file."
             )
-        grid = cast(Grid, layer.grid)  # `quantized` lists layers with a grid
-        scale = fit_scale(weight, grid, layer.group_size)
+        scales.append(fit_scale(weight, cast(Grid, layer.grid), layer.group_size))
+    for layer, scale in zip(plan.quantized, scales, strict=True):
         for name in layer.names:
-            quantize_layer_(model.get_submodule(name), grid, scale)
+            quantize_layer_(model.get_submodule(name), cast(Grid, layer.grid), scale)
 
 
 def quantize(
