@@ -102,7 +102,10 @@ def load_artifact(folder: Path, *, factory: str | None = None) -> LoadedModel:
 
 def _restore(spec: ModelSpec, values: dict[str, Any], folder: Path) -> Preprocessing:
     if spec.task != "image-classification":
-        return load_tokenizer(str(folder), trust_remote_code=False)
+        length = values.get("max_length")
+        if not isinstance(length, int) or length < 2:
+            raise FormatError(f"config.json: preprocessing has no usable max_length: {length!r}.")
+        return load_tokenizer(str(folder), False, length)
     if spec.source == "transformers":
         import transformers
 

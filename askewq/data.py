@@ -21,8 +21,6 @@ from askewq.vocabulary import Task
 
 # Decoded images are kept in memory up to this many bytes (CIFAR-10 takes 150 MB).
 CACHE_BYTES = 2**30
-# Tokens of a text, where neither the user nor the tokenizer sets a limit.
-DEFAULT_LENGTH = 512
 
 _FILE_BUILDERS = {
     ".parquet": "parquet",
@@ -368,17 +366,13 @@ def _dataset(
 ) -> Any:
     if data.columns.label is None:
         assert isinstance(preprocessing, TextPreprocessing)  # noqa: S101  # models.load saw to it
-        length = _length(recipe, preprocessing.tokenizer)
+        length = recipe.max_length or preprocessing.max_length
         return Blocks(split, data.columns.inputs[0], preprocessing.tokenizer, length)
     labels = label_ids(split, data.columns.label, data.labels, flag)
     if isinstance(preprocessing, TextPreprocessing):
-        length = _length(recipe, preprocessing.tokenizer)
+        length = recipe.max_length or preprocessing.max_length
         return Texts(split, data.columns, labels, preprocessing.tokenizer, length)
     return Images(split, data.columns.inputs[0], labels, preprocessing)
-
-
-def _length(recipe: Recipe, tokenizer: Any) -> int:
-    return recipe.max_length or min(tokenizer.model_max_length, DEFAULT_LENGTH)
 
 
 def prepare_batch(

@@ -20,6 +20,7 @@ from torch import nn
 
 from askewq.errors import ModelError, near
 from askewq.preprocessing import (
+    DEFAULT_LENGTH,
     ImagePreprocessing,
     Preprocessing,
     ProcessorPreprocessing,
@@ -135,13 +136,14 @@ def load(
     image_size: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    max_length: int | None = None,
 ) -> LoadedModel:
     """Load a model for a task with these labels, in float32.
 
     Args:
         labels: class names; where the pretrained head has another number of classes, a new head
             is made (timm, transformers; said in `notes`). Ignored for causal-lm.
-        image_size, mean, std: override the model's own preprocessing.
+        image_size, mean, std, max_length: override the model's own preprocessing.
 
     Raises:
         ModelError: unknown name, Hub out of reach, weights that do not fit.
@@ -160,11 +162,16 @@ def load(
                 "--weights goes with timm models and modules of your own; for a Hugging Face model "
                 "pass the folder that holds config.json and the weights as --model."
             )
-        return _load_transformers(name, task, labels, pretrained, tokenizer, trust_remote_code)
+        loaded = _load_transformers(name, task, labels, pretrained, trust_remote_code)
     if task != "image-classification":
-        loaded.preprocessing = load_tokenizer(tokenizer or name, trust_remote_code)
+        loaded.preprocessing = load_tokenizer(tokenizer or name, trust_remote_code, max_length)
     if isinstance(loaded.preprocessing, ImagePreprocessing):
         loaded.preprocessing = loaded.preprocessing.override(image_size, mean, std)
+    elif image_size or mean or std:
+        raise ModelError(
+            f"--image-size, --mean and --std do not go with {name!r}, whose own tokenizer or image "
+            "processor prepares its input; change the files beside the model instead."
+        )
     if weights is not None:
         _load_state(loaded.model, weights)
     loaded.model.float()
@@ -289,7 +296,6 @@ def _load_transformers(
     task: Task,
     labels: tuple[str, ...],
     pretrained: bool,
-    tokenizer: str | None,
     trust_remote_code: bool,
 ) -> LoadedModel:
     import transformers
@@ -319,11 +325,9 @@ def _load_transformers(
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ModelError(_unreachable(name, error)) from error
+    preprocessing: Preprocessing = ImagePreprocessing()
     if task == "image-classification":
-        preprocessing: Preprocessing = _processor(name, trust_remote_code)
-    else:
-        preprocessing = load_tokenizer(tokenizer or name, trust_remote_code)
-    model.float()
+        preprocessing = _processor(name, trust_remote_code)
     spec = ModelSpec("transformers", name, task, labels, _json(model.config.to_dict()))
     return LoadedModel(model, spec, preprocessing, tuple(notes))
 
@@ -358,8 +362,10 @@ def _hf_config(name: str, trust_remote_code: bool) -> Any:
         raise ModelError(_unreachable(name, error)) from error
 
 
-def load_tokenizer(name: str, trust_remote_code: bool) -> TextPreprocessing:
-    """Return the tokenizer of a Hugging Face id or folder.
+def load_tokenizer(
+    name: str, trust_remote_code: bool, max_length: int | None = None
+) -> TextPreprocessing:
+    """Return the tokenizer of a Hugging Face id or folder, with its own limit by default.
 
     Raises:
         ModelError: there is none.
@@ -381,7 +387,8 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> TextPreprocessing:
             f"the tokenizer in {name!r} is empty: its files are missing; pass --tokenizer with a "
             "Hugging Face id or folder."
         )
-    return TextPreprocessing(tokenizer)
+    limit = max_length or min(tokenizer.model_max_length, DEFAULT_LENGTH)
+    return TextPreprocessing(tokenizer, limit)
 
 
 def _unreachable(name: str, error: Exception) -> str:

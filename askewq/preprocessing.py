@@ -19,6 +19,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+# Tokens of a text, where neither the user nor the tokenizer sets a lower limit.
+DEFAULT_LENGTH = 512
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
 class Preprocessing(Protocol):
     """What every kind of preprocessing can do."""
 
@@ -35,7 +40,7 @@ class ImagePreprocessing:
         size: height and width of the input; None leaves images as they are.
         mean, std: per channel, for values in 0..1; one value means grayscale input.
         crop_pct: share of the resized shorter side that the center crop keeps.
-        interpolation: bilinear, bicubic or nearest.
+        interpolation: one of INTERPOLATIONS.
         crop_mode: center, squash or border, as timm defines them.
     """
 
@@ -60,6 +65,8 @@ class ImagePreprocessing:
         changed = replace(
             self,
             size=self.size if image_size is None else (image_size, image_size),
+            # The whole picture at the size that the user asked for.
+            crop_pct=self.crop_pct if image_size is None else 1.0,
             mean=mean or self.mean,
             std=std or self.std,
         )
@@ -110,6 +117,8 @@ class ImagePreprocessing:
                 interpolation=str(values["interpolation"]),
                 crop_mode=str(values["crop_mode"]),
             )
+            if restored.interpolation not in INTERPOLATIONS:
+                raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}")
             _transform(restored)
         except (TypeError, ValueError, KeyError, IndexError) as error:
             raise FormatError(f"config.json: unusable preprocessing {values}: {error}") from error
@@ -156,11 +165,12 @@ class ProcessorPreprocessing:
 
 @dataclass(frozen=True, slots=True)
 class TextPreprocessing:
-    """A transformers tokenizer."""
+    """A transformers tokenizer, and the tokens at which texts are cut (or blocks are made)."""
 
     tokenizer: Any
+    max_length: int
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
-        return {}
+        return {"max_length": self.max_length}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import (
             DataLoaderConfiguration,
             GradientAccumulationPlugin,
@@ -86,6 +87,8 @@ class _Run:
             set_seed,
         )
 
+        # A process may run several recipes; Accelerate keeps the first one's precision otherwise.
+        AcceleratorState._reset_state()
         recipe = _resumed(recipe) if recipe.resume else recipe
         _check_output(recipe)
         # Heads that are new to the task and own modules draw their first weights from this seed.
@@ -125,15 +128,15 @@ class _Run:
         """Run from the start, or from the newest checkpoint, to the report."""
         self._try_one_batch()
         folder = _newest_checkpoint(self.out) if self.recipe.resume else None
-        if self.recipe.resume and folder is None:
+        if folder is not None:
+            self.progress = _read_progress(folder)
+        elif self.recipe.resume:
             raise OutputError(
                 f"--resume: {self.out} holds no checkpoint; start again with --overwrite."
             )
         self._prepare_output()
         if self.accelerator.is_main_process:
             report.print_start(self.loaded, self.plan, self.recipe, self.steps)
-        if folder is not None:
-            self.progress = Progress(**json.loads((folder / STATE).read_text(encoding="utf-8")))
         full_precision = self.progress.step < self.recipe.full_precision_steps
         self._train_full_precision(folder if full_precision else None)
         self._train_low_bit(None if full_precision else folder)
@@ -155,10 +158,13 @@ class _Run:
                 shutil.rmtree(self.out)
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / CHECKPOINTS).mkdir(exist_ok=True)
-            _write(self.out / "recipe.yaml", config.to_yaml(self.recipe))
+            # How a command treats an earlier run is not a setting of the run.
+            once = self.recipe.model_copy(update={"resume": False, "overwrite": False})
+            _write(self.out / "recipe.yaml", config.to_yaml(once))
         self.accelerator.wait_for_everyone()
         if self.recipe.report_to != "none":
-            self.accelerator.init_trackers("askewq", self.recipe.model_dump(mode="json"))
+            settings = {key: str(value) for key, value in self.recipe.model_dump().items()}
+            self.accelerator.init_trackers("askewq", settings)
 
     def _train_full_precision(self, folder: Path | None) -> None:
         """Fine-tune ordinarily for the first steps, if the recipe asks for it, and evaluate."""
@@ -213,7 +219,7 @@ class _Run:
         recipe, accelerator = self.recipe, self.accelerator
         model, prepared = accelerator.prepare(self.model, optimizer)
         if folder is not None:
-            accelerator.load_state(str(folder))
+            _load_state(accelerator, folder)
         save_every = recipe.save_every or max(1, (end - first) // 10)
         batches = self._batches(self.progress.step * recipe.grad_accumulation)
         main = accelerator.is_main_process
@@ -226,8 +232,10 @@ class _Run:
                     group["lr"] = lr * anneal.lr_factor(share, recipe.lr_hold)
                 # The interval at the end of this step, so that the last step closes everything.
                 shown = before_step((step + 1 - first) / (end - first))
+                micro = [next(batches) for _ in range(recipe.grad_accumulation)]
+                # After the batches are drawn: a loader that starts anew draws numbers of its own.
                 torch.manual_seed(_mix(recipe.seed, step, accelerator.process_index))
-                loss = self._step(model, prepared, batches, step)
+                loss = self._step(model, prepared, micro, step)
                 self.progress.step += 1
                 elapsed = time.perf_counter() - began
                 self.progress.seconds += elapsed
@@ -241,28 +249,37 @@ class _Run:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
 
-    def _step(self, model: nn.Module, optimizer: Any, batches: Iterator[Any], step: int) -> float:
-        """Make one optimizer step out of `grad_accumulation` batches; return their mean loss."""
+    def _step(
+        self, model: nn.Module, optimizer: Any, micro: list[dict[str, Tensor]], step: int
+    ) -> float:
+        """Make one optimizer step out of some batches; return their mean loss."""
         total = 0.0
         model.train()
-        for _ in range(self.recipe.grad_accumulation):
-            raw = next(batches)
+        for raw in micro:
             with self.accelerator.accumulate(model):
                 batch = prepare_batch(raw, self.loaded.preprocessing, self.recipe.augment)
-                scores = score(*logits_and_labels(model, self.loaded.spec, batch))
+                with self.accelerator.autocast():
+                    logits, labels = logits_and_labels(model, self.loaded.spec, batch)
+                scores = score(logits, labels)
                 loss = scores.loss.sum() / scores.count.sum()
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    raise DivergenceError(
-                        f"the loss is {value} at step {step}. Nothing was overwritten: the last "
-                        f"checkpoint is {_newest_checkpoint(self.out) or 'the start'}. Try a "
-                        f"smaller --lr than {self.recipe.lr:g}, or --mixed-precision no."
-                    )
+                    self._diverged(value, step)
                 self.accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
             total += value
-        return total / self.recipe.grad_accumulation
+        return total / len(micro)
+
+    def _diverged(self, loss: float, step: int) -> NoReturn:
+        """Drop the checkpoint of the very weights that gave this loss, and say what is left."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(_checkpoint(self.out, step), ignore_errors=True)
+        raise DivergenceError(
+            f"the loss is {loss} at step {step}; the last checkpoint is "
+            f"{_newest_checkpoint(self.out) or 'the start'}. Try a smaller --lr than "
+            f"{self.recipe.lr:g}, or --mixed-precision no."
+        )
 
     def _batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
         """Yield training batches without end, from the place after `consumed` ones."""
@@ -288,7 +305,7 @@ class _Run:
 
     def _save_checkpoint(self) -> None:
         """Write a checkpoint beside its place, then rename it: it is there whole or not at all."""
-        name = self.out / CHECKPOINTS / f"step-{self.progress.step:08d}"
+        name = _checkpoint(self.out, self.progress.step)
         partial = name.with_suffix(".partial")
         self.accelerator.save_state(str(partial))
         if self.accelerator.is_main_process:
@@ -312,7 +329,12 @@ class _Run:
 
     def _finish(self) -> dict[str, Any]:
         """Snap, evaluate, pack, reload, compare, report."""
-        relaxed = self._evaluate().value
+        relaxed = self._evaluate()
+        if not math.isfinite(relaxed.loss):
+            raise DivergenceError(
+                f"the loss is {relaxed.loss} after the last step; nothing was packed. Try a "
+                f"smaller --lr than {self.recipe.lr:g}."
+            )
         layers.snap_(self.model)
         snapped = self._evaluate().value
         path = self.out / artifact.ARTIFACT
@@ -331,7 +353,7 @@ class _Run:
             "metric": same.metric,
             "full_precision": self.progress.full_precision,
             "rounded": self.progress.rounded,
-            "relaxed": relaxed,
+            "relaxed": relaxed.value,
             "snapped": snapped,
             "reloaded": same.value,
             "parameters": {
@@ -407,6 +429,7 @@ def _load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
         image_size=recipe.image_size,
         mean=recipe.mean,
         std=recipe.std,
+        max_length=recipe.max_length,
     )
     return loaded, data
 
@@ -432,7 +455,7 @@ def _resumed(recipe: Recipe) -> Recipe:
     differing = [
         f"{key} = {value!r} (the run has {getattr(stored, key)!r})"
         for key, value in given.items()
-        if key not in ("resume", "output") and value != getattr(stored, key)
+        if key not in ("resume", "output") and value not in (None, getattr(stored, key))
     ]
     if differing:
         raise RecipeError(
@@ -440,6 +463,32 @@ def _resumed(recipe: Recipe) -> Recipe:
             f"{'; '.join(differing)}. Leave them out, or start again with --overwrite."
         )
     return stored.model_copy(update={"resume": True, "output": recipe.output})
+
+
+def _read_progress(folder: Path) -> Progress:
+    try:
+        return Progress(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _load_state(accelerator: Any, folder: Path) -> None:
+    """Load weights, buffers and optimizer state of a checkpoint."""
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:  # every file in it fails in its own way
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> OutputError:
+    return OutputError(
+        f"the checkpoint {folder} is damaged ({type(error).__name__}: {error}); delete it to go on "
+        "from the one before, or start again with --overwrite."
+    )
+
+
+def _checkpoint(out: Path, step: int) -> Path:
+    return out / CHECKPOINTS / f"step-{step:08d}"
 
 
 def _checkpoints(out: Path) -> list[Path]:

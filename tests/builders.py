@@ -9,8 +9,10 @@ import contextlib
 import functools
 import gc
 import io
+import json
 import os
 import shutil
+import struct
 import sys
 import tempfile
 import warnings
@@ -187,8 +189,6 @@ def text_csv(folder: Path) -> None:
 @_once
 def text_pairs_json(folder: Path) -> None:
     """Pairs of sentences with labels that are numbers, as lines of json."""
-    import json
-
     for split, count in (("train", 32), ("test", 16)):
         texts = [text for text, _ in sentences(2 * count, seed=count)]
         rows = [
@@ -412,6 +412,15 @@ def power_cut(monkeypatch: Any, at_step: int) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(train._Run, "_step", step)
         yield
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a packed file, read byte by byte as docs/format.md says."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    found: dict[str, Any] = json.loads(header["__metadata__"]["askewq"])
+    return found
 
 
 def files(folder: Path) -> set[str]:

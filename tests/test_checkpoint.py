@@ -3,12 +3,11 @@
 import hashlib
 import json
 import math
-import struct
 from pathlib import Path
 
 import pytest
 import torch
-from builders import files
+from builders import files, manifest
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -66,19 +65,10 @@ def snapped_net(bits="ternary", kind="integer", group_size="channel") -> Net:
 
 def rewrite(path: Path, change) -> None:
     """Apply `change(manifest, tensors)` to a packed file; a returned manifest replaces the old."""
-    tensors = load_file(path)
-    manifest = manifest_of(path)
-    manifest = change(manifest, tensors) or manifest
-    text = manifest if isinstance(manifest, str) else json.dumps(manifest)
+    tensors, entries = load_file(path), manifest(path)
+    entries = change(entries, tensors) or entries
+    text = entries if isinstance(entries, str) else json.dumps(entries)
     save_file(tensors, path, {"askewq": text})
-
-
-def manifest_of(path: Path) -> dict:
-    """Return the manifest in a packed file's header, read byte by byte as docs/format.md says."""
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    return json.loads(header["__metadata__"]["askewq"])
 
 
 class TestBytes:
@@ -126,7 +116,7 @@ class TestBytes:
         """The header's manifest lists version, weights and shared names, as compact JSON."""
         path = tmp_path / "m.safetensors"
         checkpoint.save(Golden(make_grid(2)), path)
-        assert manifest_of(path) == {
+        assert manifest(path) == {
             "version": 1,
             "weights": {
                 "layer.weight": {
@@ -204,7 +194,7 @@ class TestRoundTrip:
         """A weight of two layers has one entry; both layers get it back, tied or not."""
         net = snapped_net()
         checkpoint.save(net, tmp_path / "m")
-        assert manifest_of(tmp_path / "m")["shared"] == {"two.weight": "one.weight"}
+        assert manifest(tmp_path / "m")["shared"] == {"two.weight": "one.weight"}
         assert not any(name.startswith("two.") for name in load_file(tmp_path / "m"))
         tied, untied = Net(), Net()
         untied.two.weight = nn.Parameter(torch.zeros(6, 6))

@@ -329,9 +329,9 @@ class TestPreprocessing:
         torch.testing.assert_close(grey.batch(image[None])[0], expected)
 
     def test_pictures_of_the_right_size_stay_as_they_are(self):
-        """An image that has the input's size is neither resized nor cropped."""
+        """At the size that a user asks for an image is neither resized nor cropped."""
         image = self.pixels(16, 16)
-        kept = ImagePreprocessing(size=(16, 16), crop_pct=0.875).image(image)
+        kept = ImagePreprocessing(crop_pct=0.875).override(16, None, None).image(image)
         assert np.array_equal(kept.permute(1, 2, 0).numpy(), np.array(image))
 
     @pytest.mark.parametrize(

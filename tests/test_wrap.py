@@ -471,7 +471,7 @@ def test_attention_weights_outside_a_linear_layer_are_named():
 
 
 @pytest.mark.parametrize("bits", [1, "ternary", 2, 3, 8])
-@pytest.mark.parametrize("group_size", ["tensor", "channel", 16, 10])
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 16, 4, 10])
 def test_predicted_bytes(bits, group_size):
     """Codes at b bits, a float32 per scale and four bytes for every other parameter."""
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 5), nn.Linear(5, 3))

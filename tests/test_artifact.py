@@ -1,0 +1,285 @@
+"""The output folder as an artifact: loading it, and refusing what is damaged or strange."""
+
+import json
+import shutil
+
+import builders
+import pytest
+import torch
+from builders import copy_of, finished
+
+import askewq
+from askewq import artifact, checkpoint
+from askewq.errors import FormatError, ModelError
+
+LOADABLE = ["timm", "timm-vit", "bert", "bert-pairs", "llama", "vit"]
+
+
+def edit_config(folder, **changes):
+    """Change keys of config.json; None removes a key."""
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+class TestLoad:
+    @pytest.mark.parametrize("kind", LOADABLE)
+    def test_gives_the_plain_model_with_snapped_weights(self, kind):
+        """The model is in eval mode, its classes are the library's, its weights the file's."""
+        folder, _ = finished(kind)
+        model = askewq.load(folder)
+        state, stored = model.state_dict(), checkpoint.read(folder / "model.safetensors")
+        assert not model.training
+        assert state.keys() == stored.dense_state().keys()
+        assert all(torch.equal(state[k], tensor) for k, tensor in stored.dense_state().items())
+        assert not any(type(m).__module__.startswith("askewq") for m in model.modules())
+        assert stored.weights
+
+    @pytest.mark.parametrize("kind", ["own", *LOADABLE])
+    def test_dtype_casts_floating_point_only(self, kind):
+        """With a dtype every float tensor is cast from the exact value; integers stay."""
+        folder, _ = finished(kind)
+        own = (
+            [{"model": builders.own_network("small")} for _ in "ab"] if kind == "own" else [{}, {}]
+        )
+        model = askewq.load(folder, dtype=torch.bfloat16, **own[0])
+        exact = askewq.load(folder, **own[1]).state_dict()
+        for key, tensor in model.state_dict().items():
+            floating = exact[key].is_floating_point()
+            assert tensor.dtype == (torch.bfloat16 if floating else exact[key].dtype)
+            assert torch.equal(tensor, exact[key].to(tensor.dtype))
+
+    def test_a_path_may_be_text(self):
+        """The folder is given as a string or as a Path."""
+        folder, _ = finished("timm")
+        first, second = askewq.load(str(folder)), askewq.load(folder)
+        x = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(first(x), second(x))
+
+    def test_own_modules_are_passed_in(self):
+        """A network of the user's own is filled in place and returned in eval mode."""
+        folder, _ = finished("own")
+        network = builders.own_network("small").train()
+        loaded = askewq.load(folder, model=network)
+        assert loaded is network
+        assert not loaded.training
+        dense = checkpoint.read(folder / "model.safetensors").dense_state()
+        assert all(torch.equal(loaded.state_dict()[k], tensor) for k, tensor in dense.items())
+
+    def test_own_modules_without_the_module(self):
+        """Without it the error says that no code is run and what to pass."""
+        folder, _ = finished("own")
+        with pytest.raises(ModelError, match=r"askewq\.load\(folder, model=\.\.\.\)") as caught:
+            askewq.load(folder)
+        assert "runs no code" in str(caught.value)
+
+    def test_another_network_is_refused(self):
+        """A network with other keys or shapes is refused and named."""
+        folder, _ = finished("own")
+        with pytest.raises(FormatError, match=r"8\.\w+"):
+            askewq.load(folder, model=builders.own_network("ten_classes"))
+        with pytest.raises(FormatError, match="does not fit the model"):
+            askewq.load(folder, model=builders.own_network("tied"))
+
+    def test_loading_needs_no_checkpoint_and_no_figures(self, tmp_path):
+        """Only the packed file and config.json are needed for a timm model."""
+        folder, _ = finished("timm")
+        for name in ("model.safetensors", "config.json"):
+            shutil.copy(folder / name, tmp_path)
+        assert askewq.load(tmp_path).state_dict().keys() == askewq.load(folder).state_dict().keys()
+
+    def test_the_preprocessing_comes_back(self):
+        """An artifact knows how its inputs are prepared and what its labels are called."""
+        images = artifact.load_artifact(finished("timm")[0])
+        assert images.preprocessing.size == (32, 32)
+        assert images.spec.labels == ("blue", "green", "red")
+        texts = artifact.load_artifact(finished("bert")[0])
+        assert texts.preprocessing.tokenizer("good film")["input_ids"] == [2, 4, 6, 3]
+        assert texts.spec.labels == ("neg", "pos")
+        processed = artifact.load_artifact(finished("vit")[0])
+        image, _ = builders.pictures(1)[0]
+        assert processed.preprocessing.image(image).shape == (3, 16, 16)
+
+    def test_logits_are_those_of_a_rebuilt_network(self):
+        """Loading twice gives the same logits, bit for bit."""
+        folder, _ = finished("llama")
+        tokens = torch.tensor([[2, 4, 5, 6]])
+        with torch.no_grad():
+            logits = [askewq.load(folder)(input_ids=tokens).logits for _ in range(2)]
+        assert torch.equal(*logits)
+
+
+class TestTransformersRefuses:
+    """transformers must never return a network with random weights for an artifact."""
+
+    @pytest.mark.parametrize("kind", ["own", "timm", "bert", "llama", "vit"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "AutoConfig",
+            "AutoModel",
+            "AutoModelForSequenceClassification",
+            "AutoModelForCausalLM",
+            "AutoModelForImageClassification",
+        ],
+    )
+    def test_auto_classes_raise(self, kind, name):
+        """Each Auto class raises on the folder, and names the unknown model type."""
+        import transformers
+
+        with pytest.raises(ValueError, match="askewq"):
+            getattr(transformers, name).from_pretrained(finished(kind)[0])
+
+
+class TestConfig:
+    def test_holds_what_the_format_lists(self):
+        """config.json has exactly the keys of docs/format.md."""
+        for kind in ("own", "timm", "bert", "llama", "vit"):
+            content = json.loads((finished(kind)[0] / "config.json").read_text())
+            assert content.keys() == {
+                *("model_type", "askewq_version", "source", "name", "task", "labels"),
+                *("arguments", "preprocessing"),
+            }
+            assert content["model_type"] == "askewq"
+            assert content["askewq_version"] == 1
+
+    @pytest.mark.parametrize("version", [0, 2, "1", None, [1], True])
+    def test_other_versions_are_refused(self, tmp_path, version):
+        """A version that this askewq does not know is named."""
+        folder = copy_of("timm", tmp_path)
+        edit_config(folder, askewq_version=version)
+        with pytest.raises(FormatError, match="askewq_version") as caught:
+            askewq.load(folder)
+        assert repr(version) in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "key", ["source", "name", "task", "labels", "arguments", "preprocessing"]
+    )
+    def test_missing_keys_are_named(self, tmp_path, key):
+        """Each key is needed."""
+        folder = copy_of("timm", tmp_path)
+        edit_config(folder, **{key: None})
+        with pytest.raises(FormatError, match=f"lacks {key}"):
+            askewq.load(folder)
+
+    @pytest.mark.parametrize(
+        ("kind", "changes"),
+        [
+            ("timm", {"source": "keras"}),
+            ("timm", {"source": ["timm"]}),
+            ("timm", {"task": "segmentation"}),
+            ("timm", {"task": {}}),
+            ("timm", {"labels": 3}),
+            ("timm", {"labels": [1, 2, 3]}),
+            ("timm", {"name": 3}),
+            ("timm", {"arguments": []}),
+            ("timm", {"arguments": {}}),
+            ("timm", {"arguments": {"model_name": "resnet_of_mine", "num_classes": 3}}),
+            ("timm", {"arguments": {"model_name": "test_resnet", "nonsense": 1}}),
+            ("timm", {"arguments": {"model_name": "test_resnet", "pretrained": True}}),
+            ("timm", {"arguments": {"model_name": "hf-hub:org/name"}}),
+            ("timm", {"arguments": {"model_name": 3}}),
+            ("timm", {"preprocessing": 3}),
+            ("timm", {"preprocessing": {}}),
+            ("bert", {"arguments": {}}),
+            ("bert", {"arguments": {"model_type": "no-such-model"}}),
+            ("bert", {"arguments": {"model_type": "bert", "hidden_size": "wide"}}),
+            ("bert", {"arguments": "bert"}),
+            ("bert", {"source": "timm"}),
+            ("bert", {"task": "causal-lm"}),
+            ("bert", {"task": "image-classification"}),
+        ],
+        ids=str,
+    )
+    def test_damaged_values_are_refused(self, tmp_path, kind, changes):
+        """A value of another kind, or a network that cannot be built, is a FormatError."""
+        folder = copy_of(kind, tmp_path)
+        edit_config(folder, **changes)
+        with pytest.raises(FormatError):
+            askewq.load(folder)
+
+    def test_arguments_cannot_load_a_file(self, tmp_path):
+        """Arguments that make timm read another file are refused by name."""
+        folder = copy_of("timm", tmp_path)
+        stored = json.loads((folder / "config.json").read_text())["arguments"]
+        torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
+        edit_config(folder, arguments={**stored, "checkpoint_path": str(tmp_path / "other.pt")})
+        with pytest.raises(FormatError, match="checkpoint_path"):
+            askewq.load(folder)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"askewq_version"', "\x00"])
+    def test_files_that_are_no_config(self, tmp_path, text):
+        """A config.json that is not a JSON object of ours is refused with its path."""
+        folder = copy_of("timm", tmp_path)
+        (folder / "config.json").write_text(text)
+        with pytest.raises(FormatError) as caught:
+            askewq.load(folder)
+        assert str(folder / "config.json") in str(caught.value)
+
+    def test_bytes_that_are_no_text(self, tmp_path):
+        """A binary config.json is refused with its path."""
+        folder = copy_of("timm", tmp_path)
+        (folder / "config.json").write_bytes(b"\xff\xfe\xff")
+        with pytest.raises(FormatError, match=r"config\.json"):
+            askewq.load(folder)
+
+    def test_folders_without_a_config(self, tmp_path):
+        """A folder that is no artifact says what to pass."""
+        for folder in (tmp_path, tmp_path / "nowhere", builders.own_module() / "nets.py"):
+            with pytest.raises(FormatError, match="not an askewq artifact"):
+                askewq.load(folder)
+
+    def test_a_hugging_face_folder_is_no_artifact(self):
+        """A folder of another tool's is refused, not guessed at."""
+        with pytest.raises(FormatError, match="askewq_version"):
+            askewq.load(builders.bert())
+        assert not artifact.is_artifact(builders.bert())
+
+    def test_is_artifact(self, tmp_path):
+        """A folder counts as an artifact as long as it says so, even when damaged."""
+        folder = copy_of("timm", tmp_path)
+        assert artifact.is_artifact(folder)
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text[:60])
+        assert artifact.is_artifact(folder)
+        assert not artifact.is_artifact(tmp_path / "nowhere")
+
+
+class TestDamage:
+    @pytest.mark.parametrize("kind", ["timm", "bert"])
+    def test_missing_weights(self, tmp_path, kind):
+        """Without model.safetensors the path is named."""
+        folder = copy_of(kind, tmp_path)
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(FormatError, match=r"model\.safetensors"):
+            askewq.load(folder)
+
+    def test_truncated_weights(self, tmp_path):
+        """A file cut short is refused, and no model is returned."""
+        folder = copy_of("timm", tmp_path)
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(FormatError, match=r"model\.safetensors"):
+            askewq.load(folder)
+
+    def test_weights_of_another_run(self, tmp_path):
+        """A packed file of another network does not fit, and the keys are named."""
+        folder = copy_of("timm", tmp_path)
+        shutil.copy(finished("timm-vit")[0] / "model.safetensors", folder)
+        with pytest.raises(FormatError, match=r"does not fit the model.*conv1"):
+            askewq.load(folder)
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "word"),
+        [
+            ("bert", "tokenizer.json", "tokenizer"),
+            ("vit", "preprocessor_config.json", "processor"),
+        ],
+    )
+    def test_missing_preprocessing(self, tmp_path, kind, name, word):
+        """An artifact without its tokenizer or processor is refused for evaluation by name."""
+        folder = copy_of(kind, tmp_path)
+        (folder / name).unlink()
+        with pytest.raises(askewq.AskewError, match=word):
+            artifact.load_artifact(folder)

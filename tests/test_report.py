@@ -1,0 +1,179 @@
+"""What a person looks at: the plan, the table of results, the model card."""
+
+import re
+from pathlib import Path
+
+import builders
+import pytest
+import torch
+from builders import finished
+
+from askewq import checkpoint, config, models, report, wrap
+
+
+@pytest.fixture
+def printed(capsys):
+    """Return what was printed on standard output, spaces between columns made single."""
+
+    def read():
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return "\n".join(" ".join(line.split()) for line in captured.out.splitlines())
+
+    return read
+
+
+METRICS = {
+    "metric": "accuracy",
+    "bits": 2,
+    "full_precision": 93.125,
+    "rounded": 10.0,
+    "relaxed": 92.5,
+    "snapped": 92.4,
+    "reloaded": 92.4,
+    "parameters": {"total": 1_000_000, "quantized": 900_000, "share": 0.9},
+    "bytes": {"full_precision": 4_000_000, "packed": 650_000},
+    "bits_per_weight": 2.125,
+}
+
+
+@pytest.mark.parametrize(
+    ("bits", "name"), [(1, "1 bit"), (2, "2 bits"), (8, "8 bits"), ("ternary", "ternary")]
+)
+def test_bits_name(bits, name):
+    """One bit is singular, ternary has no number."""
+    assert report.bits_name(bits) == name
+
+
+def test_the_table_of_results(printed, tmp_path):
+    """Five rows: full precision, rounding, relaxed, snapped, reloaded; and both sizes."""
+    report.print_result(METRICS, tmp_path)
+    text = printed()
+    for row in (
+        "full precision 93.12 4.00 MB",
+        "rounded to 2 bits, no training 10.00",
+        "AskewSGD, before the snap 92.50",
+        "AskewSGD, snapped 92.40",
+        "reloaded from the packed file 92.40 0.65 MB",
+    ):
+        assert row in text.splitlines()
+    assert "2.12 bits a weight on 90.0% of the parameters" in text
+    assert str(tmp_path) in text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "1.0 kB"), (12_345, "12.3 kB"), (123_456, "0.12 MB")]
+)
+def test_sizes(printed, tmp_path, count, text):
+    """Small files are given in kB, others in MB."""
+    report.print_result({**METRICS, "bytes": {"full_precision": 1, "packed": count}}, tmp_path)
+    assert f"reloaded from the packed file 92.40 {text}" in printed()
+
+
+def test_the_plan(printed):
+    """Each layer has a row; float layers have a reason; the shares and the size are summed up."""
+    network = builders.own_network("small")
+    plan = wrap.plan(network, "ternary", group_size=4, exclude=["6"])
+    report.print_plan(plan)
+    lines = printed().splitlines()
+    assert "0 Conv2d 8x3x3x3 float first layer, kept in full precision" in lines
+    assert "2 Conv2d 8x8x3x3 ternary -1..1 per group 4" in lines
+    assert "6 Linear 16x32 float excluded by '6'" in lines
+    total = sum(p.numel() for p in network.parameters())
+    (summary,) = [line for line in lines if line.startswith("plan:")]
+    assert f"1 layers, 576 of {total:,} parameters" in summary
+
+
+def test_names_with_brackets_are_printed_as_they_are(printed):
+    """Markup in a user's names is not interpreted."""
+    network = torch.nn.Sequential()
+    for name in ("[red]a", "[bold]b", "[link]c"):
+        network.add_module(name, torch.nn.Linear(3, 3))
+    report.print_plan(wrap.plan(network, 2))
+    text = printed()
+    assert all(name in text for name in ("[red]a", "[bold]b", "[link]c"))
+
+
+@pytest.mark.parametrize("kind", ["own", "llama"])
+def test_an_artifact(printed, kind):
+    """Each packed weight has a row with its shape, bits, scales and bytes."""
+    folder, metrics = finished(kind)
+    from askewq import artifact
+
+    spec, _ = artifact.read_spec(folder)
+    packed = checkpoint.read(folder / "model.safetensors")
+    report.print_artifact(spec, packed)
+    lines = printed().splitlines()
+    for name, weight in packed.weights.items():
+        shape, scales = ("x".join(map(str, s)) for s in (weight.shape, weight.scale.shape))
+        assert f"{name} {shape} 2 {scales} {weight.codes.nbytes:,}" in lines
+    assert f"{metrics['parameters']['quantized']:,} parameters" in lines[-1]
+
+
+class TestModelCard:
+    @pytest.mark.parametrize("kind", ["own", "timm", "bert", "llama", "vit"])
+    def test_says_how_to_load_what_it_measures_and_how_it_was_made(self, kind):
+        """README.md has the call, the three figures, the data set and the whole recipe."""
+        folder, metrics = finished(kind)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        for name, key in (
+            ("full precision", "full_precision"),
+            ("rounded, no training", "rounded"),
+            ("this model", "reloaded"),
+        ):
+            assert f"| {name} | {metrics[key]:.2f} |" in card
+        (recipe,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
+        assert config.yaml.safe_load(recipe) == config.read_yaml(folder / "recipe.yaml")
+        assert f"{metrics['metric']} on {builders.SETTINGS[kind]()['dataset']}" in card
+        assert ("askewq.load(folder, model=factory())" in card) == (kind == "own")
+        assert f"The {metrics['metric']} is that of the reloaded file." in card
+        assert card.startswith("---\nlibrary_name: askewq\n")
+
+    @pytest.mark.parametrize("kind", ["own", "timm", "bert"])
+    def test_front_matter_is_yaml(self, kind):
+        """The header that the Hub reads is YAML; a module of the user's own has no base model."""
+        folder, _ = finished(kind)
+        header = (folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+        content = config.yaml.safe_load(header)
+        assert content["library_name"] == "askewq"
+        assert "askewq" in content["tags"]
+        assert ("base_model" in content) == (kind != "own")
+
+    @pytest.mark.parametrize("name", ["x: y", "a # b", "'quoted'", "- list"])
+    def test_front_matter_of_any_name(self, name):
+        """A model name with YAML's own signs in it stays one text."""
+        recipe = config.build({"model": name, "dataset": "d", "output": "o"})
+        spec = models.ModelSpec("transformers", name, "text-classification", ("a",), {})
+        loaded = models.LoadedModel(builders.own_network("small"), spec, None)
+        card = report.model_card(METRICS, recipe, loaded)
+        assert config.yaml.safe_load(card.split("---\n")[1])["base_model"] == name
+
+
+def test_the_bar_counts_and_shows(capsys):
+    """The bar goes to standard error and shows what it is given."""
+    with report.progress_bar("phase", 2, 4, True) as bar:
+        report.advance(bar, {"loss": 1.23456, "lr": 0.1})
+        report.advance(bar, {"loss": 0.5, "lr": 0.1})
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "phase" in captured.err
+    assert "4/4" in captured.err
+    assert "loss=0.5" in captured.err
+
+
+def test_other_processes_show_no_bar(capsys):
+    """Only the main process draws."""
+    with report.progress_bar("phase", 0, 1, False) as bar:
+        report.advance(bar, {"loss": 1.0})
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not Path("/proc/self/status").exists(),
+    reason="the kernel's own figure is for the CPU, on Linux",
+)
+def test_peak_memory_is_in_bytes():
+    """The figure is the kernel's high-water mark of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", status)
+    assert report.peak_memory() == pytest.approx(1024 * int(kilobytes), rel=0.02)
