@@ -13,8 +13,17 @@ from torch import nn
 
 from askewq import checkpoint
 from askewq.errors import FormatError, ModelError
-from askewq.models import CONFIG, LoadedModel, ModelSpec, Source, build, load_tokenizer
-from askewq.preprocessing import ImagePreprocessing, Preprocessing, ProcessorPreprocessing
+from askewq.models import (
+    CONFIG,
+    LoadedModel,
+    ModelSpec,
+    Source,
+    build,
+    check_arguments,
+    load_processor,
+    load_tokenizer,
+)
+from askewq.preprocessing import ImagePreprocessing, Preprocessing
 from askewq.vocabulary import Task
 
 ARTIFACT = "model.safetensors"
@@ -58,7 +67,7 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from error
     version = content.get("askewq_version") if isinstance(content, dict) else None
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise FormatError(
             f"{path} has askewq_version {version!r}; this askewq reads {VERSION}. An "
             "artifact of a newer askewq needs a newer askewq."
@@ -70,8 +79,15 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
         raise FormatError(
             f"{path} names an unknown source or task: {content['source']!r}, {content['task']!r}."
         )
+    labels, arguments = content["labels"], content["arguments"]
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise FormatError(f"{path}: labels must be a list of names, not {labels!r}.")
+    if not isinstance(arguments, dict) or not isinstance(content["name"], str):
+        raise FormatError(f"{path}: name must be a text and arguments a mapping.")
+    if not isinstance(content["preprocessing"], dict):
+        raise FormatError(f"{path}: preprocessing must be a mapping.")
     spec = ModelSpec(**{key: content[key] for key in keys[:-1]})
-    return replace(spec, labels=tuple(spec.labels)), content["preprocessing"]
+    return replace(spec, labels=tuple(labels)), content["preprocessing"]
 
 
 def load_artifact(folder: Path, *, factory: str | None = None) -> LoadedModel:
@@ -95,9 +111,22 @@ def load_artifact(folder: Path, *, factory: str | None = None) -> LoadedModel:
             )
         spec = replace(spec, name=factory)
     artifact = checkpoint.read(folder / ARTIFACT)
-    model = build(spec)
+    model = build(spec) if spec.source == "module" else _build_described(spec, folder)
     checkpoint.load_into(model, artifact)
     return LoadedModel(model.eval(), spec, _restore(spec, preprocessing, folder))
+
+
+def _build_described(spec: ModelSpec, folder: Path) -> nn.Module:
+    """Build the network that config.json describes; it comes from a stranger, perhaps."""
+    try:
+        check_arguments(spec)
+        return build(spec)
+    except Exception as error:  # wrong arguments fail in every way that a network can
+        reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        raise FormatError(
+            f"{folder / CONFIG} describes no {spec.source} network that can be built here "
+            f"({reason}); it is damaged, or needs another version of {spec.source}."
+        ) from error
 
 
 def _restore(spec: ModelSpec, values: dict[str, Any], folder: Path) -> Preprocessing:
@@ -107,9 +136,7 @@ def _restore(spec: ModelSpec, values: dict[str, Any], folder: Path) -> Preproces
             raise FormatError(f"config.json: preprocessing has no usable max_length: {length!r}.")
         return load_tokenizer(str(folder), False, length)
     if spec.source == "transformers":
-        import transformers
-
-        return ProcessorPreprocessing(transformers.AutoImageProcessor.from_pretrained(folder))
+        return load_processor(str(folder), trust_remote_code=False)
     return ImagePreprocessing.restore(values)
 
 

@@ -40,6 +40,15 @@ _DATA_KEYS = (
 )
 
 
+def _whole(kind: Any, tokens: Any) -> int | str:
+    """Return a flag's whole number, or its text for the recipe to accept or refuse."""
+    text = str(tokens[0].value)
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def _flags(name: str, keys: tuple[str, ...]) -> Any:
     """Return a dictionary type with one flag per recipe key; only flags given by the user occur."""
     groups: dict[str, Group] = {}
@@ -52,7 +61,10 @@ def _flags(name: str, keys: tuple[str, ...]) -> Any:
         help = field.description or ""
         if not field.is_required() and field.default not in (None, (), False, True):
             help += f" [default: {field.default}]"
-        repeated = "tuple" in str(field.annotation)
+        kind = str(field.annotation)
+        repeated = "tuple" in kind
+        # cyclopts would read 2.5 as the whole number 2; the recipe's own check refuses it.
+        whole = "int" in kind and key != "bits"
         annotations[key] = Annotated[
             field.annotation,  # type: ignore[name-defined]  # a type made at run time
             Parameter(
@@ -60,6 +72,7 @@ def _flags(name: str, keys: tuple[str, ...]) -> Any:
                 group=group,
                 negative_iterable="",
                 consume_multiple=repeated or None,
+                converter=_whole if whole else None,
             ),
         ]
     return TypedDict(name, annotations, total=False)  # type: ignore[operator]  # likewise

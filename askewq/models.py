@@ -5,6 +5,7 @@ never unpickled beyond plain tensors, and no code from the Hub runs unless it wa
 """
 
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -222,6 +223,22 @@ def load_bare(
     return auto.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
 
 
+def check_arguments(spec: ModelSpec) -> None:
+    """Check that building a spec reads no file and no Hub: it may come from a stranger's artifact.
+
+    Raises:
+        ModelError: arguments that do more than describe a network.
+    """
+    if spec.source != "timm":
+        return
+    import timm
+
+    name = str(spec.arguments.get("model_name"))
+    loading = set(inspect.signature(timm.create_model).parameters) - {"model_name", "kwargs"}
+    if not timm.is_model(name.split(".")[0]) or loading & set(spec.arguments):
+        raise ModelError(f"the arguments {spec.arguments} do not only describe a timm network.")
+
+
 def _load_timm(
     name: str, labels: tuple[str, ...], pretrained: bool, image_size: int | None
 ) -> LoadedModel:
@@ -327,12 +344,17 @@ def _load_transformers(
         raise ModelError(_unreachable(name, error)) from error
     preprocessing: Preprocessing = ImagePreprocessing()
     if task == "image-classification":
-        preprocessing = _processor(name, trust_remote_code)
+        preprocessing = load_processor(name, trust_remote_code)
     spec = ModelSpec("transformers", name, task, labels, _json(model.config.to_dict()))
     return LoadedModel(model, spec, preprocessing, tuple(notes))
 
 
-def _processor(name: str, trust_remote_code: bool) -> ProcessorPreprocessing:
+def load_processor(name: str, trust_remote_code: bool) -> ProcessorPreprocessing:
+    """Return the image processor of a Hugging Face id or folder.
+
+    Raises:
+        ModelError: there is none.
+    """
     import transformers
 
     try:

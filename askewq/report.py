@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -20,7 +21,8 @@ from askewq.grid import Grid
 from askewq.models import LoadedModel, ModelSpec
 from askewq.wrap import Plan, PlannedLayer
 
-console = Console(highlight=False, soft_wrap=True)
+# Into a file or a pipe every row of a table is one line.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
 def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> None:
@@ -65,7 +67,8 @@ def print_plan(plan: Plan) -> None:
 def _describe(grid: Grid, layer: PlannedLayer) -> str:
     levels = f"{grid.first:g}..{grid.first + grid.step * grid.last:g}"
     size = layer.group_size
-    return f"{grid.bits} bits {levels} per {f'group {size}' if isinstance(size, int) else size}"
+    per = f"group {size}" if isinstance(size, int) else size
+    return f"{bits_name(grid.bits)} {levels} per {per}"
 
 
 def print_artifact(spec: ModelSpec, packed: Artifact) -> None:
@@ -146,7 +149,9 @@ def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> 
     """Return README.md of an artifact: how to load it, what it measures, how it was made."""
     own = loaded.spec.source == "module"
     call = "askewq.load(folder, model=factory())" if own else "askewq.load(folder)"
-    base = "" if own else f"base_model: {recipe.model}\n"
+    header: dict[str, Any] = {"library_name": "askewq", "tags": ["askewq", "quantized", "low-bit"]}
+    if not own:
+        header["base_model"] = recipe.model
     sizes, metric = metrics["bytes"], metrics["metric"]
     rows = "\n".join(
         f"| {name} | {metrics[key]:.2f} |"
@@ -157,8 +162,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> 
         )
     )
     return f"""---
-library_name: askewq
-{base}tags: [askewq, quantized, low-bit]
+{yaml.safe_dump(header, sort_keys=False).strip()}
 ---
 # {recipe.model} at {bits_name(recipe.bits)}
 
@@ -175,7 +179,7 @@ model = {call}  # a plain {loaded.spec.source} network with dense float32 weight
 
 {metrics["parameters"]["share"]:.1%} of {metrics["parameters"]["total"]:,} parameters are packed at
 {metrics["bits_per_weight"]:.2f} bits a weight: {_size(sizes["packed"])} instead of
-{_size(sizes["full_precision"])}. The accuracy is that of the reloaded file.
+{_size(sizes["full_precision"])}. The {metric} is that of the reloaded file.
 
 Fine-tuned with AskewSGD (Leconte, Schechtman, Moulines, AISTATS 2023) by askewq; the recipe:
 

@@ -22,7 +22,7 @@ from askewq import anneal, artifact, checkpoint, config, layers, models, report,
 from askewq.anneal import Closing
 from askewq.config import Recipe
 from askewq.data import OpenData, loaders, open_data, prepare_batch
-from askewq.errors import DivergenceError, OutputError, RecipeError
+from askewq.errors import DataError, DivergenceError, ModelError, OutputError, RecipeError
 from askewq.evaluate import Evaluation, evaluate
 from askewq.models import LoadedModel
 from askewq.optim import AskewAdamW, AskewSGD
@@ -144,13 +144,27 @@ class _Run:
 
     def _try_one_batch(self) -> None:
         """Find out what does not fit (labels, shapes, inputs) before anything is written."""
-        raw = next(iter(self.eval_loader))
+        spec = self.loaded.spec
+        try:
+            raw = next(iter(self.eval_loader))
+        except (RuntimeError, ValueError) as error:
+            raise DataError(
+                f"the samples do not make a batch: {error}\nImages of different sizes need "
+                "--image-size; texts need a tokenizer with a padding token."
+            ) from error
+        batch = prepare_batch(raw, self.loaded.preprocessing)
         self.model.eval()
-        with torch.no_grad():
-            batch = prepare_batch(raw, self.loaded.preprocessing)
-            check_logits(
-                logits_and_labels(self.model, self.loaded.spec, batch)[0], self.loaded.spec
-            )
+        try:
+            with torch.no_grad():
+                logits, _ = logits_and_labels(self.model, spec, batch)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
+            raise ModelError(
+                f"the model fails on a first batch of {shapes}: {type(error).__name__}: {error}\n"
+                "For images, --image-size sets the size and the number of values of --mean and "
+                "--std the channels (1 or 3)."
+            ) from error
+        check_logits(logits, spec)
 
     def _prepare_output(self) -> None:
         if self.accelerator.is_main_process:
