@@ -48,7 +48,7 @@ class Closing:
                 f"the closing runs from {self.start} to {self.end} of the training steps; it must "
                 "start at 0 or later, end at 1 or earlier, and start before it ends."
             )
-        if self.power <= 0 or self.every < 1 or not 0 < self.final_radius <= 0.5:
+        if not self.power > 0 or self.every < 1 or not 0 < self.final_radius <= 0.5:
             raise RecipeError(
                 f"closing power = {self.power}, every = {self.every}, final radius = "
                 f"{self.final_radius}: power must be above 0, every 1 or more, and the radius in "

@@ -17,6 +17,13 @@ from askewq import constraint
 from askewq.errors import RecipeError
 from askewq.vocabulary import Bits, GridKind, GroupSize
 
+# Scales tried in fitting. In short rows the error is a jagged function of the scale.
+CANDIDATES = 24
+SHORT_ROW = 64
+SHORT_ROW_CANDIDATES = 256
+# Weights that are fitted at a time.
+CHUNK = 2**16
+
 BITS: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 5, 6, 7, 8)
 
 
@@ -115,9 +122,11 @@ def scale_shape(shape: torch.Size, group_size: GroupSize) -> tuple[int, int]:
 def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> Tensor:
     """Return the scale that minimises ||weight - snap(weight)||^2 in every row.
 
-    1 bit has the closed form mean |w|. Otherwise 32 scales between the row's root mean square
-    over the largest level and its maximum over the smallest extreme level are tried, and the best
-    is refined by alternating codes and scale (Lloyd), which never makes it worse.
+    1 bit has the closed form mean |w|. Otherwise the codes under a number of scales, between the
+    row's root mean square over the largest level and its maximum over the smaller extreme, are
+    tried, each with the scale that fits them best; then a finer search around the best, and a few
+    alternations of codes and scale (Lloyd), none of which makes it worse. Up to 2 bits the error is
+    within 1 % of the best (checked against a dense scan in float64).
 
     Args:
         weight: [out, ...], floating point and finite.
@@ -130,34 +139,45 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows = weight.detach().to(dtype).reshape(shape[0] * shape[1], -1)
     tiny = torch.finfo(torch.float32).tiny * 2**24
-    one_bit = grid.bits == 1
-    scale = rows.abs().mean(dim=1, keepdim=True) if one_bit else _search(rows, grid, tiny)
+    if grid.bits == 1:
+        scale = rows.abs().mean(dim=1, keepdim=True)
+    else:
+        # A few rows at a time, so that what is computed in between stays in the cache.
+        parts = rows.split(max(1, CHUNK // rows.shape[1]))
+        scale = torch.cat([_search(part, grid) for part in parts])
     return scale.clamp_min(tiny).reshape(shape)
 
 
-def _search(rows: Tensor, grid: Grid, tiny: float) -> Tensor:
+def _search(rows: Tensor, grid: Grid) -> Tensor:
+    # Near 1 by an exact power of two, so that no square overflows.
+    exponent = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent.clamp(-100, 100)
+    rows = torch.ldexp(rows, -exponent)
     extremes = abs(grid.first), grid.first + grid.step * grid.last
+    tiny = torch.finfo(rows.dtype).tiny
     low = rows.square().mean(dim=1, keepdim=True).sqrt().clamp_min(tiny) / max(extremes)
-    high = rows.abs().amax(dim=1, keepdim=True).clamp_min(tiny) / min(extremes)
-    best = high
-    best_error = _error(rows, grid, best)
-    for share in torch.linspace(0, 1, 32).tolist():
-        best, best_error = _better(rows, grid, low * (high / low) ** share, best, best_error)
-    for _ in range(10):
-        units = grid.snap(rows / best, torch.ones_like(best))
-        fitted = (rows * units).sum(1, keepdim=True) / units.square().sum(1, keepdim=True)
-        fitted = torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, best)
-        best, best_error = _better(rows, grid, fitted, best, best_error)
-    return best
-
-
-def _error(rows: Tensor, grid: Grid, scale: Tensor) -> Tensor:
-    return (rows - grid.snap(rows, scale)).square().sum(dim=1, keepdim=True)
+    high = rows.abs().amax(dim=1, keepdim=True).clamp_min(tiny)
+    high = high / (min(extremes) - grid.step / 2)  # beyond it the outermost level is not used
+    best, error = high, torch.full_like(high, torch.inf)
+    count = SHORT_ROW_CANDIDATES if rows.shape[1] <= SHORT_ROW else CANDIDATES
+    ratio = (high / low) ** (1 / (count - 1))
+    for i in range(count):
+        best, error = _better(rows, grid, low * ratio**i, best, error)
+    for _ in range(2):  # twice more, each time between the neighbours of the best so far
+        center, ratio = best, ratio**0.25
+        for i in range(-4, 5):
+            best, error = _better(rows, grid, center * ratio**i, best, error)
+    for _ in range(2):
+        best, error = _better(rows, grid, best, best, error)
+    return torch.ldexp(best, exponent)
 
 
 def _better(
-    rows: Tensor, grid: Grid, candidate: Tensor, best: Tensor, best_error: Tensor
+    rows: Tensor, grid: Grid, candidate: Tensor, best: Tensor, error: Tensor
 ) -> tuple[Tensor, Tensor]:
-    error = _error(rows, grid, candidate)
-    wins = error < best_error
-    return torch.where(wins, candidate, best), torch.where(wins, error, best_error)
+    """Take, row by row, the scale <w, u> / <u, u> that fits the candidate's codes u, if better."""
+    codes = constraint.nearest((rows / candidate - grid.first) / grid.step, grid.last)
+    units = grid.first + grid.step * codes
+    fitted = (rows * units).sum(dim=1, keepdim=True) / units.square().sum(dim=1, keepdim=True)
+    new = (rows - fitted * units).square().sum(dim=1, keepdim=True)
+    wins = (fitted > 0) & (new < error)  # false for rows whose codes are all zero
+    return torch.where(wins, fitted, best), torch.where(wins, new, error)

@@ -43,6 +43,7 @@ class TestLoad:
             [{"model": builders.own_network("small")} for _ in "ab"] if kind == "own" else [{}, {}]
         )
         model = askewq.load(folder, dtype=torch.bfloat16, **own[0])
+        assert not model.training
         exact = askewq.load(folder, **own[1]).state_dict()
         for key, tensor in model.state_dict().items():
             floating = exact[key].is_floating_point()

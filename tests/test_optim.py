@@ -78,7 +78,7 @@ def spread(
 def network(
     *, dtype: torch.dtype = torch.float64, bits: int = 2, scale: float | None = None
 ) -> tuple[nn.Module, nn.Module]:
-    """Return a plain model, and its twin with quantized layers; the scale is fitted if not given."""
+    """Return a plain model, and its twin with quantized layers; a scale is fitted by default."""
     plain = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 4)
     ).to(dtype)

@@ -282,6 +282,13 @@ class TestSettings:
         finetune("own", tmp_path, **{**base, **change})
         assert digest(tmp_path) != digest(reference)
 
+    def test_the_seed_decides_the_order_of_the_data(self, tmp_path):
+        """Runs from the same weights differ by their seed alone."""
+        weights = str(builders.own_module() / "small.safetensors")
+        for seed in (0, 1):
+            finetune("own", tmp_path / str(seed), weights=weights, seed=seed)
+        assert digest(tmp_path / "0") != digest(tmp_path / "1")
+
     def test_the_same_run_twice_gives_the_same_bytes(self, tmp_path):
         """Nothing but the recipe decides the result."""
         torch.manual_seed(123)
