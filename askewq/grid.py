@@ -17,11 +17,9 @@ from askewq import constraint
 from askewq.errors import RecipeError
 from askewq.vocabulary import Bits, GridKind, GroupSize
 
-# Scales tried in fitting. In short rows the error is a jagged function of the scale.
-CANDIDATES = 24
-SHORT_ROW = 64
-SHORT_ROW_CANDIDATES = 256
-# Weights that are fitted at a time.
+# Code changes along a row's sweep up to which the exact sweep is made.
+SWEEP_UP_TO = 2**16
+# Numbers worked on at a time, so that they stay in the cache.
 CHUNK = 2**16
 
 BITS: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 5, 6, 7, 8)
@@ -122,11 +120,10 @@ def scale_shape(shape: torch.Size, group_size: GroupSize) -> tuple[int, int]:
 def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> Tensor:
     """Return the scale that minimises ||weight - snap(weight)||^2 in every row.
 
-    1 bit has the closed form mean |w|. Otherwise the codes under a number of scales, between the
-    row's root mean square over the largest level and its maximum over the smaller extreme, are
-    tried, each with the scale that fits them best; then a finer search around the best, and a few
-    alternations of codes and scale (Lloyd), none of which makes it worse. Up to 2 bits the error is
-    within 1 % of the best (checked against a dense scan in float64).
+    For given codes with levels u the best scale is <w, u> / <u, u>, which leaves an error of
+    ||w||^2 - <w, u>^2 / <u, u>. Codes change only where a weight passes half-way between levels,
+    so one sorted sweep tries all codes that any scale leads to: the result is exact. Long rows on
+    fine grids get the best of 96 scales instead, within 1 % of the exact error.
 
     Args:
         weight: [out, ...], floating point and finite.
@@ -137,47 +134,63 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     """
     shape = scale_shape(weight.shape, group_size)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    rows = weight.detach().to(dtype).reshape(shape[0] * shape[1], -1)
     tiny = torch.finfo(torch.float32).tiny * 2**24
+    rows = weight.detach().reshape(shape[0] * shape[1], -1)
+    changes = rows.shape[1] * grid.size // 2  # of codes along the sweep of a row, at most
     if grid.bits == 1:
-        scale = rows.abs().mean(dim=1, keepdim=True)
+        scale = rows.to(torch.float64).abs().mean(dim=1)
+    elif changes <= SWEEP_UP_TO:
+        parts = rows.split(max(1, CHUNK // changes))
+        scale = torch.cat([_sweep(part.to(torch.float64), grid) for part in parts])
     else:
-        # A few rows at a time, so that what is computed in between stays in the cache.
         parts = rows.split(max(1, CHUNK // rows.shape[1]))
-        scale = torch.cat([_search(part, grid) for part in parts])
-    return scale.clamp_min(tiny).reshape(shape)
+        scale = torch.cat([_scan(part.to(dtype), grid) for part in parts])
+    return scale.nan_to_num(0.0).clamp_min(tiny).to(dtype).reshape(shape)
 
 
-def _search(rows: Tensor, grid: Grid) -> Tensor:
-    # Near 1 by an exact power of two, so that no square overflows.
+def _sweep(rows: Tensor, grid: Grid) -> Tensor:
+    """Return the best scale of every row, by trying all codes that any scale leads to."""
+    levels = grid.levels().to(rows)
+    sides = levels[levels >= 0], -levels[levels <= 0].flip(0)  # for w > 0 and w < 0, outwards
+    width = max(map(len, sides)) - 1
+    turns = rows.new_full((2, width), torch.inf)  # 1 / scale at which |w| = 1 takes its next level
+    gains = rows.new_zeros((2, width))  # and what this adds to <w, u>
+    costs = rows.new_zeros((2, width))  # and to <u, u>
+    for i, side in enumerate(sides):
+        n = len(side) - 1
+        turns[i, :n] = (side[1:] + side[:-1]) / 2
+        gains[i, :n] = side.diff()
+        costs[i, :n] = side.square().diff()
+    size, sign = rows.abs(), (rows < 0).long()
+    turn = (turns[sign] / size.unsqueeze(-1)).flatten(1)
+    gain = (gains[sign] * size.unsqueeze(-1)).flatten(1)
+    cost = torch.where(torch.isinf(turn), 0.0, costs[sign].flatten(1))
+    order = turn.argsort(dim=1)
+    first = sides[0][0]  # where the sweep starts: every weight on its innermost level
+    zeros = rows.new_zeros(rows.shape[0], 1)
+    product = torch.cat([zeros, gain.gather(1, order).cumsum(1)], dim=1)
+    product += first * size.sum(1, keepdim=True)
+    square = torch.cat([zeros, cost.gather(1, order).cumsum(1)], dim=1)
+    square += first * first * rows.shape[1]
+    best = (product.square() / square).nan_to_num(0.0).argmax(1, keepdim=True)
+    return (product.gather(1, best) / square.gather(1, best)).squeeze(1)
+
+
+def _scan(rows: Tensor, grid: Grid) -> Tensor:
+    """Return the best of 96 scales for every row: 32 over the whole range, 64 around the best."""
     exponent = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent.clamp(-100, 100)
-    rows = torch.ldexp(rows, -exponent)
+    rows = torch.ldexp(rows, -exponent)  # near 1, so that no square overflows
     extremes = abs(grid.first), grid.first + grid.step * grid.last
-    tiny = torch.finfo(rows.dtype).tiny
-    low = rows.square().mean(dim=1, keepdim=True).sqrt().clamp_min(tiny) / max(extremes)
-    high = rows.abs().amax(dim=1, keepdim=True).clamp_min(tiny)
-    high = high / (min(extremes) - grid.step / 2)  # beyond it the outermost level is not used
-    best, error = high, torch.full_like(high, torch.inf)
-    count = SHORT_ROW_CANDIDATES if rows.shape[1] <= SHORT_ROW else CANDIDATES
-    ratio = (high / low) ** (1 / (count - 1))
-    for i in range(count):
-        best, error = _better(rows, grid, low * ratio**i, best, error)
-    for _ in range(2):  # twice more, each time between the neighbours of the best so far
-        center, ratio = best, ratio**0.25
-        for i in range(-4, 5):
-            best, error = _better(rows, grid, center * ratio**i, best, error)
-    for _ in range(2):
-        best, error = _better(rows, grid, best, best, error)
-    return torch.ldexp(best, exponent)
-
-
-def _better(
-    rows: Tensor, grid: Grid, candidate: Tensor, best: Tensor, error: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Take, row by row, the scale <w, u> / <u, u> that fits the candidate's codes u, if better."""
-    codes = constraint.nearest((rows / candidate - grid.first) / grid.step, grid.last)
-    units = grid.first + grid.step * codes
-    fitted = (rows * units).sum(dim=1, keepdim=True) / units.square().sum(dim=1, keepdim=True)
-    new = (rows - fitted * units).square().sum(dim=1, keepdim=True)
-    wins = (fitted > 0) & (new < error)  # false for rows whose codes are all zero
-    return torch.where(wins, fitted, best), torch.where(wins, new, error)
+    high = rows.abs().amax(1, keepdim=True) / min(extremes)
+    low = rows.square().mean(1, keepdim=True).sqrt() / max(extremes)
+    best, most = high, torch.zeros_like(high)
+    for count, reach in ((32, 0.5), (64, 2 / 32)):
+        centre = (low * high).sqrt() if count == 32 else best
+        for share in torch.linspace(-reach, reach, count).tolist():
+            units = grid.snap(rows / (centre * (high / low) ** share), torch.ones_like(high))
+            product = (rows * units).sum(1, keepdim=True)
+            square = units.square().sum(1, keepdim=True)
+            gain = product.square() / square
+            best = torch.where(gain > most, product / square, best)
+            most = torch.where(gain > most, gain, most)
+    return torch.ldexp(best, exponent).squeeze(1).to(torch.float64)

@@ -108,9 +108,10 @@ def advance(bar: Any, shown: dict[str, float]) -> None:
     bar.update()
 
 
-def print_evaluation(step: int, result: Evaluation) -> None:
-    """Print an evaluation in the course of training."""
-    console.print(f"step {step}: snapped {result.metric} {result.value:.2f}", markup=False)
+def print_evaluation(phase: str, step: int, result: Evaluation) -> None:
+    """Print an evaluation in the course of training; low-bit weights are snapped for it."""
+    how = "snapped" if phase == "low-bit" else phase
+    console.print(f"step {step}: {result.metric} {result.value:.2f} ({how})", markup=False)
 
 
 def print_result(metrics: dict[str, Any], out: Path) -> None:

@@ -258,9 +258,10 @@ class _Run:
                 report.advance(bar, shown)
                 if recipe.report_to != "none":
                     accelerator.log(shown, step=self.progress.step)
-                self._visit(optimizer, end, save_every)
-        # Takes autocast off the model again, so that it can be wrapped, or prepared once more.
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+                self._visit(phase, end, save_every)
+        # Takes what `prepare` put on the model off again, so that the next phase can prepare it.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.model.__dict__.pop(name, None)
         accelerator.free_memory()
 
     def _step(
@@ -304,14 +305,14 @@ class _Run:
             yield from self.accelerator.skip_first_batches(loader, skip) if skip else loader
             epoch, skip = epoch + 1, 0
 
-    def _visit(self, optimizer: torch.optim.Optimizer, end: int, save_every: int) -> None:
+    def _visit(self, phase: str, end: int, save_every: int) -> None:
         """After a step: evaluate and save where it is time to."""
         step, recipe = self.progress.step, self.recipe
         if recipe.eval_every and step % recipe.eval_every == 0 and step < end:
             with layers.snapped(self.model):
                 result = self._evaluate()
             if self.accelerator.is_main_process:
-                report.print_evaluation(step, result)
+                report.print_evaluation(phase, step, result)
             if recipe.report_to != "none":
                 self.accelerator.log({result.metric: result.value}, step=step)
         if step % save_every == 0 and step < end:
@@ -452,11 +453,34 @@ def _check_output(recipe: Recipe) -> None:
     out = recipe.output
     if out.exists() and not out.is_dir():
         raise OutputError(f"--output {out} is a file; name a folder.")
+    if recipe.overwrite and out.is_dir() and any(out.iterdir()):
+        _check_may_delete(recipe)
     if out.is_dir() and any(out.iterdir()) and not (recipe.resume or recipe.overwrite):
         raise OutputError(
             f"--output {out} is not empty; pass --resume to go on with the run in it, --overwrite "
             "to replace it, or another folder."
         )
+
+
+def _check_may_delete(recipe: Recipe) -> None:
+    """Refuse to replace a folder that is no run of askewq's, or holds what the run reads."""
+    out = recipe.output.resolve()
+    if not (out / "recipe.yaml").is_file():
+        raise OutputError(
+            f"--overwrite replaces an earlier run, and {recipe.output} is none (it has no "
+            "recipe.yaml); name another folder, or empty this one yourself."
+        )
+    read = [recipe.model.rpartition(":")[0] or recipe.model, recipe.dataset, recipe.tokenizer]
+    for name in [*read, recipe.weights]:
+        if (
+            name
+            and Path(name).exists()
+            and out in (Path(name).resolve(), *Path(name).resolve().parents)
+        ):
+            raise OutputError(
+                f"--overwrite would delete {name}, which this run reads from {recipe.output}; name "
+                "another folder."
+            )
 
 
 def _resumed(recipe: Recipe) -> Recipe:

@@ -210,7 +210,7 @@ def _uses_weight_linearly(module: nn.Module) -> bool:
     bias = dict(module.named_parameters(recurse=False)).get("bias")
     state = {} if bias is None else {"module.bias": torch.zeros_like(bias)}
     outputs = []
-    training = module.training
+    modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
@@ -221,7 +221,8 @@ def _uses_weight_linearly(module: nn.Module) -> bool:
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
         return False  # a forward with other inputs: not known to be linear, so left in float
     finally:
-        module.train(training)
+        for child, training in modes:
+            child.training = training
 
 
 class _Bare(nn.Module):
