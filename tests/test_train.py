@@ -607,6 +607,22 @@ class TestOutput:
         assert {f for f in files(tmp_path) if "/" not in f} == ALWAYS
         assert digest(tmp_path) == digest(finished("own")[0])
 
+    def test_overwrite_deletes_nothing_but_runs(self, tmp_path):
+        """A folder that is no run of ours is left alone, whatever --overwrite says."""
+        (tmp_path / "thesis.txt").write_text("five years")
+        with pytest.raises(OutputError, match=r"no recipe|recipe\.yaml"):
+            finetune("own", tmp_path, overwrite=True)
+        assert files(tmp_path) == {"thesis.txt"}
+
+    def test_overwrite_does_not_delete_what_the_run_reads(self, tmp_path):
+        """An earlier run that holds the new run's weights is not replaced by it."""
+        folder = builders.copy_of("own", tmp_path)
+        weights = folder / "w.safetensors"
+        weights.write_bytes(b"")
+        with pytest.raises(OutputError, match=r"would delete .*w\.safetensors"):
+            finetune("own", folder, overwrite=True, weights=str(weights))
+        assert weights.exists()
+
     def test_overwrite_keeps_the_earlier_run_when_the_new_one_is_wrong(self, tmp_path):
         """Bad input is found before the earlier run is deleted."""
         folder = builders.copy_of("own", tmp_path)
