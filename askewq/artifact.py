@@ -13,17 +13,11 @@ from torch import nn
 
 from askewq import checkpoint
 from askewq.errors import FormatError, ModelError
-from askewq.models import (
-    CONFIG,
-    LoadedModel,
-    ModelSpec,
-    Source,
-    build,
-    check_arguments,
-    load_processor,
-    load_tokenizer,
-)
+from askewq.hf_models import load_processor, load_tokenizer
+from askewq.models import build
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
+from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source
+from askewq.timm_models import check_arguments
 from askewq.vocabulary import Task
 
 ARTIFACT = "model.safetensors"
@@ -119,7 +113,8 @@ def load_artifact(folder: Path, *, factory: str | None = None) -> LoadedModel:
 def _build_described(spec: ModelSpec, folder: Path) -> nn.Module:
     """Build the network that config.json describes; it comes from a stranger, perhaps."""
     try:
-        check_arguments(spec)
+        if spec.source == "timm":
+            check_arguments(spec)
         return build(spec)
     except Exception as error:  # wrong arguments fail in every way that a network can
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"

@@ -142,7 +142,57 @@ class Recipe(BaseModel):
             )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite contradict each other; give one of them")
+        if idle := idle_settings(self):
+            raise ValueError(idle)
         return self
+
+
+_IMAGES = ("task", ("image-classification",))
+_TEXTS = ("task", ("text-classification", "causal-lm"))
+# A key that decides something only where another one has one of these values.
+_NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "momentum": ("optimizer", ("sgd",)),
+    "close_every": ("closing", ("staggered",)),
+    "final_radius": ("closing", ("single",)),
+    "label_column": ("task", ("image-classification", "text-classification")),
+    "tokenizer": _TEXTS,
+    "max_length": _TEXTS,
+    "text_columns": _TEXTS,
+    "image_column": _IMAGES,
+    "image_size": _IMAGES,
+    "mean": _IMAGES,
+    "std": _IMAGES,
+    "augment": _IMAGES,
+}
+
+
+def check(recipe: Recipe) -> None:
+    """Check a recipe again after choices were made in it.
+
+    Raises:
+        RecipeError: a setting that would decide nothing.
+    """
+    if idle := idle_settings(recipe):
+        raise RecipeError(f"the settings cannot be used: {idle}.")
+
+
+def idle_settings(recipe: Recipe) -> str:
+    """Return a complaint about settings that would decide nothing in this recipe, or "".
+
+    A choice that is still open (None, made later from the model) is not held against them.
+    """
+    idle = []
+    for key, (other, values) in _NEEDS.items():
+        chosen = getattr(recipe, other)
+        changed = getattr(recipe, key) != Recipe.model_fields[key].default
+        if changed and chosen is not None and chosen not in values:
+            idle.append(
+                f"{key} goes with {other} = {' or '.join(map(str, values))}, and {other} is "
+                f"{chosen}; leave {key} out"
+            )
+    if recipe.full_precision_lr is not None and recipe.full_precision_steps == 0:
+        idle.append("full_precision_lr goes with full_precision_steps, which is 0; leave it out")
+    return "; ".join(idle)
 
 
 def build(values: dict[str, Any], source: str = "the settings") -> Recipe:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from askewq import artifact
+from askewq import artifact, config
+from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
-from askewq.data import loaders, open_eval, prepare_batch
+from askewq.data import open_eval
 from askewq.errors import ExactnessError
-from askewq.models import ModelSpec
 from askewq.preprocessing import Preprocessing
+from askewq.spec import ModelSpec
 from askewq.tasks import check_logits, logits_and_labels, metric_of, score
 
 
@@ -84,6 +85,7 @@ def evaluate_artifact(folder: Path, recipe: Recipe, *, factory: str | None = Non
     from accelerate import Accelerator
 
     loaded = artifact.load_artifact(folder, factory=factory)
+    config.check(recipe.model_copy(update={"task": loaded.spec.task}))
     data = open_eval(recipe, loaded.spec.task, loaded.spec.labels)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     loader = accelerator.prepare(loaders(recipe, data, loaded.preprocessing)[1])

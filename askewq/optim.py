@@ -2,16 +2,14 @@
 
 The base update (momentum, preconditioning and weight decay included) is computed as torch does;
 where it would leave the constraint set it is replaced by the paper's drift. Update and constraint
-are one pass over memory, without a copy of the weights: compiled with torch.compile, or
-eagerly, one layer at a time, where no compiler is found. Parameters that are not on a grid are
-left to torch's own step.
+are one pass over memory, without a copy of the weights (`kernels`). Parameters that are not on a
+grid are left to torch's own step.
 """
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,98 +18,12 @@ from askewq import constraint
 from askewq.anneal import Closing
 from askewq.errors import ModelError, RecipeError
 from askewq.grid import Grid
+from askewq.kernels import DISTANCE_BINS, Interval, adamw_, compiled, distance_bins, sgd_
 from askewq.layers import QuantizedLayer, quantized_layers
 from askewq.vocabulary import Pull
 
 # Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
 COMPILE_FROM = 1_000_000
-# Resolution at which the closing threshold is found, in bins between a level and half-way.
-DISTANCE_BINS = 4096
-
-
-class Interval(NamedTuple):
-    """The constraint as the update sees it: 0-d tensors, so that no new value recompiles."""
-
-    first: Tensor
-    step: Tensor
-    last: Tensor
-    eps: Tensor
-    pull: Tensor
-    clip: Tensor
-    within: Tensor
-
-
-def constrain(
-    weight: Tensor, plain: Tensor, scale: Tensor, interval: Interval, *, staggered: bool
-) -> Tensor:
-    """Return where weights land whose plain update would put them at `plain`.
-
-    Args:
-        weight: current weights as rows, [rows, columns].
-        plain: the same after the base update; feasible weights land exactly here.
-        scale: [rows, 1].
-        staggered: weights within ``interval.within`` of a level, and those already on one, have
-            eps = 0: they land on the level itself.
-    """
-    first, step, last, eps, pull, clip, within = interval
-    unit = scale * step
-    x = (weight / scale - first) / step
-    keep, drift = constraint.skew(x, (plain - weight) / unit, last, eps, pull=pull, clip=clip)
-    landed = torch.where(keep, plain, weight + drift * unit)
-    if not staggered:
-        return landed
-    level = constraint.nearest(x, last)
-    on_level = (level * step + first) * scale
-    closed = ((x - level).abs() <= within) | (weight == on_level)
-    return torch.where(closed, on_level, landed)
-
-
-def sgd_(
-    weight: Tensor,
-    grad: Tensor,
-    buffer: Tensor | None,
-    scale: Tensor,
-    interval: Interval,
-    knobs: dict[str, Tensor],
-    *,
-    nesterov: bool,
-    staggered: bool,
-) -> None:
-    """Update weight and momentum buffer, all [rows, columns], in place: torch's SGD, skewed."""
-    grad = grad + knobs["weight_decay"] * weight
-    if buffer is not None:
-        buffer.copy_(knobs["momentum"] * buffer + grad)
-        grad = grad + knobs["momentum"] * buffer if nesterov else buffer
-    plain = weight - knobs["lr"] * grad
-    weight.copy_(constrain(weight, plain, scale, interval, staggered=staggered))
-
-
-def adamw_(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scale: Tensor,
-    interval: Interval,
-    knobs: dict[str, Tensor],
-    *,
-    staggered: bool,
-) -> None:
-    """Update weight and both moments, all [rows, columns], in place: torch's AdamW, skewed."""
-    exp_avg.copy_(exp_avg + knobs["mix1"] * (grad - exp_avg))
-    exp_avg_sq.copy_(knobs["beta2"] * exp_avg_sq + knobs["mix2"] * grad * grad)
-    denominator = exp_avg_sq.sqrt() / knobs["bias2_sqrt"] + knobs["eps"]
-    plain = weight * knobs["keep"] - knobs["step_size"] * (exp_avg / denominator)
-    weight.copy_(constrain(weight, plain, scale, interval, staggered=staggered))
-
-
-def distance_bins(weight: Tensor, scale: Tensor, interval: Interval) -> Tensor:
-    """Return the bin of every weight's distance to its nearest level, int32, weight's shape."""
-    x = (weight / scale - interval.first) / interval.step
-    distance = (x - constraint.nearest(x, interval.last)).abs()
-    bins = distance * (2 * DISTANCE_BINS)
-    last = DISTANCE_BINS - 1.0
-    return torch.where(bins < last, bins, last).to(torch.int32)  # NaN counts as far away
 
 
 class _Skewed(torch.optim.Optimizer):
@@ -247,8 +159,8 @@ class _Skewed(torch.optim.Optimizer):
 
     def _run(self, function: Callable[..., Any], *args: Any, **flags: bool) -> Any:
         """Call a kernel compiled if possible, else eagerly."""
-        if self._compile and _can_compile(args[0].device.type):
-            function = _compiled(function)
+        if self._compile:
+            function = compiled(function, args[0].device.type)
         return function(*args, **flags)
 
     def feasible_share(self) -> float:
@@ -427,25 +339,3 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 def _knobs(like: Tensor, **numbers: float) -> dict[str, Tensor]:
     """Return hyperparameters as 0-d CPU tensors of the weights' dtype."""
     return {name: torch.tensor(float(n), dtype=like.dtype) for name, n in numbers.items()}
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
-
-
-@functools.cache
-def _can_compile(device: str) -> bool:
-    """Try the compiler once per device type; say so when there is none."""
-    x = torch.ones(2, 8, device=device)
-    try:
-        torch.compile(lambda t: t * 2 + 1, dynamic=True)(x)
-    except Exception as error:  # noqa: BLE001  # torch raises a different type for every toolchain
-        warnings.warn(
-            f"torch.compile does not work here ({type(error).__name__}), so the constrained step "
-            "runs eagerly: the same weights, several times slower. A C++ compiler (CPU) or Triton "
-            "(CUDA) makes it one pass over memory.",
-            stacklevel=2,
-        )
-        return False
-    return True

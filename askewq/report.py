@@ -18,7 +18,7 @@ from askewq.checkpoint import Artifact
 from askewq.config import Recipe, to_yaml
 from askewq.evaluate import Evaluation
 from askewq.grid import Grid
-from askewq.models import LoadedModel, ModelSpec
+from askewq.spec import LoadedModel, ModelSpec
 from askewq.wrap import Plan, PlannedLayer
 
 # Into a file or a pipe every row of a table is one line.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from askewq.errors import ModelError
-from askewq.models import ModelSpec
+from askewq.spec import ModelSpec
 from askewq.vocabulary import Task
 
 IGNORED = -100

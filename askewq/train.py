@@ -7,42 +7,27 @@ dropout are drawn anew from them, so an interrupted run goes on exactly as it wo
 
 import json
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from askewq import anneal, artifact, checkpoint, config, layers, models, report, wrap
+from askewq import anneal, artifact, checkpoint, config, layers, models, output, report, wrap
 from askewq.anneal import Closing
+from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
-from askewq.data import OpenData, loaders, open_data, prepare_batch
-from askewq.errors import DataError, DivergenceError, ModelError, OutputError, RecipeError
+from askewq.data import OpenData, open_data
+from askewq.errors import DataError, DivergenceError, ModelError, OutputError
 from askewq.evaluate import Evaluation, evaluate
-from askewq.models import LoadedModel
 from askewq.optim import AskewAdamW, AskewSGD
+from askewq.output import Progress
+from askewq.spec import LoadedModel
 from askewq.tasks import check_logits, logits_and_labels, score
 from askewq.vocabulary import Task
-
-STATE = "state.json"
-CHECKPOINTS = "checkpoints"
-# Of the saved checkpoints, this many newest ones are kept.
-KEPT_CHECKPOINTS = 2
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a resumed run must know beside weights and optimizer: written with each checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-    full_precision: float | None = None
-    rounded: float | None = None
 
 
 def finetune(recipe: Recipe) -> dict[str, Any]:
@@ -62,16 +47,19 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     optimizer = recipe.optimizer or ("sgd" if batch_norm else "adamw")
     lr = recipe.lr or (0.02 if optimizer == "sgd" else 3e-4)
+    first_lr = lr if recipe.full_precision_steps else None
     power = recipe.close_power or (3.0 if recipe.closing == "staggered" else 1.0)
-    return recipe.model_copy(
+    resolved = recipe.model_copy(
         update={
             "task": task,
             "optimizer": optimizer,
             "lr": lr,
-            "full_precision_lr": recipe.full_precision_lr or lr,
+            "full_precision_lr": recipe.full_precision_lr or first_lr,
             "close_power": power,
         }
     )
+    config.check(resolved)
+    return resolved
 
 
 class _Run:
@@ -89,8 +77,8 @@ class _Run:
 
         # A process may run several recipes; Accelerate keeps the first one's precision otherwise.
         AcceleratorState._reset_state()
-        recipe = _resumed(recipe) if recipe.resume else recipe
-        _check_output(recipe)
+        recipe = output.resumed(recipe) if recipe.resume else recipe
+        output.check(recipe)
         # Heads that are new to the task and own modules draw their first weights from this seed.
         set_seed(recipe.seed)
         self.loaded, self.data = _load(recipe)
@@ -127,9 +115,9 @@ class _Run:
     def execute(self) -> dict[str, Any]:
         """Run from the start, or from the newest checkpoint, to the report."""
         self._try_one_batch()
-        folder = _newest_checkpoint(self.out) if self.recipe.resume else None
+        folder = output.newest_checkpoint(self.out) if self.recipe.resume else None
         if folder is not None:
-            self.progress = _read_progress(folder)
+            self.progress = output.read_progress(folder)
         elif self.recipe.resume:
             raise OutputError(
                 f"--resume: {self.out} holds no checkpoint; start again with --overwrite."
@@ -168,13 +156,7 @@ class _Run:
 
     def _prepare_output(self) -> None:
         if self.accelerator.is_main_process:
-            if self.recipe.overwrite and self.out.exists():
-                shutil.rmtree(self.out)
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / CHECKPOINTS).mkdir(exist_ok=True)
-            # How a command treats an earlier run is not a setting of the run.
-            once = self.recipe.model_copy(update={"resume": False, "overwrite": False})
-            _write(self.out / "recipe.yaml", config.to_yaml(once))
+            output.prepare(self.recipe)
         self.accelerator.wait_for_everyone()
         if self.recipe.report_to != "none":
             settings = {key: str(value) for key, value in self.recipe.model_dump().items()}
@@ -233,7 +215,7 @@ class _Run:
         recipe, accelerator = self.recipe, self.accelerator
         model, prepared = accelerator.prepare(self.model, optimizer)
         if folder is not None:
-            _load_state(accelerator, folder)
+            output.load_state(accelerator, folder)
         save_every = recipe.save_every or max(1, (end - first) // 10)
         batches = self._batches(self.progress.step * recipe.grad_accumulation)
         main = accelerator.is_main_process
@@ -289,10 +271,10 @@ class _Run:
     def _diverged(self, loss: float, step: int) -> NoReturn:
         """Drop the checkpoint of the very weights that gave this loss, and say what is left."""
         if self.accelerator.is_main_process:
-            shutil.rmtree(_checkpoint(self.out, step), ignore_errors=True)
+            output.drop_checkpoint(self.out, step)
         raise DivergenceError(
             f"the loss is {loss} at step {step}; the last checkpoint is "
-            f"{_newest_checkpoint(self.out) or 'the start'}. Try a smaller --lr than "
+            f"{output.newest_checkpoint(self.out) or 'the start'}. Try a smaller --lr than "
             f"{self.recipe.lr:g}, or --mixed-precision no."
         )
 
@@ -316,21 +298,7 @@ class _Run:
             if recipe.report_to != "none":
                 self.accelerator.log({result.metric: result.value}, step=step)
         if step % save_every == 0 and step < end:
-            self._save_checkpoint()
-
-    def _save_checkpoint(self) -> None:
-        """Write a checkpoint beside its place, then rename it: it is there whole or not at all."""
-        name = _checkpoint(self.out, self.progress.step)
-        partial = name.with_suffix(".partial")
-        self.accelerator.save_state(str(partial))
-        if self.accelerator.is_main_process:
-            _write(partial / STATE, json.dumps(asdict(self.progress)))
-            if name.exists():
-                shutil.rmtree(name)
-            partial.rename(name)
-            for old in _checkpoints(self.out)[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+            output.save_checkpoint(self.accelerator, self.out, self.progress)
 
     def _evaluate(self, *also: nn.Module) -> Evaluation:
         """Evaluate the model; `also` names models that must equal it to the bit."""
@@ -357,7 +325,7 @@ class _Run:
             checkpoint.save(self.model, path)
             artifact.save_config(self.loaded, self.out)
         self.accelerator.wait_for_everyone()
-        reloaded = self.loaded.rebuild()
+        reloaded = models.build(self.loaded.spec)
         checkpoint.load_into(reloaded, checkpoint.read(path))
         same = self._evaluate(reloaded.to(self.accelerator.device))
         metrics = {
@@ -388,8 +356,10 @@ class _Run:
             "peak_memory_bytes": report.peak_memory(),
         }
         if self.accelerator.is_main_process:
-            _write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-            _write(self.out / "README.md", report.model_card(metrics, self.recipe, self.loaded))
+            output.write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            output.write(
+                self.out / "README.md", report.model_card(metrics, self.recipe, self.loaded)
+            )
             report.print_result(metrics, self.out)
         if self.recipe.report_to != "none":
             self.accelerator.end_training()
@@ -405,26 +375,16 @@ def _optimizer(recipe: Recipe, model: nn.Module, lr: float) -> AskewSGD | AskewA
         every=recipe.close_every,
         final_radius=recipe.final_radius,
     )
+    own: dict[str, Any] = {
+        "closing": closing,
+        "alpha": recipe.alpha,
+        "clip": recipe.clip,
+        "pull": recipe.pull,
+    }
+    decay = recipe.weight_decay
     if recipe.optimizer == "sgd":
-        return AskewSGD(
-            model,
-            lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            closing=closing,
-            alpha=recipe.alpha,
-            clip=recipe.clip,
-            pull=recipe.pull,
-        )
-    return AskewAdamW(
-        model,
-        lr,
-        weight_decay=recipe.weight_decay,
-        closing=closing,
-        alpha=recipe.alpha,
-        clip=recipe.clip,
-        pull=recipe.pull,
-    )
+        return AskewSGD(model, lr, momentum=recipe.momentum, weight_decay=decay, **own)
+    return AskewAdamW(model, lr, weight_decay=decay, **own)
 
 
 def _load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
@@ -449,95 +409,6 @@ def _load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
     return loaded, data
 
 
-def _check_output(recipe: Recipe) -> None:
-    out = recipe.output
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"--output {out} is a file; name a folder.")
-    if recipe.overwrite and out.is_dir() and any(out.iterdir()):
-        _check_may_delete(recipe)
-    if out.is_dir() and any(out.iterdir()) and not (recipe.resume or recipe.overwrite):
-        raise OutputError(
-            f"--output {out} is not empty; pass --resume to go on with the run in it, --overwrite "
-            "to replace it, or another folder."
-        )
-
-
-def _check_may_delete(recipe: Recipe) -> None:
-    """Refuse to replace a folder that is no run of askewq's, or holds what the run reads."""
-    out = recipe.output.resolve()
-    if not (out / "recipe.yaml").is_file():
-        raise OutputError(
-            f"--overwrite replaces an earlier run, and {recipe.output} is none (it has no "
-            "recipe.yaml); name another folder, or empty this one yourself."
-        )
-    read = [recipe.model.rpartition(":")[0] or recipe.model, recipe.dataset, recipe.tokenizer]
-    for name in [*read, recipe.weights]:
-        if (
-            name
-            and Path(name).exists()
-            and out in (Path(name).resolve(), *Path(name).resolve().parents)
-        ):
-            raise OutputError(
-                f"--overwrite would delete {name}, which this run reads from {recipe.output}; name "
-                "another folder."
-            )
-
-
-def _resumed(recipe: Recipe) -> Recipe:
-    """Return the recipe of the run in the output folder, which must agree with the one given."""
-    path = recipe.output / "recipe.yaml"
-    if not path.is_file():
-        raise OutputError(f"--resume: {recipe.output} holds no run (no recipe.yaml).")
-    stored = config.build(config.read_yaml(path), str(path))
-    given = recipe.model_dump(exclude_unset=True)
-    differing = [
-        f"{key} = {value!r} (the run has {getattr(stored, key)!r})"
-        for key, value in given.items()
-        if key not in ("resume", "output") and value not in (None, getattr(stored, key))
-    ]
-    if differing:
-        raise RecipeError(
-            f"--resume goes on with the run in {recipe.output} as it was; these settings differ: "
-            f"{'; '.join(differing)}. Leave them out, or start again with --overwrite."
-        )
-    return stored.model_copy(update={"resume": True, "output": recipe.output})
-
-
-def _read_progress(folder: Path) -> Progress:
-    try:
-        return Progress(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(folder, error) from error
-
-
-def _load_state(accelerator: Any, folder: Path) -> None:
-    """Load weights, buffers and optimizer state of a checkpoint."""
-    try:
-        accelerator.load_state(str(folder))
-    except Exception as error:  # every file in it fails in its own way
-        raise _damaged(folder, error) from error
-
-
-def _damaged(folder: Path, error: Exception) -> OutputError:
-    return OutputError(
-        f"the checkpoint {folder} is damaged ({type(error).__name__}: {error}); delete it to go on "
-        "from the one before, or start again with --overwrite."
-    )
-
-
-def _checkpoint(out: Path, step: int) -> Path:
-    return out / CHECKPOINTS / f"step-{step:08d}"
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    return sorted(p for p in (out / CHECKPOINTS).glob("step-*") if p.suffix != ".partial")
-
-
-def _newest_checkpoint(out: Path) -> Path | None:
-    return next(reversed(_checkpoints(out)), None)
-
-
 def _buffer_bytes(model: nn.Module) -> int:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return sum(t.nbytes for name, t in model.state_dict().items() if name not in parameters)
@@ -549,9 +420,3 @@ def _mix(*numbers: int) -> int:
     for number in numbers:
         mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
     return mixed
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -20,11 +20,14 @@ PACKAGE = Path(askewq.__file__).parent
 # A file imports from floors below, or from its own floor as long as no cycle arises.
 FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal"),
-    ("config", "grid", "methods", "pack"),
-    ("layers", "activations", "optim"),
+    ("config", "grid", "pack"),
+    ("layers", "kernels", "optim"),
     ("wrap", "checkpoint"),
-    ("preprocessing", "models", "data", "tasks", "artifact", "evaluate"),
-    ("report", "hub", "export"),
+    (
+        *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
+        *("data", "batches", "tasks", "artifact", "evaluate"),
+    ),
+    ("report", "output", "hub", "export"),
     ("train", "demo", "inspection"),
     ("cli",),
     ("__main__",),

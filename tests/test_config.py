@@ -310,6 +310,30 @@ class TestWrongValues:
             build({**ESSENTIALS, **changes})
         assert all(word in str(caught.value) for word in words)
 
+    @pytest.mark.parametrize(
+        ("changes", "key"),
+        [
+            ({"momentum": 0.5, "optimizer": "adamw"}, "momentum"),
+            ({"close_every": 5, "closing": "single"}, "close_every"),
+            ({"final_radius": 0.1}, "final_radius"),
+            ({"tokenizer": "t", "task": "image-classification"}, "tokenizer"),
+            ({"augment": "crop", "task": "text-classification"}, "augment"),
+            ({"label_column": "l", "task": "causal-lm"}, "label_column"),
+            ({"full_precision_lr": 0.1}, "full_precision_lr"),
+        ],
+    )
+    def test_settings_that_would_decide_nothing_are_refused(self, changes, key):
+        """A setting of another optimizer, closing or task is named instead of ignored."""
+        with pytest.raises(RecipeError, match=f"{key} goes with .*leave"):
+            build({**ESSENTIALS, **changes})
+
+    def test_open_choices_are_not_held_against_a_setting(self):
+        """What the model decides later is checked later, by `check`."""
+        recipe = build({**ESSENTIALS, "momentum": 0.5, "max_length": 9})
+        config.check(recipe.model_copy(update={"optimizer": "sgd", "task": "causal-lm"}))
+        with pytest.raises(RecipeError, match="momentum"):
+            config.check(recipe.model_copy(update={"optimizer": "adamw"}))
+
     def test_the_papers_alpha_is_allowed_when_coupled(self):
         """With the pull coupled to the learning rate alpha may exceed 1."""
         assert build({**ESSENTIALS, "alpha": 5.0, "pull": "coupled"}).alpha == 5.0

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from askewq import data, models
+from askewq import batches, data, hf_models, models
+from askewq.batches import augment, loaders, prepare_batch
 from askewq.config import build
-from askewq.data import augment, loaders, open_data, open_eval, prepare_batch
+from askewq.data import open_data, open_eval
 from askewq.errors import DataError, FormatError, RecipeError
 from askewq.preprocessing import ImagePreprocessing
 
@@ -30,7 +31,7 @@ def opened(dataset, task, **changes):
 
 def tokenizer():
     """Return the tiny tokenizer of whole words."""
-    return models.load_tokenizer(str(builders.bert()), trust_remote_code=False)
+    return hf_models.load_tokenizer(str(builders.bert()), trust_remote_code=False)
 
 
 def write_csv(folder, header, **splits):
@@ -250,7 +251,7 @@ class TestLabels:
     def ids(self, folder, labels, **changes):
         """Return the label ids of the evaluation split for a model with these labels."""
         found = open_eval(recipe(folder, **changes), TEXTS, labels)
-        return data.label_ids(found.eval, found.columns.label, labels, "--eval-split")
+        return batches.label_ids(found.eval, found.columns.label, labels, "--eval-split")
 
     def test_ids_follow_the_order_of_the_model(self, tmp_path):
         """A label is the index of its name among the model's labels."""
@@ -263,7 +264,7 @@ class TestLabels:
         builders.write_images(tmp_path / "test.parquet", content, ["blue", "red", "green"])
         labels = ("red", "green", "blue")
         found = open_eval(recipe(tmp_path), IMAGES, labels)
-        assert data.label_ids(found.eval, "label", labels, "--eval-split") == [2, 0, 1] * 2
+        assert batches.label_ids(found.eval, "label", labels, "--eval-split") == [2, 0, 1] * 2
 
     def test_unknown_labels_are_listed(self, tmp_path):
         """A label that the model was not made for is named beside those it knows."""
@@ -409,7 +410,7 @@ class TestBatches:
             ImagePreprocessing, "image", lambda self, im: decoded.append(im) or original(self, im)
         )
         for limit, count in ((2**20, 5), (2 * 3 * 16 * 16, 2 + 2 * 3)):
-            monkeypatch.setattr(data, "CACHE_BYTES", limit)
+            monkeypatch.setattr(batches, "CACHE_BYTES", limit)
             _, evaluation = loaders(source, open_data(source, IMAGES), plain())
             passes = [[batch["pixel_values"] for batch in evaluation] for _ in range(2)]
             assert len(decoded) == count

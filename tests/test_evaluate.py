@@ -10,7 +10,8 @@ from torch import nn
 
 from askewq import evaluate as evaluation
 from askewq import layers, models, wrap
-from askewq.data import loaders, open_data
+from askewq.batches import loaders
+from askewq.data import open_data
 from askewq.errors import ExactnessError, ModelError
 from askewq.evaluate import evaluate
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from askewq import models
 from askewq.errors import ModelError
-from askewq.models import ModelSpec
 from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
+from askewq.spec import ModelSpec
 
 LABELS = ("red", "green", "blue")
 IMAGES = "image-classification"
@@ -154,7 +154,7 @@ class TestTimm:
         loaded = models.load(f"local-dir:{tmp_path}", IMAGES, LABELS)
         assert torch.equal(loaded.model.state_dict()["fc.weight"], source.fc.weight)
         assert loaded.spec.arguments["model_name"] == "test_resnet"
-        assert loaded.rebuild().state_dict().keys() == source.state_dict().keys()
+        assert models.build(loaded.spec).state_dict().keys() == source.state_dict().keys()
 
     @pytest.mark.parametrize("name", ["hf-hub:org/name", "local-dir:/nowhere", "resnet18"])
     def test_out_of_reach(self, name):
@@ -197,7 +197,7 @@ class TestHuggingFace:
         edit_json(folder / "config.json", dtype="bfloat16")
         loaded = models.load(str(folder), "text-classification", ("pos", "neg"))
         assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
-        assert {p.dtype for p in loaded.rebuild().parameters()} == {torch.float32}
+        assert {p.dtype for p in models.build(loaded.spec).parameters()} == {torch.float32}
 
     def test_a_new_head_is_said_so(self):
         """Another number of labels makes a new head, and a note names it."""

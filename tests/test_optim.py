@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from reference import SGD, AdamW, Reference
 from torch import nn
 
-from askewq import optim
+from askewq import kernels, optim
 from askewq.anneal import Closing
 from askewq.constraint import nearest, radius_of, slack
 from askewq.errors import DivergenceError, ModelError, RecipeError
 from askewq.grid import GroupSize, fit_scale, make_grid, scale_shape
+from askewq.kernels import DISTANCE_BINS, Interval, constrain
 from askewq.layers import quantize_layer_, quantized_layers
-from askewq.optim import DISTANCE_BINS, AskewAdamW, AskewSGD, Interval, constrain
+from askewq.optim import AskewAdamW, AskewSGD
 
 FREE = Closing("single", start=0.0, end=1.0, final_radius=0.5)  # eps = 1 all along
 SINGLE = Closing("single", start=0.0, end=1.0, power=1.0, final_radius=0.01)
@@ -821,7 +822,7 @@ def test_the_compiled_step_is_the_eager_step(base, closing):
     shares = [optimizer.feasible_share() for optimizer in optimizers]
     assert shares[0] == shares[1]
     assert (shares[0] == 1) == (closing is STAGGERED)
-    assert optim._can_compile("cpu"), "this test needs a compiler, or it compares nothing"
+    assert kernels.can_compile("cpu"), "this test needs a compiler, or it compares nothing"
 
 
 def test_without_a_compiler_the_step_runs_eagerly_and_says_so_once(monkeypatch):
@@ -830,7 +831,7 @@ def test_without_a_compiler_the_step_runs_eagerly_and_says_so_once(monkeypatch):
     def no_compiler(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no C++ compiler")
 
-    optim._can_compile.cache_clear()
+    kernels.can_compile.cache_clear()
     monkeypatch.setattr(torch, "compile", no_compiler)
     monkeypatch.setattr(optim, "COMPILE_FROM", 1)
     models = copies(layers_of_many_shapes(), 3)
@@ -848,7 +849,7 @@ def test_without_a_compiler_the_step_runs_eagerly_and_says_so_once(monkeypatch):
                     optimizer.anneal(t / 4)
                     optimizer.step()
     finally:
-        optim._can_compile.cache_clear()
+        kernels.can_compile.cache_clear()
     assert [str(warning.message) for warning in caught] == [
         "torch.compile does not work here (RuntimeError), so the constrained step runs eagerly: "
         "the same weights, several times slower. A C++ compiler (CPU) or Triton (CUDA) makes it "

@@ -8,7 +8,8 @@ import pytest
 import torch
 from builders import finished
 
-from askewq import checkpoint, config, models, report, wrap
+from askewq import checkpoint, config, report, wrap
+from askewq.spec import LoadedModel, ModelSpec
 
 
 @pytest.fixture
@@ -143,8 +144,8 @@ class TestModelCard:
     def test_front_matter_of_any_name(self, name):
         """A model name with YAML's own signs in it stays one text."""
         recipe = config.build({"model": name, "dataset": "d", "output": "o"})
-        spec = models.ModelSpec("transformers", name, "text-classification", ("a",), {})
-        loaded = models.LoadedModel(builders.own_network("small"), spec, None)
+        spec = ModelSpec("transformers", name, "text-classification", ("a",), {})
+        loaded = LoadedModel(builders.own_network("small"), spec, None)
         card = report.model_card(METRICS, recipe, loaded)
         assert config.yaml.safe_load(card.split("---\n")[1])["base_model"] == name
 

@@ -9,7 +9,7 @@ from builders import own_network
 from torch import nn
 
 from askewq.errors import ModelError
-from askewq.models import ModelSpec
+from askewq.spec import ModelSpec
 from askewq.tasks import IGNORED, check_logits, logits_and_labels, metric_of, score
 
 IMAGES, TEXTS, LM = "image-classification", "text-classification", "causal-lm"

@@ -134,7 +134,8 @@ class TestEveryModelAndTask:
         assert all(getattr(recipe, key) == getattr(given, key) for key in given.model_fields_set)
         assert recipe.task == metrics["task"]
         assert recipe.optimizer == ("sgd" if kind in ("own", "timm") else "adamw")
-        assert None not in (recipe.lr, recipe.full_precision_lr, recipe.close_power)
+        assert None not in (recipe.lr, recipe.close_power)
+        assert recipe.full_precision_lr is None  # the run has no such steps
 
     @pytest.mark.parametrize("kind", ["own", "llama"])
     def test_the_written_recipe_repeats_the_run(self, tmp_path, kind):
@@ -275,7 +276,7 @@ class TestSettings:
     )
     def test_every_setting_makes_a_difference(self, tmp_path, change):
         """A run that differs in one setting ends with other weights, and the same run does not."""
-        base = {"pretrained": False, "seed": 0, "max_steps": 8, "closing": "staggered"}
+        base = {"seed": 0, "max_steps": 8, "closing": "staggered"}
         if change.keys() & {"clip", "alpha", "pull"}:  # what these do shows off the grid alone
             base |= {"closing": "single", "final_radius": 0.3}
         reference = reference_run(tuple(base.items()))
@@ -690,7 +691,13 @@ def test_resolve_chooses_by_the_model():
     without = train.resolve(recipe, "causal-lm", torch.nn.Linear(3, 3))
     assert (with_norm.optimizer, with_norm.lr) == ("sgd", 0.02)
     assert (without.optimizer, without.lr) == ("adamw", 3e-4)
-    assert (without.full_precision_lr, without.close_power) == (3e-4, 3.0)
+    assert (without.full_precision_lr, without.close_power) == (None, 3.0)
+    warmed = recipe.model_copy(update={"full_precision_steps": 2})
+    warmed = train.resolve(warmed, "causal-lm", torch.nn.Linear(3, 3))
+    assert warmed.full_precision_lr == 3e-4  # as the low-bit steps, unless it says otherwise
+    fast = recipe.model_copy(update={"momentum": 0.5})
+    with pytest.raises(RecipeError, match="momentum goes with optimizer = sgd"):
+        train.resolve(fast, "causal-lm", torch.nn.Linear(3, 3))
     single = train.resolve(
         config.build({**recipe.model_dump(exclude_unset=True), "closing": "single", "lr": 0.1}),
         "causal-lm",

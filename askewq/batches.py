@@ -1,0 +1,208 @@
+"""Batches ready for the model, from an open data set.
+
+Images are decoded once and kept where they fit in memory, and augmentation works on whole batches.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from askewq.config import Recipe
+from askewq.data import Columns, OpenData
+from askewq.errors import DataError
+from askewq.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+
+# Decoded images are kept in memory up to this many bytes (CIFAR-10 takes 150 MB).
+CACHE_BYTES = 2**30
+
+
+def label_ids(split: Any, column: str, labels: tuple[str, ...], flag: str) -> list[int]:
+    """Return every sample's label as an index into `labels`.
+
+    Raises:
+        DataError: a label that training does not know, or a split without labels.
+    """
+    import datasets
+
+    feature = split.features[column]
+    values = list(split[column])
+    if isinstance(feature, datasets.ClassLabel):
+        if -1 in values:
+            raise DataError(f"the split for {flag} has no labels (they are -1); choose another.")
+        values = [feature.names[value] for value in values]
+    known = {label: i for i, label in enumerate(labels)}
+    unknown = sorted({str(value) for value in values} - known.keys())
+    if unknown:
+        raise DataError(
+            f"the split for {flag} has labels that the model was not made for: "
+            f"{', '.join(unknown[:8])}; it knows {len(labels)}: {', '.join(labels[:8])}"
+            f"{', ...' if len(labels) > 8 else ''}."
+        )
+    return [known[str(value)] for value in values]
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Prepared images with their labels, kept in memory as they are decoded if they fit."""
+
+    def __init__(self, split: Any, column: str, labels: list[int], preprocessing: Any) -> None:
+        self._split = split.select_columns([column])
+        self._column = column
+        self._labels = labels
+        self._preprocessing = preprocessing
+        self._cache: dict[int, Tensor] = {}
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels = self._cache.get(index)
+        if pixels is None:
+            pixels = self._decode(index)
+            self._cached_bytes += pixels.nbytes
+            if self._cached_bytes <= CACHE_BYTES:
+                self._cache[index] = pixels
+        return {"pixel_values": pixels, "labels": self._labels[index]}
+
+    def _decode(self, index: int) -> Tensor:
+        try:
+            return self._preprocessing.image(self._split[index][self._column])  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:
+            raise DataError(f"image {index} of the data set cannot be decoded: {error}") from error
+
+
+class Texts(Dataset[dict[str, Any]]):
+    """Tokenized texts, or pairs of texts, with their labels."""
+
+    def __init__(
+        self, split: Any, columns: Columns, labels: list[int], tokenizer: Any, length: int
+    ) -> None:
+        self._texts = [list(split[name]) for name in columns.inputs]
+        self._labels = labels
+        self._tokenizer = tokenizer
+        self._length = length
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        texts = [column[index] or "" for column in self._texts]
+        encoded = self._tokenizer(*texts, truncation=True, max_length=self._length)
+        return {**encoded, "labels": self._labels[index]}
+
+
+class Blocks(Dataset[dict[str, Any]]):
+    """A corpus as consecutive blocks of tokens; what does not fill the last one is left out."""
+
+    def __init__(self, split: Any, column: str, tokenizer: Any, length: int) -> None:
+        def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+            return {"input_ids": tokenizer([text + "\n" for text in batch[column]])["input_ids"]}
+
+        tokens = split.map(tokenize, batched=True, remove_columns=split.column_names)
+        flat = torch.tensor([token for row in tokens["input_ids"] for token in row])
+        count = len(flat) // length
+        if count == 0:
+            raise DataError(
+                f"the corpus has {len(flat)} tokens, less than one block of {length}; give more "
+                "text, or a smaller --max-length."
+            )
+        self._blocks = flat[: count * length].view(count, length)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        block = self._blocks[index]
+        return {"input_ids": block, "labels": block}
+
+
+def loaders(
+    recipe: Recipe, data: OpenData, preprocessing: Preprocessing
+) -> tuple[DataLoader[Any] | None, DataLoader[Any]]:
+    """Return the shuffled training loader (None without a training split) and the other one."""
+    train = None
+    if data.train is not None:
+        samples = _dataset(recipe, data, data.train, preprocessing, "--train-split")
+        # A last batch of another size would change the gradient's noise, and one sample alone
+        # breaks BatchNorm; the shuffle sees to it that no sample is left out for good.
+        train = DataLoader(
+            samples,
+            batch_size=min(recipe.batch_size, len(samples)),
+            shuffle=True,
+            drop_last=True,
+            **_loader_arguments(recipe, preprocessing),
+        )
+    samples = _dataset(recipe, data, data.eval, preprocessing, "--eval-split")
+    arguments = _loader_arguments(recipe, preprocessing)
+    return train, DataLoader(samples, batch_size=recipe.batch_size, **arguments)
+
+
+def _loader_arguments(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
+    from transformers import DataCollatorWithPadding, default_data_collator
+
+    collate: Any = default_data_collator
+    if isinstance(preprocessing, TextPreprocessing) and preprocessing.tokenizer.pad_token:
+        collate = DataCollatorWithPadding(preprocessing.tokenizer)
+    workers = recipe.num_workers
+    return {"collate_fn": collate, "num_workers": workers, "persistent_workers": workers > 0}
+
+
+def _dataset(
+    recipe: Recipe, data: OpenData, split: Any, preprocessing: Preprocessing, flag: str
+) -> Any:
+    if data.columns.label is None:
+        assert isinstance(preprocessing, TextPreprocessing)  # noqa: S101  # models.load saw to it
+        length = recipe.max_length or preprocessing.max_length
+        return Blocks(split, data.columns.inputs[0], preprocessing.tokenizer, length)
+    labels = label_ids(split, data.columns.label, data.labels, flag)
+    if isinstance(preprocessing, TextPreprocessing):
+        length = recipe.max_length or preprocessing.max_length
+        return Texts(split, data.columns, labels, preprocessing.tokenizer, length)
+    return Images(split, data.columns.inputs[0], labels, preprocessing)
+
+
+def prepare_batch(
+    batch: dict[str, Tensor], preprocessing: Preprocessing, augmentation: str = "none"
+) -> dict[str, Tensor]:
+    """Return a loader's batch as the model's input, augmented for training if asked to."""
+    if "pixel_values" not in batch:
+        return batch
+    pixels = augment(batch["pixel_values"], augmentation)
+    if isinstance(preprocessing, ImagePreprocessing):
+        pixels = preprocessing.batch(pixels)
+    return {**batch, "pixel_values": pixels}
+
+
+def augment(pixels: Tensor, kind: str) -> Tensor:
+    """Shift each image by up to an eighth of its size (edges repeated) and flip half of them.
+
+    Draws from torch's global generator, which the training loop seeds at every step.
+
+    Args:
+        pixels: [batch, channels, height, width].
+        kind: none, crop, flip or crop-flip.
+    """
+    batch, _, height, width = pixels.shape
+    device = pixels.device
+    rows = torch.arange(height, device=device).expand(batch, height)
+    columns = torch.arange(width, device=device).expand(batch, width)
+    if "flip" in kind:
+        flipped = torch.rand(batch, 1, device=device) < 0.5
+        columns = torch.where(flipped, width - 1 - columns, columns)
+    if "crop" in kind:
+        rows = _shifted(rows, height)
+        columns = _shifted(columns, width)
+    if kind == "none":
+        return pixels
+    samples = torch.arange(batch, device=device).view(-1, 1, 1)
+    return pixels.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
+
+
+def _shifted(positions: Tensor, size: int) -> Tensor:
+    reach = size // 8
+    shift = torch.randint(-reach, reach + 1, (len(positions), 1), device=positions.device)
+    return (positions + shift).clamp(0, size - 1)

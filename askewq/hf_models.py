@@ -1,0 +1,167 @@
+"""Hugging Face models: weights, config, tokenizer and image processor, from the Hub or a folder."""
+
+import json
+from pickle import UnpicklingError
+from typing import Any, cast, get_args
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from askewq.errors import ModelError
+from askewq.preprocessing import (
+    DEFAULT_LENGTH,
+    ImagePreprocessing,
+    Preprocessing,
+    ProcessorPreprocessing,
+    TextPreprocessing,
+)
+from askewq.spec import LoadedModel, ModelSpec, first_line, unreachable
+from askewq.vocabulary import Task
+
+_ARCHITECTURE_SUFFIX: dict[str, Task] = {
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+}
+_AUTO_CLASS: dict[Task, str] = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+_OTHER_TOKENIZER = "pass --tokenizer with a Hugging Face id or folder"
+
+
+def auto_class(task: Task) -> Any:
+    """Return the class of transformers that loads models for a task."""
+    import transformers
+
+    return getattr(transformers, _AUTO_CLASS[task])
+
+
+def guess_hf_task(name: str, trust_remote_code: bool) -> Task:
+    """Return the task that a model's head says.
+
+    Raises:
+        ModelError: it has no head.
+    """
+    config = hf_config(name, trust_remote_code)
+    for architecture in config.architectures or []:
+        for suffix, task in _ARCHITECTURE_SUFFIX.items():
+            if architecture.endswith(suffix):
+                return task
+    raise ModelError(
+        f"the task of {name!r} cannot be guessed from its architecture "
+        f"{config.architectures or 'none'}; pass --task, one of {', '.join(get_args(Task))}."
+    )
+
+
+def load_transformers(
+    name: str,
+    task: Task,
+    labels: tuple[str, ...],
+    pretrained: bool,
+    trust_remote_code: bool,
+) -> LoadedModel:
+    """Load a Hugging Face model, with a head for these labels where there are any.
+
+    Its preprocessing is the image processor; text tasks get their tokenizer by `load_tokenizer`.
+    """
+    config = hf_config(name, trust_remote_code)
+    notes: list[str] = []
+    mismatched = False
+    if labels and task != "causal-lm":
+        mismatched = config.num_labels != len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    auto = auto_class(task)
+    try:
+        if pretrained:
+            model, info = auto.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=mismatched,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+            new = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+            if new:
+                notes.append(f"new, without pretrained weights: {', '.join(new[:6])}")
+        else:
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise unreachable(name, error) from error
+    preprocessing: Preprocessing = ImagePreprocessing()
+    if task == "image-classification":
+        preprocessing = load_processor(name, trust_remote_code)
+    spec = ModelSpec("transformers", name, task, labels, _json(model.config.to_dict()))
+    return LoadedModel(model, spec, preprocessing, tuple(notes))
+
+
+def build_transformers(spec: ModelSpec) -> nn.Module:
+    """Return the network that a spec describes, weights arbitrary, float32."""
+    import transformers
+
+    arguments = dict(spec.arguments)
+    config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    return cast(nn.Module, auto_class(spec.task).from_config(config).float())
+
+
+def load_processor(name: str, trust_remote_code: bool) -> ProcessorPreprocessing:
+    """Return the image processor of a Hugging Face id or folder.
+
+    Raises:
+        ModelError: there is none.
+    """
+    advice = "put the model's preprocessor_config.json beside its weights"
+    loaded = _part("AutoImageProcessor", "image processor", name, trust_remote_code, advice)
+    return ProcessorPreprocessing(loaded)
+
+
+def load_tokenizer(
+    name: str, trust_remote_code: bool, max_length: int | None = None
+) -> TextPreprocessing:
+    """Return the tokenizer of a Hugging Face id or folder, with its own limit by default.
+
+    Raises:
+        ModelError: there is none.
+    """
+    tokenizer = _part("AutoTokenizer", "tokenizer", name, trust_remote_code, _OTHER_TOKENIZER)
+    # Where the files are missing transformers may return a tokenizer of special tokens alone.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"the tokenizer in {name!r} is empty: its files are missing; {_OTHER_TOKENIZER}."
+        )
+    limit = max_length or min(tokenizer.model_max_length, DEFAULT_LENGTH)
+    return TextPreprocessing(tokenizer, limit)
+
+
+def _part(auto: str, what: str, name: str, trust_remote_code: bool, advice: str) -> Any:
+    """Return what goes with a model: its tokenizer or image processor."""
+    import transformers
+
+    try:
+        return getattr(transformers, auto).from_pretrained(
+            name, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"there is no {what} in {name!r} ({first_line(error)}); {advice}."
+        ) from error
+
+
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a config as plain JSON values, as it will be read back."""
+    return json.loads(json.dumps(value, default=str))  # type: ignore[no-any-return]
+
+
+def hf_config(name: str, trust_remote_code: bool) -> Any:
+    """Return the config of a Hugging Face id or folder."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise unreachable(name, error) from error

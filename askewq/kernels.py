@@ -1,0 +1,130 @@
+"""The constrained step of one layer as pure tensor functions: base update and constraint together.
+
+One pass over memory when compiled with torch.compile; eager, with the same result, where no
+compiler is found.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from askewq import constraint
+
+# Resolution at which the closing threshold is found, in bins between a level and half-way.
+DISTANCE_BINS = 4096
+
+
+class Interval(NamedTuple):
+    """The constraint as the update sees it: 0-d tensors, so that no new value recompiles."""
+
+    first: Tensor
+    step: Tensor
+    last: Tensor
+    eps: Tensor
+    pull: Tensor
+    clip: Tensor
+    within: Tensor
+
+
+def constrain(
+    weight: Tensor, plain: Tensor, scale: Tensor, interval: Interval, *, staggered: bool
+) -> Tensor:
+    """Return where weights land whose plain update would put them at `plain`.
+
+    Args:
+        weight: current weights as rows, [rows, columns].
+        plain: the same after the base update; feasible weights land exactly here.
+        scale: [rows, 1].
+        staggered: weights within ``interval.within`` of a level, and those already on one, have
+            eps = 0: they land on the level itself.
+    """
+    first, step, last, eps, pull, clip, within = interval
+    unit = scale * step
+    x = (weight / scale - first) / step
+    keep, drift = constraint.skew(x, (plain - weight) / unit, last, eps, pull=pull, clip=clip)
+    landed = torch.where(keep, plain, weight + drift * unit)
+    if not staggered:
+        return landed
+    level = constraint.nearest(x, last)
+    on_level = (level * step + first) * scale
+    closed = ((x - level).abs() <= within) | (weight == on_level)
+    return torch.where(closed, on_level, landed)
+
+
+def sgd_(
+    weight: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None,
+    scale: Tensor,
+    interval: Interval,
+    knobs: dict[str, Tensor],
+    *,
+    nesterov: bool,
+    staggered: bool,
+) -> None:
+    """Update weight and momentum buffer, all [rows, columns], in place: torch's SGD, skewed."""
+    grad = grad + knobs["weight_decay"] * weight
+    if buffer is not None:
+        buffer.copy_(knobs["momentum"] * buffer + grad)
+        grad = grad + knobs["momentum"] * buffer if nesterov else buffer
+    plain = weight - knobs["lr"] * grad
+    weight.copy_(constrain(weight, plain, scale, interval, staggered=staggered))
+
+
+def adamw_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor,
+    interval: Interval,
+    knobs: dict[str, Tensor],
+    *,
+    staggered: bool,
+) -> None:
+    """Update weight and both moments, all [rows, columns], in place: torch's AdamW, skewed."""
+    exp_avg.copy_(exp_avg + knobs["mix1"] * (grad - exp_avg))
+    exp_avg_sq.copy_(knobs["beta2"] * exp_avg_sq + knobs["mix2"] * grad * grad)
+    denominator = exp_avg_sq.sqrt() / knobs["bias2_sqrt"] + knobs["eps"]
+    plain = weight * knobs["keep"] - knobs["step_size"] * (exp_avg / denominator)
+    weight.copy_(constrain(weight, plain, scale, interval, staggered=staggered))
+
+
+def distance_bins(weight: Tensor, scale: Tensor, interval: Interval) -> Tensor:
+    """Return the bin of every weight's distance to its nearest level, int32, weight's shape."""
+    x = (weight / scale - interval.first) / interval.step
+    distance = (x - constraint.nearest(x, interval.last)).abs()
+    bins = distance * (2 * DISTANCE_BINS)
+    last = DISTANCE_BINS - 1.0
+    return torch.where(bins < last, bins, last).to(torch.int32)  # NaN counts as far away
+
+
+def compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Return a kernel compiled for a device type, or itself where no compiler is found."""
+    return _compile(function) if can_compile(device) else function
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def can_compile(device: str) -> bool:
+    """Try the compiler once per device type; say so when there is none."""
+    x = torch.ones(2, 8, device=device)
+    try:
+        torch.compile(lambda t: t * 2 + 1, dynamic=True)(x)
+    except Exception as error:  # noqa: BLE001  # torch raises a different type for every toolchain
+        warnings.warn(
+            f"torch.compile does not work here ({type(error).__name__}), so the constrained step "
+            "runs eagerly: the same weights, several times slower. A C++ compiler (CPU) or Triton "
+            "(CUDA) makes it one pass over memory.",
+            stacklevel=2,
+        )
+        return False
+    return True

@@ -1,0 +1,103 @@
+"""A user's own network and weights: path/to/file.py:factory, and state dicts in files."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from askewq.errors import ModelError, near
+from askewq.spec import first_line
+
+
+def call_factory(name: str) -> nn.Module:
+    """Import path/to/file.py and return what its factory builds.
+
+    Raises:
+        ModelError: no such file or function, or one that fails or returns no module.
+    """
+    file, _, factory_name = name.rpartition(":")
+    path = Path(file).resolve()
+    spec = importlib.util.spec_from_file_location(f"askewq_user_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ModelError(f"there is no file {file!r} to take {factory_name!r} from.")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+        factory = _get_factory(vars(module), factory_name, file)
+        model = factory()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{name} failed: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module.")
+    return model.float()
+
+
+def _get_factory(names: Mapping[str, Any], wanted: str, file: str) -> Callable[[], Any]:
+    factories = [name for name, value in names.items() if callable(value) and name[0] != "_"]
+    if wanted not in factories:
+        raise ModelError(
+            f"{file} has no function {wanted!r}{near(wanted, factories)}; it has: "
+            f"{', '.join(factories) or 'none'}."
+        )
+    return names[wanted]  # type: ignore[no-any-return]
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from safetensors, or from a pickle that holds nothing but tensors.
+
+    Raises:
+        ModelError: unreadable, or a pickle with anything else in it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the weights {path} cannot be read: {first_line(error)}") from error
+    except Exception as error:  # unpickling fails in as many ways as there are damaged files
+        raise ModelError(
+            f"the weights {path} are a pickle that holds more than tensors, or are damaged, and "
+            f"were not loaded ({first_line(error)}); convert them to safetensors."
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ModelError(f"the weights {path} are not a mapping of names to tensors.")
+    return state
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict from a file into a model, in place.
+
+    Raises:
+        ModelError: other keys or shapes than the model's.
+    """
+    state, target = read_state(path), model.state_dict()
+    missing = [key for key in target if key not in state]
+    extra = [key for key in state if key not in target]
+    # BatchNorm's step counter is new in old checkpoints and decides nothing in the forward pass.
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    if missing or extra:
+        hint = near(extra[0], missing) if extra and missing else ""
+        raise ModelError(
+            f"the weights {path} do not fit the model: {len(missing)} keys are missing "
+            f"({', '.join(missing[:5]) or 'none'}), {len(extra)} are unknown "
+            f"({', '.join(extra[:5]) or 'none'}){hint}."
+        )
+    for key, tensor in state.items():
+        if tensor.shape != target[key].shape:
+            raise ModelError(
+                f"the weights {path} do not fit the model: {key!r} is {list(tensor.shape)} there "
+                f"and {list(target[key].shape)} in the model (another number of labels, perhaps)."
+            )
+    model.load_state_dict(state, strict=False)

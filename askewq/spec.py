@@ -1,0 +1,67 @@
+"""ModelSpec, how to build a network again, and LoadedModel, a network with all that it needs."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from askewq.errors import ModelError, near
+from askewq.preprocessing import Preprocessing
+from askewq.vocabulary import Task
+
+Source = Literal["timm", "transformers", "module"]
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """How to build a plain network, as plain JSON values.
+
+    Attributes:
+        source: where the class comes from.
+        name: as the user gave it.
+        task: what it is trained for.
+        labels: class names, in the order of the logits; empty for causal-lm.
+        arguments: timm: architecture and keyword arguments of create_model; transformers: the
+            config; module: nothing, its file is not stored.
+    """
+
+    source: Source
+    name: str
+    task: Task
+    labels: tuple[str, ...]
+    arguments: dict[str, Any]
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A float32 network, how to build it again, and how its inputs are prepared."""
+
+    model: nn.Module
+    spec: ModelSpec
+    preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
+
+
+def unreachable(name: str, error: Exception) -> ModelError:
+    """Return the error for a name under which nothing could be loaded."""
+    import timm
+
+    known = timm.is_model(name.split(".")[0])
+    what = (
+        "Its pretrained weights could not be fetched."
+        if known
+        else f"It is no timm name{near(name, timm.list_models())}, and no Hugging Face model was "
+        "found under it."
+    )
+    return ModelError(
+        f"the model {name!r} cannot be loaded: {first_line(error)}\n{what} Pass a timm name with "
+        "--no-pretrained or --weights FILE.safetensors, a local Hugging Face folder, or "
+        "path/to/file.py:factory; if the Hub is out of reach, a folder works offline."
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return the start of an error that may be pages long."""
+    return str(error).strip().split("\n")[0][:300]

@@ -1,0 +1,103 @@
+"""timm models: their weights, their preprocessing, and the arguments that build them again."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from askewq.errors import ModelError
+from askewq.preprocessing import ImagePreprocessing
+from askewq.spec import CONFIG, LoadedModel, ModelSpec, unreachable
+
+
+def load_timm(
+    name: str, labels: tuple[str, ...], pretrained: bool, image_size: int | None
+) -> LoadedModel:
+    """Load a timm model, with a head for these labels where there are any."""
+    from timm.data.config import resolve_data_config
+
+    arguments, cfg = _timm_arguments(name)
+    notes = []
+    default_classes = cfg.get("num_classes")
+    if labels:
+        arguments["num_classes"] = len(labels)
+        if pretrained and default_classes != len(labels):
+            notes.append(
+                f"the head for {default_classes} classes was replaced by one for {len(labels)}"
+            )
+    try:
+        model, arguments = _create_timm(name, arguments, pretrained, image_size)
+    except (OSError, RuntimeError) as error:
+        raise unreachable(name, error) from error
+    data = resolve_data_config({}, model=model)
+    preprocessing = ImagePreprocessing(
+        size=tuple(data["input_size"][1:]) if image_size is None else (image_size, image_size),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        crop_pct=data["crop_pct"],
+        interpolation=data["interpolation"],
+        crop_mode=data["crop_mode"],
+    )
+    spec = ModelSpec("timm", name, "image-classification", labels, arguments)
+    return LoadedModel(model, spec, preprocessing, tuple(notes))
+
+
+def _timm_arguments(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what rebuilds a timm model without the Hub, and its pretrained configuration."""
+    import timm
+    from timm.models import load_model_config_from_hf, parse_model_name
+
+    source, identifier = parse_model_name(name)
+    if not source:
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        return {"model_name": name}, {} if cfg is None else cfg.to_dict()
+    try:
+        if source == "local-dir":
+            content = json.loads((Path(identifier) / CONFIG).read_text(encoding="utf-8"))
+            cfg = content.get("pretrained_cfg", content)
+            architecture, extra = content["architecture"], content.get("model_args", {})
+        else:
+            cfg, architecture, extra = load_model_config_from_hf(identifier)
+    except (OSError, KeyError, ValueError) as error:
+        raise unreachable(name, error) from error
+    return {"model_name": architecture, **(extra or {})}, cfg
+
+
+def _create_timm(
+    name: str, arguments: dict[str, Any], pretrained: bool, image_size: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Create a timm model, telling it the image size where its class depends on one."""
+    import timm
+
+    arguments = {**arguments, "num_classes": arguments.get("num_classes")}
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    if image_size is not None:
+        sized = {**arguments, "img_size": image_size}
+        try:
+            return timm.create_model(**{**sized, "model_name": name}, pretrained=pretrained), sized
+        except TypeError:
+            pass  # a network that takes images of any size has no such argument
+    return timm.create_model(**{**arguments, "model_name": name}, pretrained=pretrained), arguments
+
+
+def build_timm(spec: ModelSpec) -> nn.Module:
+    """Return the network that a spec describes, weights arbitrary."""
+    import timm
+
+    return timm.create_model(**spec.arguments, pretrained=False)
+
+
+def check_arguments(spec: ModelSpec) -> None:
+    """Check that building a spec reads no file and no Hub: it may come from a stranger's artifact.
+
+    Raises:
+        ModelError: arguments that do more than describe a network.
+    """
+    import timm
+
+    name = str(spec.arguments.get("model_name"))
+    loading = set(inspect.signature(timm.create_model).parameters) - {"model_name", "kwargs"}
+    if not timm.is_model(name.split(".")[0]) or loading & set(spec.arguments):
+        raise ModelError(f"the arguments {spec.arguments} do not only describe a timm network.")
