@@ -11,14 +11,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from askewq.errors import RecipeError, near
-from askewq.vocabulary import Augmentation, Bits, Closing, GridKind, GroupSize, Pull, Task
+from askewq.vocabulary import Augmentation, Bits, Closing, GridKind, GroupSize, Method, Pull, Task
 
-MODEL, DATA, BITS, TRAIN, CLOSING, OUTPUT = (
+MODEL, DATA, BITS, TRAIN, DISTILL, METHOD, CLOSING, OUTPUT = (
     "Model",
     "Data",
     "Low-bit weights",
     "Training",
-    "Interval constraint",
+    "Distillation",
+    "Method",
+    "Interval constraint of AskewSGD",
     "Output",
 )
 
@@ -79,7 +81,7 @@ class Recipe(BaseModel):
     optimizer: Literal["sgd", "adamw"] | None = _key(
         None, TRAIN, "sgd for models with batch norm, adamw for others"
     )
-    lr: float | None = _key(None, TRAIN, "0.02 for sgd, 3e-4 for adamw", gt=0)
+    lr: float | None = _key(None, TRAIN, "0.02 for sgd, 1e-4 for adamw", gt=0)
     lr_hold: float = _key(
         0.5, TRAIN, "share of the steps at full lr, before its cosine", ge=0, lt=1
     )
@@ -98,22 +100,44 @@ class Recipe(BaseModel):
         0, TRAIN, "of data order, augmentation, dropout and new layers", ge=0, lt=2**32
     )
 
-    method: Literal["askewsgd"] = _key("askewsgd", CLOSING, "how the weights reach the grid")
-    closing: Closing = _key(
-        "staggered", CLOSING, "weight by weight, or one radius for all as in the paper"
+    distill: float = _key(
+        0.0, DISTILL, "share of the loss that a teacher gives, in the low-bit steps", ge=0, le=1
     )
-    close_start: float = _key(0.0, CLOSING, "progress at which closing starts", ge=0, lt=1)
-    close_end: float = _key(0.9, CLOSING, "progress at which all is closed", gt=0, le=1)
+    teacher: str | None = _key(
+        None, DISTILL, "a model, as for --model; by default the network before it is quantized"
+    )
+    teacher_weights: Path | None = _key(
+        None, DISTILL, "state dict of the teacher, by default a network like the model"
+    )
+    temperature: float = _key(2.0, DISTILL, "softens teacher and student alike", gt=0)
+
+    method: Method = _key("askewsgd", METHOD, "how the weights reach the grid (docs/methods.md)")
+    strength: float | None = _key(
+        None, METHOD, "final coefficient of proxquant, binaryrelax or mirror-descent", gt=0
+    )
+    closing: Closing | None = _key(
+        None, CLOSING, "staggered (weight by weight), or single: one radius, as in the paper"
+    )
+    close_start: float | None = _key(
+        None, CLOSING, "progress at which closing starts; 0, or 0.5 as in the paper", ge=0, lt=1
+    )
+    close_end: float | None = _key(
+        None, CLOSING, "progress at which all is closed; 0.9, or 1 as in the paper", gt=0, le=1
+    )
     close_power: float | None = _key(
         None, CLOSING, "shape 1-(1-t)^power; 3 for staggered, 1 for single", gt=0
     )
     close_every: int = _key(3, CLOSING, "steps between closings (staggered)", ge=1)
     final_radius: float = _key(0.01, CLOSING, "in level spacings (single)", gt=0, le=0.5)
-    pull: Pull = _key(
-        "decoupled", CLOSING, "whether the learning rate multiplies alpha, as in the paper"
+    pull: Pull | None = _key(
+        None, CLOSING, "decoupled, or coupled: lr multiplies alpha and clip, as in the paper"
     )
-    alpha: float = _key(0.5, CLOSING, "share of a Newton step toward the interval", gt=0)
-    clip: float = _key(0.1, CLOSING, "longest pull in one step, in level spacings", gt=0)
+    alpha: float | None = _key(
+        None, CLOSING, "share of a Newton step toward the interval; 0.5, coupled 5", gt=0
+    )
+    clip: float | None = _key(
+        None, CLOSING, "longest pull in one step, in level spacings; 0.1, coupled 5", gt=0
+    )
 
     output: Path = _key(..., OUTPUT, "folder for the artifact and the checkpoints")
     eval_every: int | None = _key(None, OUTPUT, "steps between evaluations; at the end only", ge=1)
@@ -131,27 +155,25 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
-        if self.close_start >= self.close_end:
-            raise ValueError(
-                f"close_start = {self.close_start} must lie before close_end = {self.close_end}"
-            )
-        if self.pull == "decoupled" and self.alpha > 1:
-            raise ValueError(
-                f"alpha = {self.alpha} with pull = 'decoupled' is a share of a Newton step, at "
-                "most 1; the paper's alpha goes with pull = 'coupled'"
-            )
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite contradict each other; give one of them")
-        if idle := idle_settings(self):
-            raise ValueError(idle)
+        if wrong := complaints(self):
+            raise ValueError("; ".join(wrong))
         return self
 
 
+_ASKEW = ("method", ("askewsgd", "askewsgd-paper"))
 _IMAGES = ("task", ("image-classification",))
 _TEXTS = ("task", ("text-classification", "causal-lm"))
 # A key that decides something only where another one has one of these values.
 _NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "momentum": ("optimizer", ("sgd",)),
+    "strength": ("method", ("proxquant", "binaryrelax", "mirror-descent")),
+    "closing": _ASKEW,
+    "close_start": _ASKEW,
+    "close_end": _ASKEW,
+    "close_power": _ASKEW,
+    "pull": _ASKEW,
+    "alpha": _ASKEW,
+    "clip": _ASKEW,
     "close_every": ("closing", ("staggered",)),
     "final_radius": ("closing", ("single",)),
     "label_column": ("task", ("image-classification", "text-classification")),
@@ -170,29 +192,46 @@ def check(recipe: Recipe) -> None:
     """Check a recipe again after choices were made in it.
 
     Raises:
-        RecipeError: a setting that would decide nothing.
+        RecipeError: settings that contradict each other, or that would decide nothing.
     """
-    if idle := idle_settings(recipe):
-        raise RecipeError(f"the settings cannot be used: {idle}.")
+    if wrong := complaints(recipe):
+        raise RecipeError(f"the settings cannot be used: {'; '.join(wrong)}.")
 
 
-def idle_settings(recipe: Recipe) -> str:
-    """Return a complaint about settings that would decide nothing in this recipe, or "".
+def complaints(recipe: Recipe) -> list[str]:
+    """Return what is wrong with the settings taken together.
 
     A choice that is still open (None, made later from the model) is not held against them.
     """
-    idle = []
+    wrong = []
+    start, end = recipe.close_start, recipe.close_end
+    if start is not None and end is not None and start >= end:
+        wrong.append(f"close_start = {start} must lie before close_end = {end}")
+    coupled = recipe.pull == "coupled" or (recipe.pull is None and recipe.method != "askewsgd")
+    if recipe.alpha is not None and recipe.alpha > 1 and not coupled:
+        wrong.append(
+            f"alpha = {recipe.alpha} with pull = 'decoupled' is a share of a Newton step, at most "
+            "1; the paper's alpha goes with pull = 'coupled'"
+        )
+    if recipe.resume and recipe.overwrite:
+        wrong.append("resume and overwrite contradict each other; give one of them")
     for key, (other, values) in _NEEDS.items():
         chosen = getattr(recipe, other)
-        changed = getattr(recipe, key) != Recipe.model_fields[key].default
-        if changed and chosen is not None and chosen not in values:
-            idle.append(
+        if _changed(recipe, key) and chosen is not None and chosen not in values:
+            wrong.append(
                 f"{key} goes with {other} = {' or '.join(map(str, values))}, and {other} is "
                 f"{chosen}; leave {key} out"
             )
+    for key in ("teacher", "teacher_weights", "temperature"):
+        if recipe.distill == 0 and _changed(recipe, key):
+            wrong.append(f"{key} goes with distill, which is 0; leave {key} out")
     if recipe.full_precision_lr is not None and recipe.full_precision_steps == 0:
-        idle.append("full_precision_lr goes with full_precision_steps, which is 0; leave it out")
-    return "; ".join(idle)
+        wrong.append("full_precision_lr goes with full_precision_steps, which is 0; leave it out")
+    return wrong
+
+
+def _changed(recipe: Recipe, key: str) -> bool:
+    return bool(getattr(recipe, key) != Recipe.model_fields[key].default)
 
 
 def build(values: dict[str, Any], source: str = "the settings") -> Recipe:

@@ -4,18 +4,20 @@ A layer becomes quantization-aware by a change of class to a subclass of its own
 same Parameter, same state-dict keys (plus ``weight_scale``), same hooks and the same forward, so
 that every subclass of Linear and Conv that uses its weight linearly keeps working. AskewSGD trains
 the Parameter itself, so the forward pass sees the relaxed weight; after the snap, the snapped one.
+Under another method (`follow_`) the forward pass sees what that method makes of the Parameter.
 """
 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from askewq.errors import DivergenceError
 from askewq.grid import Grid
+from askewq.methods import Rival
 
 SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -25,12 +27,29 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         grid: the levels, in units of the scale.
-        weight_scale: buffer [out, groups], written in place only.
+        weight_scale: buffer [out, groups], written in place only; a Parameter where it is learned.
+        rival: the method that the layer follows; None: AskewSGD, or none.
+        strength: the present coefficient of that method.
     """
 
     grid: Grid
-    weight: Tensor
     weight_scale: Tensor
+    rival: Rival | None = None
+    strength: float = 0.0
+
+    @property
+    def latent(self) -> nn.Parameter:
+        """The trained Parameter."""
+        return cast(nn.Parameter, self._parameters["weight"])
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the forward pass sees."""
+        if self.rival is None or self.rival.view is None:
+            return self.latent
+        rows = self.latent.reshape(self.weight_scale.numel(), -1)
+        scale = self.weight_scale.view(-1, 1)
+        return self.rival.view(rows, scale, self.grid, self.strength).view(self.latent.shape)
 
     def codes(self) -> Tensor:
         """Return the code of the level nearest to each weight, uint8, the weight's shape.
@@ -38,22 +57,37 @@ class QuantizedLayer(nn.Module):
         Raises:
             DivergenceError: a weight that is NaN or infinite has no nearest level.
         """
-        weight = self.weight.detach()
+        weight = self.latent.detach()
         if not torch.isfinite(weight).all():
             raise DivergenceError(
                 f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values and cannot "
                 "be rounded; go back to an earlier checkpoint and train with a smaller lr."
             )
-        return self.grid.codes(weight, self.weight_scale)
+        return self.grid.codes(weight, self.weight_scale.detach())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the original class: a class made at run time has no name to import."""
         return _empty_layer, (type(self).__bases__[1],), self.__dict__
 
+    @torch.no_grad()
     def snap_(self) -> None:
         """Move every weight to its nearest level, in place."""
-        with torch.no_grad():
-            self.weight.copy_(self.grid.values(self.codes(), self.weight_scale))
+        self.latent.copy_(self.grid.values(self.codes(), self.weight_scale))
+
+    @torch.no_grad()
+    def settle_(self) -> None:
+        """Do to the weight what the layer's method does after an update, in place."""
+        if self.rival is None:
+            return
+        scale = self.weight_scale.view(-1, 1)
+        if self.rival.learns_scale:
+            scale.clamp_(min=torch.finfo(scale.dtype).tiny)
+        rows = self.latent.reshape(len(scale), -1)
+        if self.rival.rescale is not None:
+            scale.copy_(self.rival.rescale(rows, self.grid))
+        if self.rival.settle is not None:
+            settled = self.rival.settle(rows, scale, self.grid, self.strength)
+            self.latent.copy_(settled.view(self.latent.shape))
 
 
 @functools.cache
@@ -74,30 +108,59 @@ def quantize_layer_(layer: nn.Module, grid: Grid, scale: Tensor) -> None:
     layer.grid = grid  # type: ignore[assignment]  # a plain attribute, not a submodule
 
 
+def quantized_modules(model: nn.Module) -> list[QuantizedLayer]:
+    """Return every quantization-aware layer, those that share a weight included."""
+    return [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the quantization-aware layers by name; of layers that share a weight, the first."""
     found: dict[int, tuple[str, QuantizedLayer]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
-            found.setdefault(id(module.weight), (name, module))
+            found.setdefault(id(module.latent), (name, module))
     return dict(found.values())
 
 
+def follow_(model: nn.Module, rival: Rival | None) -> None:
+    """Let all quantized layers follow a method from now on; None: AskewSGD, or none."""
+    learns = rival is not None and rival.learns_scale
+    scales: dict[int, Tensor] = {}  # layers that share a weight share its scale
+    for module in quantized_modules(model):
+        module.rival = rival
+        if learns == ("weight_scale" in module._parameters):
+            continue
+        scale = module.weight_scale.detach()
+        scale = scales.setdefault(id(module.latent), nn.Parameter(scale) if learns else scale)
+        del module.weight_scale
+        if isinstance(scale, nn.Parameter):
+            module.register_parameter("weight_scale", scale)
+        else:
+            module.register_buffer("weight_scale", scale)
+
+
 def snap_(model: nn.Module) -> None:
-    """Move every quantized weight of the model to its nearest level, in place."""
+    """Move every quantized weight of the model to its nearest level, in place, for good."""
     for layer in quantized_layers(model).values():
         layer.snap_()
+    follow_(model, None)
 
 
 @contextmanager
 def snapped(model: nn.Module) -> Iterator[None]:
     """Within the block the quantized weights sit on their levels; after it they are as before."""
-    layers = quantized_layers(model).values()
-    relaxed = [layer.weight.detach().clone() for layer in layers]
+    layers, modules = quantized_layers(model).values(), quantized_modules(model)
+    relaxed = [layer.latent.detach().clone() for layer in layers]
+    rivals = [module.rival for module in modules]
     try:
-        snap_(model)
+        for layer in layers:
+            layer.snap_()
+        for module in modules:
+            module.rival = None
         yield
     finally:
         with torch.no_grad():
             for layer, weight in zip(layers, relaxed, strict=True):
-                layer.weight.copy_(weight)
+                layer.latent.copy_(weight)
+        for module, rival in zip(modules, rivals, strict=True):
+            module.rival = rival

@@ -65,7 +65,7 @@ class _Skewed(torch.optim.Optimizer):
             group.update({**own, **group})
         self._decoupled = pull == "decoupled"
         self.closing = closing
-        weights = sum(layer.weight.numel() for layer in self._layers)
+        weights = sum(layer.latent.numel() for layer in self._layers)
         self._compile = weights >= COMPILE_FROM if compile is None else compile
 
     def anneal(self, progress: float) -> None:
@@ -84,7 +84,7 @@ class _Skewed(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layers = {id(layer.weight): layer for layer in self._layers}
+        layers = {id(layer.latent): layer for layer in self._layers}
         updated = []
         for group in self.param_groups:
             for weight in group["params"]:
@@ -163,11 +163,15 @@ class _Skewed(torch.optim.Optimizer):
             function = compiled(function, args[0].device.type)
         return function(*args, **flags)
 
+    def shown(self, progress: float) -> dict[str, float]:
+        """Return what the progress bar shows: the radius of the open intervals."""
+        return {"radius": self.closing.radius(progress)}
+
     def feasible_share(self) -> float:
         """Return the share of quantized weights inside their interval (staggered: on a level)."""
         inside = total = 0
         for layer in self._layers:
-            weight, scale, grid = layer.weight.detach(), layer.weight_scale, layer.grid
+            weight, scale, grid = layer.latent.detach(), layer.weight_scale, layer.grid
             if self.closing.kind == "staggered":
                 feasible = weight == grid.snap(weight, scale)
             else:

@@ -32,7 +32,8 @@ def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> 
     print_coverage(plan)
     console.print(
         f"training: {steps} steps of {recipe.batch_size * recipe.grad_accumulation} samples a "
-        f"process, {recipe.optimizer} lr {recipe.lr:g}, {recipe.closing} closing",
+        f"process, {recipe.optimizer} lr {recipe.lr:g}, {recipe.method}"
+        + (f", {recipe.closing} closing" if recipe.closing else ""),
         markup=False,
     )
 

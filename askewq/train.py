@@ -5,6 +5,7 @@ and compare to the bit. Every step is a function of (seed, step): data order, au
 dropout are drawn anew from them, so an interrupted run goes on exactly as it would have.
 """
 
+import copy
 import json
 import math
 import statistics
@@ -14,20 +15,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from askewq import anneal, artifact, checkpoint, config, layers, models, output, report, wrap
-from askewq.anneal import Closing
+from askewq import (
+    anneal,
+    artifact,
+    checkpoint,
+    choices,
+    distill,
+    layers,
+    models,
+    output,
+    report,
+    wrap,
+)
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData, open_data
 from askewq.errors import DataError, DivergenceError, ModelError, OutputError
 from askewq.evaluate import Evaluation, evaluate
-from askewq.optim import AskewAdamW, AskewSGD
 from askewq.output import Progress
 from askewq.spec import LoadedModel
 from askewq.tasks import check_logits, logits_and_labels, score
-from askewq.vocabulary import Task
 
 
 def finetune(recipe: Recipe) -> dict[str, Any]:
@@ -40,26 +50,6 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         AskewError: any bad input, before anything is written; a loss that diverges.
     """
     return _Run(recipe).execute()
-
-
-def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
-    """Return the recipe with every choice that depends on the model made."""
-    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    optimizer = recipe.optimizer or ("sgd" if batch_norm else "adamw")
-    lr = recipe.lr or (0.02 if optimizer == "sgd" else 3e-4)
-    first_lr = lr if recipe.full_precision_steps else None
-    power = recipe.close_power or (3.0 if recipe.closing == "staggered" else 1.0)
-    resolved = recipe.model_copy(
-        update={
-            "task": task,
-            "optimizer": optimizer,
-            "lr": lr,
-            "full_precision_lr": recipe.full_precision_lr or first_lr,
-            "close_power": power,
-        }
-    )
-    config.check(resolved)
-    return resolved
 
 
 class _Run:
@@ -82,7 +72,7 @@ class _Run:
         # Heads that are new to the task and own modules draw their first weights from this seed.
         set_seed(recipe.seed)
         self.loaded, self.data = _load(recipe)
-        self.recipe = resolve(recipe, self.loaded.spec.task, self.loaded.model)
+        self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model)
         self.out = recipe.output
         self.accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision,
@@ -98,6 +88,10 @@ class _Run:
         train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing)
         self.train_loader, self.eval_loader = self.accelerator.prepare(train, evaluation)
         self.model: nn.Module = self.loaded.model.to(self.accelerator.device)
+        self.teacher = distill.load_teacher(recipe, self.loaded.spec) if recipe.distill else None
+        if self.teacher is not None:
+            self.teacher.to(self.accelerator.device)
+        self.taught_by: nn.Module | None = None  # in the low-bit steps
         self.plan = wrap.plan(
             self.model,
             recipe.bits,
@@ -153,6 +147,8 @@ class _Run:
                 "--std the channels (1 or 3)."
             ) from error
         check_logits(logits, spec)
+        if self.teacher is not None:
+            distill.check_teacher(self.teacher, spec, batch, logits)
 
     def _prepare_output(self) -> None:
         if self.accelerator.is_main_process:
@@ -167,14 +163,7 @@ class _Run:
         recipe, count = self.recipe, self.recipe.full_precision_steps
         if self.progress.step < count:
             lr = recipe.full_precision_lr or 0.0
-            if recipe.optimizer == "sgd":
-                optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                    self.model.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay
-                )
-            else:
-                optimizer = torch.optim.AdamW(
-                    self.model.parameters(), lr, weight_decay=recipe.weight_decay
-                )
+            optimizer = choices.plain_optimizer(recipe, self.model, lr)
             self._loop("full precision", optimizer, lr, 0, count, folder, lambda _: {})
         if self.progress.full_precision is None:
             self.progress.full_precision = self._evaluate().value
@@ -182,24 +171,38 @@ class _Run:
     def _train_low_bit(self, folder: Path | None) -> None:
         """Wrap the model, evaluate plain rounding, and fine-tune under the constraint."""
         recipe, start = self.recipe, self.recipe.full_precision_steps
+        if recipe.distill:
+            self.taught_by = self.teacher or self._own_teacher(resumed=folder is not None)
         wrap.apply(self.model, self.plan)
         if self.progress.rounded is None:
             with layers.snapped(self.model):
                 self.progress.rounded = self._evaluate().value
         lr = recipe.lr or 0.0
-        optimizer = _optimizer(recipe, self.model, lr)
-        inside = optimizer.feasible_share()
+        optimizer, pacer = choices.low_bit_optimizer(recipe, self.model, lr)
+        inside = pacer.feasible_share()
         counted_at = 0.0
 
         def before_step(progress: float) -> dict[str, float]:
             nonlocal inside, counted_at
-            optimizer.anneal(progress)
+            pacer.anneal(progress)
             if progress - counted_at > 0.02:  # counting reads every weight: fifty times a run
-                inside, counted_at = optimizer.feasible_share(), progress
-            return {"radius": optimizer.closing.radius(progress), "inside": inside}
+                inside, counted_at = pacer.feasible_share(), progress
+            return {**pacer.shown(progress), "inside": inside}
 
         self._loop("low-bit", optimizer, lr, start, start + self.steps, folder, before_step)
-        self.inside = optimizer.feasible_share()
+        self.inside = pacer.feasible_share()
+
+    def _own_teacher(self, *, resumed: bool) -> nn.Module:
+        """Return the network as it is before it is quantized; a resumed run reads it back."""
+        path = self.out / output.CHECKPOINTS / "teacher.safetensors"
+        if self.accelerator.is_main_process and not resumed:
+            save_model(self.model, str(path))
+        self.accelerator.wait_for_everyone()
+        if not path.is_file():
+            raise OutputError(f"--resume: {path} is missing; start again with --overwrite.")
+        teacher = copy.deepcopy(self.model)
+        load_model(teacher, str(path))
+        return teacher
 
     def _loop(
         self,
@@ -259,6 +262,11 @@ class _Run:
                     logits, labels = logits_and_labels(model, self.loaded.spec, batch)
                 scores = score(logits, labels)
                 loss = scores.loss.sum() / scores.count.sum()
+                if self.taught_by is not None:
+                    with self.accelerator.autocast():
+                        taught = distill.teacher_logits(self.taught_by, self.loaded.spec, batch)
+                    distance = distill.distance(logits, taught, labels, self.recipe.temperature)
+                    loss = torch.lerp(loss, distance, self.recipe.distill)
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     self._diverged(value, step)
@@ -364,27 +372,6 @@ class _Run:
         if self.recipe.report_to != "none":
             self.accelerator.end_training()
         return metrics
-
-
-def _optimizer(recipe: Recipe, model: nn.Module, lr: float) -> AskewSGD | AskewAdamW:
-    closing = Closing(
-        kind=recipe.closing,
-        start=recipe.close_start,
-        end=recipe.close_end,
-        power=recipe.close_power or 1.0,
-        every=recipe.close_every,
-        final_radius=recipe.final_radius,
-    )
-    own: dict[str, Any] = {
-        "closing": closing,
-        "alpha": recipe.alpha,
-        "clip": recipe.clip,
-        "pull": recipe.pull,
-    }
-    decay = recipe.weight_decay
-    if recipe.optimizer == "sgd":
-        return AskewSGD(model, lr, momentum=recipe.momentum, weight_decay=decay, **own)
-    return AskewAdamW(model, lr, weight_decay=decay, **own)
 
 
 def _load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:

@@ -6,6 +6,18 @@ Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 GridKind = Literal["integer", "half-integer"]
 GroupSize = int | Literal["channel", "tensor"]
 Closing = Literal["staggered", "single"]
+Method = Literal[
+    "askewsgd",
+    "askewsgd-paper",
+    "binaryconnect",
+    "lsq",
+    "proxquant",
+    "binaryrelax",
+    "luq",
+    "adaste",
+    "mirror-descent",
+    "projected-gradient",
+]
 Pull = Literal["decoupled", "coupled"]
 Task = Literal["image-classification", "text-classification", "causal-lm"]
 Augmentation = Literal["none", "crop", "flip", "crop-flip"]

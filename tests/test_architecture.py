@@ -20,14 +20,14 @@ PACKAGE = Path(askewq.__file__).parent
 # A file imports from floors below, or from its own floor as long as no cycle arises.
 FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal"),
-    ("config", "grid", "pack"),
-    ("layers", "kernels", "optim"),
+    ("config", "grid", "pack", "methods"),
+    ("layers", "kernels", "optim", "rivals"),
     ("wrap", "checkpoint"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
-        *("data", "batches", "tasks", "artifact", "evaluate"),
+        *("data", "batches", "tasks", "distill", "artifact", "evaluate"),
     ),
-    ("report", "output", "hub", "export"),
+    ("report", "output", "choices", "hub", "export"),
     ("train", "demo", "inspection"),
     ("cli",),
     ("__main__",),

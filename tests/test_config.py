@@ -315,7 +315,9 @@ class TestWrongValues:
         [
             ({"momentum": 0.5, "optimizer": "adamw"}, "momentum"),
             ({"close_every": 5, "closing": "single"}, "close_every"),
-            ({"final_radius": 0.1}, "final_radius"),
+            ({"final_radius": 0.1, "closing": "staggered"}, "final_radius"),
+            ({"alpha": 0.2, "method": "lsq"}, "alpha"),
+            ({"strength": 2.0}, "strength"),
             ({"tokenizer": "t", "task": "image-classification"}, "tokenizer"),
             ({"augment": "crop", "task": "text-classification"}, "augment"),
             ({"label_column": "l", "task": "causal-lm"}, "label_column"),

@@ -1,0 +1,95 @@
+"""What a recipe leaves open, chosen by model and method; and the optimizers that it asks for."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from askewq import config
+from askewq.anneal import Closing
+from askewq.config import Recipe
+from askewq.methods import check_bits
+from askewq.optim import AskewAdamW, AskewSGD
+from askewq.rivals import Follower
+from askewq.vocabulary import Task
+
+# What an open setting of the interval constraint becomes.
+_STAGGERED = {"close_start": 0.0, "close_end": 0.9, "close_power": 3.0}
+_SINGLE = {"close_start": 0.0, "close_end": 0.9, "close_power": 1.0}
+_PAPER = {"close_start": 0.5, "close_end": 1.0, "close_power": 1.0}
+_DECOUPLED = {"alpha": 0.5, "clip": 0.1}
+_COUPLED = {"alpha": 5.0, "clip": 5.0}
+
+
+class Pacer(Protocol):
+    """What follows the progress of the low-bit steps: AskewSGD itself, or another method."""
+
+    def anneal(self, progress: float) -> None:
+        """Get ready for the next step."""
+
+    def feasible_share(self) -> float:
+        """Return the share of quantized weights that are where they belong by now."""
+
+    def shown(self, progress: float) -> dict[str, float]:
+        """Return what the progress bar shows of the method."""
+
+
+def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
+    """Return the recipe with every choice made.
+
+    Raises:
+        RecipeError: bits that the method cannot do, or a setting that decides nothing.
+    """
+    check_bits(recipe.method, recipe.bits)
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    optimizer = recipe.optimizer or ("sgd" if batch_norm else "adamw")
+    lr = 0.02 if optimizer == "sgd" else 1e-4
+    made: dict[str, Any] = {"task": task, "optimizer": optimizer, "lr": lr}
+    if recipe.full_precision_steps:
+        made["full_precision_lr"] = recipe.lr or lr
+    if recipe.method in ("askewsgd", "askewsgd-paper"):
+        paper = recipe.method == "askewsgd-paper"
+        closing = recipe.closing or ("single" if paper else "staggered")
+        pull = recipe.pull or ("coupled" if paper else "decoupled")
+        made |= {"closing": closing, "pull": pull}
+        made |= _PAPER if paper else _STAGGERED if closing == "staggered" else _SINGLE
+        made |= _DECOUPLED if pull == "decoupled" else _COUPLED
+    opened = {key: value for key, value in made.items() if getattr(recipe, key) is None}
+    resolved = recipe.model_copy(update=opened)
+    config.check(resolved)
+    return resolved
+
+
+def plain_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Return torch's optimizer of a resolved recipe."""
+    parameters, decay = model.parameters(), recipe.weight_decay
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr, recipe.momentum, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr, weight_decay=decay)
+
+
+def low_bit_optimizer(
+    recipe: Recipe, model: nn.Module, lr: float
+) -> tuple[torch.optim.Optimizer, Pacer]:
+    """Return the optimizer of a resolved recipe's method, and what paces it."""
+    if recipe.method not in ("askewsgd", "askewsgd-paper"):
+        follower = Follower(model, recipe.method, recipe.strength)
+        optimizer = plain_optimizer(recipe, model, lr)
+        follower.attach(optimizer)
+        return optimizer, follower
+    closing = Closing(
+        recipe.closing or "staggered",
+        start=recipe.close_start or 0.0,
+        end=recipe.close_end or 1.0,
+        power=recipe.close_power or 1.0,
+        every=recipe.close_every,
+        final_radius=recipe.final_radius,
+    )
+    own: dict[str, Any] = {"closing": closing, "pull": recipe.pull, "alpha": recipe.alpha}
+    own |= {"clip": recipe.clip, "weight_decay": recipe.weight_decay}
+    make: Callable[..., AskewSGD | AskewAdamW] = AskewAdamW
+    if recipe.optimizer == "sgd":
+        make, own = AskewSGD, own | {"momentum": recipe.momentum}
+    skewed = make(model, lr, **own)
+    return skewed, skewed

@@ -1,0 +1,206 @@
+"""The methods beside AskewSGD: what the forward pass sees of a weight, what becomes of an update.
+
+Each is a pair of functions on rows [rows, columns] that share a scale [rows, 1]. They share grid,
+scale, layers, base optimizer and loop with AskewSGD, so that a comparison compares the methods
+alone. `docs/methods.md` states their equations and sources.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from askewq.errors import RecipeError
+from askewq.grid import BITS, Grid
+from askewq.vocabulary import Bits, Method
+
+# (weight, scale, grid, strength): `strength` is the method's own coefficient at this moment.
+View = Callable[[Tensor, Tensor, Grid, float], Tensor]
+Settle = Callable[[Tensor, Tensor, Grid, float], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """One method.
+
+    Attributes:
+        view: the weight that the forward pass sees, differentiable; None: the weight itself.
+        settle: what becomes of the weight after an update of the base optimizer; None: nothing.
+        bits: the widths that it can do.
+        strength: the final value of its coefficient; None where it has none.
+        course: the coefficient at a progress in [0, 1], from its final value.
+        learns_scale: whether the scale is trained with the weights.
+        rescale: the scale that belongs to the weights now; None: it stays as it was fitted.
+    """
+
+    view: View | None = None
+    settle: Settle | None = None
+    bits: tuple[Bits, ...] = BITS
+    strength: float | None = None
+    course: Callable[[float, float], float] = lambda final, progress: final
+    learns_scale: bool = False
+    rescale: Callable[[Tensor, Grid], Tensor] | None = None
+
+
+class _Straight(torch.autograd.Function):
+    """Gives `value` forward, to the bit, and hands its gradient to `weight`, times `factor`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, value: Tensor, factor: Tensor | None) -> Tensor:
+        ctx.save_for_backward(factor)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (factor,) = ctx.saved_tensors
+        return grads[0] if factor is None else grads[0] * factor, None, None
+
+
+def straight(weight: Tensor, value: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Return `value` with the gradient of `weight` (straight-through), times `factor`."""
+    return _Straight.apply(weight, value.detach(), factor)  # type: ignore[no-any-return]  # torch
+
+
+def binaryconnect(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
+    """Return the nearest levels; the gradient passes straight through."""
+    return straight(weight, grid.snap(weight.detach(), scale))
+
+
+def clip(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
+    """Return the weights limited to the range of the grid."""
+    lowest, highest = grid.first, grid.first + grid.step * grid.last
+    return torch.minimum(torch.maximum(weight, lowest * scale), highest * scale)
+
+
+class _LearnedStep(torch.autograd.Function):
+    """LSQ's quantizer with its gradients for weight and scale."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+        value = grid.snap(weight, scale)
+        ctx.save_for_backward(weight, scale)
+        ctx.grid = grid
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, scale = ctx.saved_tensors
+        grid, grad = ctx.grid, grads[0]
+        units, ratio = grid.snap(weight, scale) / scale, weight / scale
+        highest = grid.first + grid.step * grid.last
+        inside = (ratio > grid.first) & (ratio < highest)
+        of_scale = torch.where(inside, units - ratio, units)
+        share = 1 / math.sqrt(weight.shape[1] * max(highest, grid.step))
+        return grad * inside, share * (grad * of_scale).sum(1, keepdim=True), None
+
+
+def lsq(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
+    """Return the nearest levels of a scale that is learned with the weights."""
+    return _LearnedStep.apply(weight, scale, grid)  # type: ignore[no-any-return]  # torch
+
+
+def proxquant(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -> Tensor:
+    """Return the proximal step of the distance to the grid, `strength` level spacings long."""
+    level = grid.snap(weight, scale)
+    away = weight - level
+    return level + away.sign() * (away.abs() - strength * scale * grid.step).clamp_min(0)
+
+
+def binaryrelax(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -> Tensor:
+    """Return the mean of weight and nearest level with weights 1 and `strength`."""
+    level = grid.snap(weight.detach(), scale)
+    if math.isinf(strength):
+        return straight(weight, level)
+    return straight(weight, (strength * level + weight.detach()) / (strength + 1))
+
+
+# Coefficients (c1, c2) of SAWB by bits and first level, made by benchmarks/sawb.py.
+SAWB = {
+    (1, -1.0): (0.0, -1.0),
+    ("ternary", -1.0): (2.537, 1.618),
+    (2, -2.0): (2.410, 1.707),
+    (2, -1.5): (2.081, 1.372),
+    (3, -4.0): (2.099, 1.888),
+    (3, -3.5): (2.106, 1.927),
+    (4, -8.0): (1.597, 1.594),
+    (4, -7.5): (1.612, 1.621),
+}
+
+
+def sawb(weight: Tensor, grid: Grid) -> Tensor:
+    """Return the scale of every row by its first two moments, [rows, 1]."""
+    c1, c2 = SAWB[grid.bits, grid.first]
+    size = weight.abs().mean(1, keepdim=True)
+    scale = c1 * weight.square().mean(1, keepdim=True).sqrt() - c2 * size
+    return scale.clamp_min(0.1 * size).clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def adaste(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
+    """Return the signs; gradients pass where a step against them would bring a weight nearer 0."""
+    return _AdaSTE.apply(weight, scale, grid)  # type: ignore[no-any-return]  # torch
+
+
+class _AdaSTE(torch.autograd.Function):
+    """AdaSTE's adaptive gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(weight / scale)
+        return grid.snap(weight, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (theta,) = ctx.saved_tensors
+        toward_zero = theta * grads[0] > 0
+        return grads[0] * torch.where(toward_zero, 1 / theta.abs().clamp_min(2), 0), None, None
+
+
+def mirror_descent(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -> Tensor:
+    """Return scale * tanh(strength * weight / scale); the mirror map takes the gradient as is."""
+    return straight(weight, scale * torch.tanh(strength * weight.detach() / scale))
+
+
+def project(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
+    """Return the nearest levels."""
+    return grid.snap(weight, scale)
+
+
+def _ramp(final: float, progress: float) -> float:
+    """Return the coefficient of ProxQuant: linear, then all the way for the last fifth."""
+    return final * progress if progress < 0.8 else math.inf
+
+
+def _growth(final: float, progress: float) -> float:
+    """Return the coefficient of BinaryRelax: from 1, geometric, infinite in the last fifth."""
+    return float(final ** (progress / 0.8)) if progress < 0.8 else math.inf
+
+
+def _power(final: float, progress: float) -> float:
+    """Return the coefficient of mirror descent: from 1, geometric, to its final value."""
+    return float(final**progress)
+
+
+RIVALS: dict[Method, Rival] = {
+    "binaryconnect": Rival(binaryconnect, clip),
+    "lsq": Rival(lsq, learns_scale=True),
+    "proxquant": Rival(None, proxquant, strength=0.02, course=_ramp),
+    "binaryrelax": Rival(binaryrelax, strength=500.0, course=_growth),
+    "luq": Rival(binaryconnect, bits=(1, "ternary", 2, 3, 4), rescale=sawb),
+    "adaste": Rival(adaste, bits=(1,)),
+    "mirror-descent": Rival(mirror_descent, bits=(1,), strength=100.0, course=_power),
+    "projected-gradient": Rival(None, project),
+}
+
+
+def check_bits(method: Method, bits: Bits) -> None:
+    """Check that a method can do a bit width.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    if method in RIVALS and bits not in RIVALS[method].bits:
+        allowed = ", ".join(map(str, RIVALS[method].bits))
+        raise RecipeError(f"method = {method} trains {allowed} bit, not bits = {bits}.")

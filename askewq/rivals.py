@@ -1,0 +1,82 @@
+"""Training with another method than AskewSGD, beside any optimizer of torch."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from askewq.errors import ModelError, RecipeError, near
+from askewq.layers import follow_, quantized_layers, quantized_modules
+from askewq.methods import RIVALS
+from askewq.vocabulary import Method
+
+
+class Follower:
+    """Lets the quantized layers of a model follow a method while an optimizer trains them.
+
+    Args:
+        model: a model with quantization-aware layers (`askewq.quantize`).
+        method: one of `methods.RIVALS`.
+        strength: the final value of the method's coefficient; its own by default.
+
+    Raises:
+        RecipeError: an unknown method, or a strength for one that has none.
+        ModelError: no quantized layer.
+
+    Example:
+        >>> follower = Follower(model, "lsq")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)  # after the follower
+        >>> follower.attach(optimizer)
+        >>> follower.anneal((step + 1) / steps)  # before every step
+    """
+
+    def __init__(self, model: nn.Module, method: Method, strength: float | None = None) -> None:
+        if method not in RIVALS:
+            known = ", ".join(RIVALS)
+            raise RecipeError(f"method = {method!r} is unknown{near(method, RIVALS)}; use {known}.")
+        self._rival = RIVALS[method]
+        if strength is not None and self._rival.strength is None:
+            raise RecipeError(f"method = {method} has no strength; leave it out.")
+        self._final = (self._rival.strength if strength is None else strength) or 0.0
+        self._layers = list(quantized_layers(model).values())
+        if not self._layers:
+            raise ModelError(
+                "the model has no quantized layer; call askewq.quantize(model, bits=2) first."
+            )
+        follow_(model, self._rival)
+        self._modules = quantized_modules(model)
+        self.anneal(0.0)
+        self._settle()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let every step of the optimizer end with the method's own part."""
+        optimizer.register_step_post_hook(self._settle)
+
+    def _settle(self, *_: Any) -> None:
+        for layer in self._layers:
+            layer.settle_()
+
+    def anneal(self, progress: float) -> None:
+        """Set the method's coefficient for the next step.
+
+        Args:
+            progress: share of all steps taken once it is made, up to 1.
+        """
+        for module in self._modules:
+            module.strength = self._rival.course(self._final, progress)
+
+    def shown(self, progress: float) -> dict[str, float]:
+        """Return what the progress bar shows: the method's coefficient, if it has one."""
+        if self._rival.strength is None:
+            return {}
+        return {"strength": self._rival.course(self._final, progress)}
+
+    @torch.no_grad()
+    def feasible_share(self) -> float:
+        """Return the share of quantized weights that the forward pass sees on a level."""
+        inside = total = 0
+        for layer in self._layers:
+            seen = layer.weight
+            inside += int((seen == layer.grid.snap(seen, layer.weight_scale)).sum())
+            total += seen.numel()
+        return inside / total

@@ -1,0 +1,47 @@
+"""Derive the SAWB coefficients of askewq.methods: scale = c1 * sqrt(E w^2) - c2 * E |w|.
+
+As Choi et al. (2018, arXiv 1807.06964) did for their grids: the best scales of six standard
+distributions are fitted by least squares, here for every grid of askewq.
+
+    python benchmarks/sawb.py
+"""
+
+import torch
+from scipy import stats
+
+from askewq.grid import BITS, Grid, fit_scale, make_grid
+
+DISTRIBUTIONS = {
+    "normal": stats.norm(),
+    "uniform": stats.uniform(-1, 2),
+    "laplace": stats.laplace(),
+    "logistic": stats.logistic(),
+    "triangle": stats.triang(0.5, -1, 2),
+    "von Mises": stats.vonmises(1.0),
+}
+SAMPLES = 8192  # quantiles of each distribution
+
+
+def coefficients(grid: Grid) -> tuple[float, float, float]:
+    """Return c1, c2 and the largest relative error of the fit over the distributions."""
+    quantiles = (torch.arange(SAMPLES) + 0.5) / SAMPLES
+    rows = torch.stack([torch.tensor(d.ppf(quantiles.numpy())) for d in DISTRIBUTIONS.values()])
+    best = fit_scale(rows, grid, "channel").double()
+    root, mean = rows.square().mean(1, keepdim=True).sqrt(), rows.abs().mean(1, keepdim=True)
+    moments = torch.cat([root / mean, -torch.ones_like(root)], dim=1)
+    solution = torch.linalg.lstsq(moments, best / mean).solution
+    error = (moments @ solution * mean / best - 1).abs().max().item()
+    return *solution.flatten().tolist(), error
+
+
+def main() -> None:
+    """Print one line for every grid."""
+    for bits in BITS:
+        for kind in ("integer",) if bits in (1, "ternary") else ("integer", "half-integer"):
+            grid = make_grid(bits, kind)
+            c1, c2, error = coefficients(grid)
+            print(f"    ({bits!r}, {grid.first!r}): ({c1:.3f}, {c2:.3f}),  # within {error:.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Distillation: its loss against the formula, teachers of all kinds, those that do not fit."""
+
+import math
+
+import builders
+import pytest
+import torch
+from builders import finetune
+from safetensors.torch import load_file, save_file
+
+from askewq import distill
+from askewq.errors import ModelError, RecipeError
+
+
+def test_the_distance_is_the_tempered_divergence():
+    """T^2 KL(teacher || student) by a scalar loop; rows labelled -100 do not count."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    labels = torch.tensor([[0, -100, 1], [2, 3, -100]])
+    temperature, total = 3.0, 0.0
+    counted = [(i, j) for i in range(2) for j in range(3) if labels[i, j] != -100]
+    for i, j in counted:
+        p = torch.softmax(teacher[i, j].double() / temperature, 0).tolist()
+        q = torch.softmax(student[i, j].double() / temperature, 0).tolist()
+        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    found = distill.distance(student, teacher, labels, temperature)
+    assert found.item() == pytest.approx(temperature**2 * total / len(counted), rel=1e-5)
+    assert distill.distance(student, student, labels, temperature).item() == pytest.approx(0)
+
+
+def test_distillation_alone_pulls_the_student_to_its_teacher(tmp_path):
+    """With distill = 1 the labels do not count, and a teacher of random weights is followed."""
+    state = load_file(builders.own_module() / "small.safetensors")
+    weights = str(builders.own_module() / "small.safetensors")
+    save_file({k: v.roll(1, 0).contiguous() for k, v in state.items()}, tmp_path / "t.safetensors")
+    common = {"weights": weights, "max_steps": 8, "distill": 1.0}
+    finetune("own", tmp_path / "self", **common)
+    finetune("own", tmp_path / "same", **common, teacher_weights=weights)
+    finetune("own", tmp_path / "other", **common, teacher_weights=str(tmp_path / "t.safetensors"))
+    finetune("own", tmp_path / "none", **{**common, "distill": 0.0})
+    packed = {
+        name: (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("self", "same", "other", "none")
+    }
+    assert packed["self"] == packed["same"]  # the default teacher is the network's own start
+    assert len(set(packed.values())) == 3
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "vit", "timm"])
+def test_every_task_can_be_taught(tmp_path, kind):
+    """The network before it is quantized teaches, for each source and task."""
+    metrics = finetune(kind, tmp_path, distill=0.5, max_steps=2)
+    assert metrics["reloaded"] == metrics["snapped"]
+    assert (tmp_path / "checkpoints" / "teacher.safetensors").is_file()
+
+
+def test_a_run_resumed_has_the_same_teacher(tmp_path, monkeypatch):
+    """The teacher of a resumed run is the one of its start: the same bytes at the end."""
+    arguments = {"distill": 0.5, "full_precision_steps": 2, "max_steps": 4, "save_every": 2}
+    finetune("own", tmp_path / "whole", **arguments)
+    with builders.power_cut(monkeypatch, 5), pytest.raises(builders.PowerCutError):
+        finetune("own", tmp_path / "cut", **arguments)
+    finetune("own", tmp_path / "cut", **arguments, resume=True)
+    packed = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert packed[0] == packed[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"teacher": builders.own("ten_classes")}, r"outputs are \[8, 10\].*\[8, 3\]"),
+        ({"teacher": builders.own("grey")}, "teacher fails on the model's own inputs"),
+        ({"teacher": "no-such-model"}, "no-such-model"),
+        ({"teacher_weights": "nowhere.safetensors"}, "nowhere.safetensors"),
+    ],
+    ids=["classes", "inputs", "name", "weights"],
+)
+def test_teachers_that_do_not_fit(tmp_path, settings, words):
+    """A teacher with other outputs or inputs, or none at all, is refused before anything starts."""
+    with pytest.raises(ModelError, match=f"(?s){words}"):
+        finetune("own", tmp_path / "out", distill=0.5, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_without_a_share_is_refused(tmp_path):
+    """A teacher that would not be listened to is named."""
+    with pytest.raises(RecipeError, match="teacher goes with distill"):
+        finetune("own", tmp_path / "out", teacher="resnet18")

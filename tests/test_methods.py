@@ -1,0 +1,347 @@
+"""Each method against its published equations: scalar loops, brute force over a fine line."""
+
+import math
+
+import builders
+import pytest
+import torch
+from builders import finetune
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import askewq
+from askewq import config, layers, methods, rivals
+from askewq.errors import ModelError, RecipeError
+from askewq.grid import fit_scale, make_grid
+from askewq.methods import RIVALS
+
+GRIDS = [make_grid(1), make_grid("ternary"), make_grid(2), make_grid(2, "half-integer")]
+GRIDS += [make_grid(4)]
+grids = st.sampled_from(GRIDS)
+SAWB_GRIDS = [(1,), ("ternary",), (2,), (2, "half-integer"), (3,), (3, "half-integer")]
+SAWB_GRIDS += [(4,), (4, "half-integer")]
+ANY_BITS = [name for name, rival in RIVALS.items() if len(rival.bits) > 1]
+
+
+def rows(seed: int, shape: tuple[int, int] = (3, 40)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights around the grids' range, and scales."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(shape[0], 1, generator=generator, dtype=torch.float64) + 0.5
+    weight = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return weight, scale
+
+
+def nearest(value: float, scale: float, grid) -> float:
+    """Return the nearest level by trying them all."""
+    levels = [(grid.first + grid.step * code) * scale for code in range(grid.size)]
+    return min(levels, key=lambda level: abs(level - value))
+
+
+def distance(z: torch.Tensor, scale: float, grid) -> torch.Tensor:
+    """Return the distance of every z to its nearest level."""
+    levels = grid.levels().to(z) * scale
+    return (z[:, None] - levels).abs().amin(1)
+
+
+def gradient(view, weight, scale, grid, strength=0.0):
+    """Return a view's value and the gradient that reaches weight and scale for a fixed loss."""
+    weight, scale = weight.clone().requires_grad_(), scale.clone().requires_grad_()
+    value = view(weight, scale, grid, strength)
+    loss_gradient = torch.sin(torch.arange(weight.numel(), dtype=weight.dtype)).view(weight.shape)
+    value.backward(loss_gradient)
+    return value.detach(), weight.grad, scale.grad, loss_gradient
+
+
+@given(st.integers(0, 999), grids)
+@settings(deadline=None, max_examples=30)
+def test_binaryconnect(seed, grid):
+    """The nearest level forward, the identity backward, the range of the grid afterwards."""
+    weight, scale = rows(seed)
+    value, grad, _, given_gradient = gradient(methods.binaryconnect, weight, scale, grid)
+    kept = methods.clip(weight, scale, grid, 0.0)
+    assert torch.equal(grad, given_gradient)
+    for i, row in enumerate(weight.tolist()):
+        s = scale[i].item()
+        lowest, highest = grid.first * s, (grid.first + grid.step * grid.last) * s
+        for j, w in enumerate(row):
+            assert value[i, j].item() == pytest.approx(nearest(w, s, grid), abs=1e-12)
+            assert kept[i, j].item() == pytest.approx(min(max(w, lowest), highest), abs=1e-12)
+
+
+@given(st.integers(0, 999), grids)
+@settings(deadline=None, max_examples=30)
+def test_lsq(seed, grid):
+    """Esser et al. 2020, equations 2, 3 and 5: rounding passes, clipping blocks, s learns."""
+    weight, scale = rows(seed)
+    value, grad, of_scale, given_gradient = gradient(methods.lsq, weight, scale, grid)
+    low, high = grid.first, grid.first + grid.step * grid.last
+    for i, row in enumerate(weight.tolist()):
+        s = scale[i].item()
+        total = 0.0
+        for j, w in enumerate(row):
+            g, v = given_gradient[i, j].item(), w / s
+            units = nearest(v, 1.0, grid)
+            assert value[i, j].item() == pytest.approx(units * s, abs=1e-12)
+            assert grad[i, j].item() == (g if low < v < high else 0.0)
+            total += g * (units - v if low < v < high else units)
+        factor = 1 / math.sqrt(len(row) * max(high, grid.step))
+        assert of_scale[i].item() == pytest.approx(factor * total, rel=1e-9, abs=1e-9)
+
+
+@given(st.integers(0, 999), grids, st.floats(0.01, 0.4))
+@settings(deadline=None, max_examples=20)
+def test_proxquant_is_a_proximal_step(seed, grid, strength):
+    """Bai et al. 2019: the step minimises (z - w)^2 / 2 + t |z - nearest level|."""
+    weight, scale = rows(seed, (1, 12))
+    found = methods.proxquant(weight, scale, grid, strength)
+    s = scale.item()
+    line = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+    penalty = strength * s * grid.step * distance(line, s, grid)
+    for w, z in zip(weight[0].tolist(), found[0].tolist(), strict=True):
+        costs = (line - w) ** 2 / 2 + penalty
+        at_found = (z - w) ** 2 / 2
+        here = torch.tensor([z], dtype=torch.float64)
+        at_found += (strength * s * grid.step * distance(here, s, grid)).item()
+        assert at_found <= costs.min().item() + 1e-7
+
+
+@given(st.integers(0, 999), grids, st.floats(0.1, 100))
+@settings(deadline=None, max_examples=20)
+def test_binaryrelax_is_a_relaxed_projection(seed, grid, strength):
+    """Yin et al. 2018: x minimises (z - y)^2 / 2 + strength dist(z, levels)^2 / 2."""
+    weight, scale = rows(seed, (1, 12))
+    value, grad, _, given_gradient = gradient(methods.binaryrelax, weight, scale, grid, strength)
+    assert torch.equal(grad, given_gradient)
+    s = scale.item()
+    line = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+    for w, z in zip(weight[0].tolist(), value[0].tolist(), strict=True):
+        costs = (line - w) ** 2 / 2 + strength * distance(line, s, grid) ** 2 / 2
+        here = torch.tensor([z], dtype=torch.float64)
+        at_found = (z - w) ** 2 / 2 + (strength * distance(here, s, grid) ** 2 / 2).item()
+        assert at_found <= costs.min().item() + 1e-7
+
+
+def test_binaryrelax_ends_on_the_levels():
+    """In its second phase, strength infinite, the forward pass sees levels alone."""
+    weight, scale = rows(1)
+    grid = make_grid(2)
+    value = methods.binaryrelax(weight, scale, grid, math.inf)
+    assert torch.equal(value, grid.snap(weight, scale))
+
+
+@pytest.mark.parametrize("grid", [make_grid(*key) for key in SAWB_GRIDS], ids=str)
+def test_sawb_finds_nearly_the_best_scale_of_a_normal_row(grid):
+    """Choi et al. 2018: two moments give the scale, within the fit's error of the best one."""
+    row = torch.randn(1, 50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    best = fit_scale(row, grid, "channel").item()
+    assert methods.sawb(row, grid).item() == pytest.approx(best, rel=0.12)
+    assert methods.sawb(3 * row, grid).item() == pytest.approx(3 * methods.sawb(row, grid).item())
+
+
+def test_sawb_is_the_published_formula():
+    """At 2 bits the published clip, 3.12 sqrt(E w^2) - 2.064 E|w|, is 1.5 of our scales."""
+    row = torch.randn(1, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    published = 3.12 * row.square().mean().sqrt() - 2.064 * row.abs().mean()
+    ours = 1.5 * methods.sawb(row, make_grid(2, "half-integer"))
+    assert ours.item() == pytest.approx(published.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("row", [[0.0] * 8, [0.0] * 7 + [5.0]])
+def test_sawb_gives_a_positive_scale_for_any_row(row):
+    """Rows that no standard distribution resembles still have a usable scale."""
+    assert (methods.sawb(torch.tensor([row]), make_grid(2)) > 0).all()
+
+
+def test_luq_follows_the_weights_with_its_scale():
+    """After every update the scale is SAWB's of the new weights."""
+    model = small()
+    askewq.quantize(model, 2)
+    follower = rivals.Follower(model, "luq")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    follower.attach(optimizer)
+    for layer in (model[1], model[1]):
+        expected = methods.sawb(layer.latent.detach(), layer.grid)
+        torch.testing.assert_close(layer.weight_scale, expected)
+        layer(torch.randn(5, 8)).square().sum().backward()
+        optimizer.step()
+
+
+@given(st.integers(0, 999))
+@settings(deadline=None, max_examples=30)
+def test_adaste(seed):
+    """The authors' published rule: 0 away from zero, min(1/|theta|, 1/2) towards it."""
+    weight, scale = rows(seed)
+    value, grad, _, given_gradient = gradient(methods.adaste, weight, scale, make_grid(1))
+    assert torch.equal(value, torch.where(weight < 0, -scale, scale))
+    for i, row in enumerate(weight.tolist()):
+        for j, w in enumerate(row):
+            g, theta = given_gradient[i, j].item(), w / scale[i].item()
+            factor = min(1 / abs(theta), 0.5) if g * theta > 0 else 0.0
+            assert grad[i, j].item() == pytest.approx(g * factor, abs=1e-12)
+
+
+@given(st.integers(0, 999), st.floats(1, 50))
+@settings(deadline=None, max_examples=30)
+def test_mirror_descent(seed, strength):
+    """Ajanthan et al. 2021: w = tanh(beta theta), and theta takes the gradient of w."""
+    weight, scale = rows(seed)
+    value, grad, _, given_gradient = gradient(
+        methods.mirror_descent, weight, scale, make_grid(1), strength
+    )
+    assert torch.equal(grad, given_gradient)
+    for i, row in enumerate(weight.tolist()):
+        s = scale[i].item()
+        expected = [s * math.tanh(strength * w / s) for w in row]
+        assert value[i].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.integers(0, 999), grids)
+@settings(deadline=None, max_examples=20)
+def test_projected_gradient(seed, grid):
+    """Every update ends on the nearest level."""
+    weight, scale = rows(seed)
+    found = methods.project(weight, scale, grid, 0.0)
+    for i, row in enumerate(weight.tolist()):
+        expected = [nearest(w, scale[i].item(), grid) for w in row]
+        assert found[i].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["proxquant", "binaryrelax", "mirror-descent"])
+def test_the_coefficients_only_grow_and_end_where_they_should(name):
+    """ProxQuant and BinaryRelax end exactly on the grid; mirror descent at its final slope."""
+    rival = RIVALS[name]
+    course = [rival.course(rival.strength, i / 20) for i in range(21)]
+    assert course == sorted(course)
+    assert course[-1] == (rival.strength if name == "mirror-descent" else math.inf)
+    assert course[0] == (0.0 if name == "proxquant" else 1.0)
+
+
+def small() -> torch.nn.Sequential:
+    """Return a small network."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8),
+        torch.nn.Linear(8, 8),
+        torch.nn.Conv1d(8, 4, 1),
+        torch.nn.Linear(1, 2),
+    )
+
+
+class TestFollower:
+    def test_the_forward_pass_sees_the_method(self):
+        """A layer's forward multiplies by the view, and the Parameter stays what is trained."""
+        model = small()
+        plain = model[1].weight
+        askewq.quantize(model, 2)
+        follower = rivals.Follower(model, "binaryconnect")
+        layer = model[1]
+        assert layer.latent is plain
+        assert dict(model.named_parameters())["1.weight"] is plain
+        x = torch.randn(5, 8)
+        expected = x @ layer.grid.snap(plain, layer.weight_scale).T + layer.bias
+        torch.testing.assert_close(layer(x), expected)
+        layer(x).sum().backward()
+        torch.testing.assert_close(plain.grad, x.sum(0).expand(8, 8))
+        assert follower.feasible_share() == 1
+
+    def test_every_step_ends_with_the_methods_part(self):
+        """The hook on the optimizer settles the weights: projected ones are on levels."""
+        model = small()
+        askewq.quantize(model, 2)
+        follower = rivals.Follower(model, "projected-gradient")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        follower.attach(optimizer)
+        model[1](torch.randn(5, 8)).square().sum().backward()
+        before = model[1].latent.clone()
+        optimizer.step()
+        layer = model[1]
+        assert not torch.equal(layer.latent, before)
+        assert torch.equal(layer.latent, layer.grid.snap(layer.latent, layer.weight_scale))
+
+    def test_a_learned_scale_is_shared_by_tied_layers_and_becomes_a_buffer_again(self):
+        """LSQ's scale is one Parameter for layers that share a weight, and a buffer at the end."""
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        model[2].weight = model[1].weight
+        askewq.quantize(model, 2)
+        keys = list(model.state_dict())
+        rivals.Follower(model, "lsq")
+        scale = model[1].weight_scale
+        assert isinstance(scale, torch.nn.Parameter)
+        assert model[2].weight_scale is scale
+        assert sum(p is scale for p in model.parameters()) == 1
+        assert sorted(model.state_dict()) == sorted(keys)
+        layers.snap_(model)
+        assert not isinstance(model[1].weight_scale, torch.nn.Parameter)
+        assert model[2].weight_scale is model[1].weight_scale
+        assert model[1].weight is model[1].latent
+
+    def test_a_learned_scale_stays_positive(self):
+        """An update that would turn the scale over leaves it tiny."""
+        model = small()
+        askewq.quantize(model, 2)
+        follower = rivals.Follower(model, "lsq")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        follower.attach(optimizer)
+        model[1].weight_scale.grad = torch.full_like(model[1].weight_scale, 100.0)
+        optimizer.step()
+        assert (model[1].weight_scale > 0).all()
+
+    def test_snapped_shows_levels_and_restores_the_method(self):
+        """Within `snapped` the method is off; after it view and weights are as before."""
+        model = small()
+        askewq.quantize(model, 1)
+        rivals.Follower(model, "mirror-descent")
+        latent, seen = model[1].latent.clone(), model[1].weight.detach().clone()
+        with askewq.snapped(model):
+            assert model[1].weight is model[1].latent
+            assert torch.equal(model[1].weight.abs().unique(), model[1].weight_scale.unique())
+        assert torch.equal(model[1].latent, latent)
+        assert torch.equal(model[1].weight, seen)
+
+    def test_what_cannot_be_is_refused(self):
+        """An unknown method, a strength without use, a model without low-bit layers."""
+        model = small()
+        with pytest.raises(ModelError, match="quantize"):
+            rivals.Follower(model, "lsq")
+        askewq.quantize(model, 1)
+        with pytest.raises(RecipeError, match=r"lsqq.*did you mean lsq"):
+            rivals.Follower(model, "lsqq")
+        with pytest.raises(RecipeError, match="lsq has no strength"):
+            rivals.Follower(model, "lsq", 3.0)
+
+
+class TestFinetune:
+    @pytest.mark.parametrize("method", [*RIVALS, "askewsgd-paper"])
+    def test_every_method_trains_packs_and_reloads(self, tmp_path, method):
+        """The same command with another --method gives an artifact that reloads exactly."""
+        bits = 2 if method in ANY_BITS else 1
+        metrics = finetune("own", tmp_path, method=method, bits=bits, max_steps=6)
+        assert metrics["method"] == method
+        assert metrics["reloaded"] == metrics["snapped"]
+        resolved = config.build(config.read_yaml(tmp_path / "recipe.yaml"))
+        assert (resolved.closing is None) == (method in RIVALS)
+
+    def test_methods_differ(self, tmp_path):
+        """No method is another one under a second name."""
+        bytes_of = {}
+        for method in [*RIVALS, "askewsgd", "askewsgd-paper"]:
+            finetune("own", tmp_path / method, method=method, bits=1, max_steps=12, lr=0.05)
+            bytes_of[method] = (tmp_path / method / "model.safetensors").read_bytes()
+        assert len(set(bytes_of.values())) == len(bytes_of)
+
+    @pytest.mark.parametrize("method", ["adaste", "mirror-descent"])
+    def test_bits_that_a_method_cannot_do(self, tmp_path, method):
+        """Binary methods refuse other widths before anything is written."""
+        with pytest.raises(RecipeError, match=f"{method} trains 1 bit, not bits = 2"):
+            finetune("own", tmp_path / "out", method=method, bits=2)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_learned_scale_survives_a_resumed_run(self, tmp_path, monkeypatch):
+        """LSQ stopped at a checkpoint and resumed gives the bytes of an uninterrupted run."""
+        arguments = {"method": "lsq", "max_steps": 6, "save_every": 2}
+        finetune("own", tmp_path / "whole", **arguments)
+        with builders.power_cut(monkeypatch, 4), pytest.raises(builders.PowerCutError):
+            finetune("own", tmp_path / "cut", **arguments)
+        finetune("own", tmp_path / "cut", **arguments, resume=True)
+        packed = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+        assert packed[0] == packed[1]
