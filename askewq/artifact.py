@@ -4,6 +4,8 @@ An artifact never names code to run: a module of the user's own is passed in aga
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -129,10 +131,24 @@ def _restore(spec: ModelSpec, values: dict[str, Any], folder: Path) -> Preproces
         length = values.get("max_length")
         if not isinstance(length, int) or length < 2:
             raise FormatError(f"config.json: preprocessing has no usable max_length: {length!r}.")
-        return load_tokenizer(str(folder), False, length)
+        with _without_warnings():
+            return load_tokenizer(str(folder), False, length)
     if spec.source == "transformers":
         return load_processor(str(folder), trust_remote_code=False)
     return ImagePreprocessing.restore(values)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep transformers from warning that it does not know the model type of an artifact."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_dense(

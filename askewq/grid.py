@@ -105,7 +105,7 @@ def scale_shape(shape: torch.Size, group_size: GroupSize) -> tuple[int, int]:
     row = shape[1:].numel()
     if group_size == "channel":
         return shape[0], 1
-    if isinstance(group_size, str | bool) or group_size < 1:
+    if type(group_size) is not int or group_size < 1:
         raise RecipeError(
             f"group_size = {group_size!r}: use 'channel', 'tensor' or a positive number of weights."
         )

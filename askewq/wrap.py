@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from askewq.errors import ModelError, PlanError, near
@@ -110,6 +111,12 @@ def plan(
         PlanError: a pattern without a match, or nothing left to quantize.
     """
     chosen = make_grid(bits, grid)
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise PlanError(
+            f"{lazy[0]} has no shape yet ({len(lazy)} lazy parameters in all); call the model on a "
+            "batch once, then plan."
+        )
     if quantized := quantized_layers(model):
         raise PlanError(
             f"the model is quantized already ({next(iter(quantized))} and {len(quantized) - 1} "

@@ -39,6 +39,7 @@ def closings(draw: st.DrawFn, kind: str) -> Closing:
         (0.5, 0.0, 0.5),
         (1.0, 0.0, 0.0),
         (1.0, 1.0, 1.0),
+        (1.5, 0.5, 0.0),
     ],
 )
 def test_lr_is_held_and_then_falls_as_a_cosine(progress, hold, factor):

@@ -284,6 +284,13 @@ class TestEval:
         (line,) = outcome.out.splitlines()
         assert json.loads(line)["accuracy"] == pytest.approx(metrics["reloaded"])
 
+    def test_a_terminal_shows_no_warnings(self):
+        """A new process says nothing but its result, of a language model's artifact too."""
+        folder, _ = finished("bert")
+        done = python("-m", "askewq", "eval", str(folder), "--dataset", str(builders.text_csv()))
+        assert done.returncode == 0
+        assert done.stderr == ""
+
     def test_an_own_module_is_passed_in(self):
         """--model names the user's code."""
         folder, metrics = finished("own")

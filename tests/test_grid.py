@@ -177,6 +177,7 @@ def test_scale_shape(shape, group_size, expected):
         (-4, "group_size = -4: use"),
         ("row", "group_size = 'row': use"),
         (True, "group_size = True: use"),
+        (2.0, "group_size = 2.0: use"),
         (5, "group_size = 5 does not divide the 12 weights of an output channel of shape (8, 12)"),
         (24, "use a divisor of 12, or 'channel'"),
     ],

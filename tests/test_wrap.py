@@ -535,3 +535,10 @@ def test_float64_masters_keep_float64_scales():
     model = mlp().double()
     quantize(model, 2)
     assert model[2].weight_scale.dtype == torch.float64
+
+
+def test_a_layer_without_a_shape_yet_is_refused_in_words():
+    """A lazy layer is named, with what to do."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3), nn.Linear(3, 3))
+    with pytest.raises(PlanError, match=r"1\.weight has no shape yet .* call the model on a batch"):
+        plan(model, 2)
