@@ -28,7 +28,7 @@ from run_recipe import RESNET20, minilm_folder
 from askewq.methods import RIVALS
 
 FULL = "full precision"
-METHODS = ["askewsgd", "askewsgd-paper", *RIVALS]
+METHODS = [FULL, "askewsgd", "askewsgd-paper", *RIVALS]
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,10 @@ def entries(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, str]
     """Yield (task, bits, steps, method) for everything that competes."""
     for task in arguments.tasks:
         for steps in arguments.steps:
-            yield task, "", steps, FULL
+            if FULL in arguments.methods:
+                yield task, "", steps, FULL
             for bits in arguments.bits:
-                for method in arguments.methods:
+                for method in (m for m in arguments.methods if m != FULL):
                     allowed = RIVALS[method].bits if method in RIVALS else None
                     if allowed is None or (bits if bits == "ternary" else int(bits)) in allowed:
                         yield task, bits, steps, method
