@@ -2,11 +2,13 @@
 
 For timm resnet50 with SGD and a ViT with AdamW at batch 16: median seconds of a whole training
 step (forward, backward, optimizer) and of the optimizer alone, with torch's own optimizer (default
-and fused) and with askewq's. Each round does one step of every contestant in turn. Memory: bytes of
+and fused), with askewq's, and with another method (fake quantization in the forward pass, for
+instance) beside torch's. Each round does one step of every contestant in turn. Memory: bytes of
 optimizer state, the most that one update allocates on top, and the peak of a process of its own
 that makes three steps (the compiler is loaded in all of them).
 
     python benchmarks/step_overhead.py [--rounds 15] [--threads 2] [--models resnet50 ...]
+        [--methods binaryconnect lsq ...]
 """
 
 import argparse
@@ -23,12 +25,14 @@ from timm.data.config import resolve_data_config
 from torch import nn
 
 import askewq
+from askewq.methods import RIVALS
+from askewq.rivals import Follower
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 def contestants(base: str) -> dict[str, Make]:
-    """Return what builds each optimizer over a model."""
+    """Return what builds each optimizer over a model; another name is a method beside the first."""
     if base == "sgd":
         return {
             "torch SGD": lambda m: torch.optim.SGD(m.parameters(), 1e-3, momentum=0.9),
@@ -47,13 +51,17 @@ def contestants(base: str) -> dict[str, Make]:
 class Contestant:
     """A model of its own with its optimizer, stepped on shared batches."""
 
-    def __init__(self, name: str, model_name: str, make: Make) -> None:
+    def __init__(self, name: str, model_name: str) -> None:
         torch.manual_seed(0)
         self.name = name
         self.model = timm.create_model(model_name, pretrained=False).train()
-        if name.startswith("Askew"):
+        if not name.startswith("torch"):
             askewq.quantize(self.model, 2)
-        self.optimizer = make(self.model)
+        self.follower = Follower(self.model, name) if name in RIVALS else None
+        makes = contestants(base_of(model_name))
+        self.optimizer = makes.get(name, next(iter(makes.values())))(self.model)
+        if self.follower is not None:
+            self.follower.attach(self.optimizer)
         self.step_seconds: list[float] = []
         self.update_seconds: list[float] = []
 
@@ -61,6 +69,8 @@ class Contestant:
         """Make one training step and note how long it and its update took."""
         if isinstance(self.optimizer, askewq.AskewSGD | askewq.AskewAdamW):
             self.optimizer.anneal(progress)
+        if self.follower is not None:
+            self.follower.anneal(progress)
         began = time.perf_counter()
         nn.functional.cross_entropy(self.model(images), labels).backward()
         middle = time.perf_counter()
@@ -78,7 +88,7 @@ class Contestant:
             for value in state.values()
             if isinstance(value, torch.Tensor)
         ]
-        scales = [b for name, b in self.model.named_buffers() if name.endswith("weight_scale")]
+        scales = [t for name, t in self.model.state_dict().items() if name.endswith("weight_scale")]
         return sum(tensor.nbytes for tensor in [*tensors, *scales])
 
     def transient_bytes(self) -> int:
@@ -99,7 +109,7 @@ class Contestant:
 def process_peak(model_name: str, name: str, batch: int) -> int:
     """Return the peak resident bytes of this process after three steps of a contestant (Linux)."""
     torch.compile(lambda x: x + 1)(torch.ones(8))
-    entrant = Contestant(name, model_name, contestants(base_of(model_name))[name])
+    entrant = Contestant(name, model_name)
     size = resolve_data_config({}, model=entrant.model)["input_size"]
     for i in range(3):
         entrant.step(torch.randn(batch, *size), torch.zeros(batch, dtype=torch.long), i / 3)
@@ -112,10 +122,10 @@ def base_of(model_name: str) -> str:
     return "adamw" if "vit" in model_name else "sgd"
 
 
-def compare(model_name: str, batch: int, rounds: int, threads: int) -> None:
+def compare(model_name: str, batch: int, rounds: int, threads: int, methods: list[str]) -> None:
     """Run the contestants in turn and print medians and ratios to the first."""
     entrants = [
-        Contestant(n, model_name, make) for n, make in contestants(base_of(model_name)).items()
+        Contestant(name, model_name) for name in [*contestants(base_of(model_name)), *methods]
     ]
     size = resolve_data_config({}, model=entrants[0].model)["input_size"]
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +134,8 @@ def compare(model_name: str, batch: int, rounds: int, threads: int) -> None:
         images = torch.randn(batch, *size, generator=generator)
         labels = torch.randint(0, 1000, (batch,), generator=generator)
         # The order rotates, so that no contestant always runs after the same one.
-        for entrant in entrants[i % 3 :] + entrants[: i % 3]:
+        first = i % len(entrants)
+        for entrant in entrants[first:] + entrants[:first]:
             entrant.step(images, labels, progress=0.05 + 0.8 * i / (rounds + warm_up))
     parameters = sum(p.numel() for p in entrants[0].model.parameters())
     print(f"\n{model_name}, {parameters / 1e6:.1f} M parameters, batch {batch}, {rounds} rounds")
@@ -152,13 +163,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak-of", help="only print this contestant's process peak")
     parser.add_argument("--models", nargs="+", default=["resnet50", "vit_small_patch16_224"])
+    parser.add_argument("--methods", nargs="*", choices=RIVALS, default=["binaryconnect"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak_of:
         print(process_peak(arguments.models[0], arguments.peak_of, arguments.batch))
         return
     for name in arguments.models:
-        compare(name, arguments.batch, arguments.rounds, arguments.threads)
+        compare(name, arguments.batch, arguments.rounds, arguments.threads, arguments.methods)
 
 
 if __name__ == "__main__":

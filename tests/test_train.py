@@ -13,7 +13,7 @@ from builders import files, finetune, finished
 from safetensors.torch import load_file, save_file
 
 import askewq
-from askewq import checkpoint, choices, config, train, wrap
+from askewq import checkpoint, config, train, wrap
 from askewq.errors import DivergenceError, ExactnessError, OutputError, RecipeError
 from askewq.evaluate import evaluate_artifact
 
@@ -682,25 +682,3 @@ def test_a_reload_that_differs_is_an_error(tmp_path, monkeypatch, kind):
     with pytest.raises(ExactnessError, match="must be equal to the bit"):
         finetune(kind, tmp_path)
     assert "metrics.json" not in files(tmp_path)
-
-
-def test_resolve_chooses_by_the_model():
-    """Batch norm asks for SGD, everything else for AdamW, each with its own lr and closing."""
-    recipe = config.build({"model": "m", "dataset": "d", "output": "o"})
-    with_norm = choices.resolve(recipe, "image-classification", torch.nn.BatchNorm2d(3))
-    without = choices.resolve(recipe, "causal-lm", torch.nn.Linear(3, 3))
-    assert (with_norm.optimizer, with_norm.lr) == ("sgd", 0.02)
-    assert (without.optimizer, without.lr) == ("adamw", 1e-4)
-    assert (without.full_precision_lr, without.close_power) == (None, 3.0)
-    warmed = recipe.model_copy(update={"full_precision_steps": 2})
-    warmed = choices.resolve(warmed, "causal-lm", torch.nn.Linear(3, 3))
-    assert warmed.full_precision_lr == 1e-4  # as the low-bit steps, unless it says otherwise
-    fast = recipe.model_copy(update={"momentum": 0.5})
-    with pytest.raises(RecipeError, match="momentum goes with optimizer = sgd"):
-        choices.resolve(fast, "causal-lm", torch.nn.Linear(3, 3))
-    single = choices.resolve(
-        config.build({**recipe.model_dump(exclude_unset=True), "closing": "single", "lr": 0.1}),
-        "causal-lm",
-        torch.nn.Linear(3, 3),
-    )
-    assert (single.lr, single.close_power) == (0.1, 1.0)

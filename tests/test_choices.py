@@ -1,0 +1,87 @@
+"""What a recipe leaves open: chosen by model, method, closing and pull; what is given stays."""
+
+import pytest
+import torch
+
+from askewq import choices, config
+from askewq.errors import RecipeError
+from askewq.methods import RIVALS
+
+ESSENTIALS = {"model": "m", "dataset": "d", "output": "o"}
+CONV, LINEAR = torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 3)
+
+
+def resolve(**given):
+    """Return a recipe of an image model without batch norm with every choice made."""
+    return choices.resolve(config.build({**ESSENTIALS, **given}), "image-classification", LINEAR)
+
+
+def test_resolve_chooses_by_the_model():
+    """Batch norm asks for SGD, everything else for AdamW, each with its own lr and closing."""
+    recipe = config.build({"model": "m", "dataset": "d", "output": "o"})
+    with_norm = choices.resolve(recipe, "image-classification", CONV)
+    without = choices.resolve(recipe, "causal-lm", LINEAR)
+    assert (with_norm.optimizer, with_norm.lr) == ("sgd", 0.02)
+    assert (without.optimizer, without.lr) == ("adamw", 1e-4)
+    assert (without.full_precision_lr, without.close_power) == (None, 3.0)
+    warmed = recipe.model_copy(update={"full_precision_steps": 2})
+    warmed = choices.resolve(warmed, "causal-lm", LINEAR)
+    assert warmed.full_precision_lr == 1e-4  # as the low-bit steps, unless it says otherwise
+    fast = recipe.model_copy(update={"momentum": 0.5})
+    with pytest.raises(RecipeError, match="momentum goes with optimizer = sgd"):
+        choices.resolve(fast, "causal-lm", LINEAR)
+    single = choices.resolve(
+        config.build({**recipe.model_dump(exclude_unset=True), "closing": "single", "lr": 0.1}),
+        "causal-lm",
+        LINEAR,
+    )
+    assert (single.lr, single.close_power) == (0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "closing", "times", "pull"),
+    [
+        ({}, "staggered", (0.0, 0.9, 3.0), ("decoupled", 0.5, 0.1)),
+        ({"closing": "single"}, "single", (0.0, 0.9, 1.0), ("decoupled", 0.5, 0.1)),
+        ({"pull": "coupled"}, "staggered", (0.0, 0.9, 3.0), ("coupled", 5.0, 5.0)),
+        ({"method": "askewsgd-paper"}, "single", (0.5, 1.0, 1.0), ("coupled", 5.0, 5.0)),
+        (
+            {"method": "askewsgd-paper", "pull": "decoupled", "close_end": 0.8, "clip": 0.2},
+            "single",
+            (0.5, 0.8, 1.0),
+            ("decoupled", 0.5, 0.2),
+        ),
+    ],
+    ids=["default", "single", "coupled", "paper", "paper, changed"],
+)
+def test_the_constraint_is_chosen_by_method_closing_and_pull(given, closing, times, pull):
+    """Each form of AskewSGD has its own schedule; what is given is not changed."""
+    recipe = resolve(**given)
+    assert recipe.closing == closing
+    assert (recipe.close_start, recipe.close_end, recipe.close_power) == times
+    assert (recipe.pull, recipe.alpha, recipe.clip) == pull
+
+
+def test_other_methods_leave_the_constraint_open():
+    """A recipe of another method says nothing of intervals, and refuses to be told."""
+    for method in RIVALS:
+        recipe = resolve(method=method, bits=1)
+        assert (recipe.closing, recipe.pull, recipe.alpha) == (None, None, None)
+    with pytest.raises(RecipeError, match="alpha goes with method = askewsgd"):
+        resolve(method="lsq", alpha=0.2)
+
+
+def test_a_schedule_that_closes_before_it_opens_is_refused():
+    """A start after the method's own end is found once that end is chosen."""
+    with pytest.raises(RecipeError, match=r"close_start = 0\.95 must lie before close_end = 0\.9"):
+        resolve(close_start=0.95)
+    assert resolve(close_start=0.95, method="askewsgd-paper").close_end == 1.0
+
+
+def test_a_resolved_recipe_reads_back_as_itself():
+    """What a run writes is a recipe in which no choice is left."""
+    for method in ("askewsgd", "askewsgd-paper", "lsq"):
+        recipe = resolve(method=method)
+        again = config.build(recipe.model_dump(), "the file")
+        assert again == recipe
+        assert choices.resolve(again, "image-classification", LINEAR) == recipe
