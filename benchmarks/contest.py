@@ -28,7 +28,11 @@ from run_recipe import RESNET20, minilm_folder
 from askewq.methods import RIVALS
 
 FULL = "full precision"
-METHODS = [FULL, "askewsgd", "askewsgd-paper", *RIVALS]
+PARQ = "parq"  # torchao's, through its own package: pip install torchao
+METHODS = [FULL, "askewsgd", "askewsgd-paper", *RIVALS, PARQ]
+
+
+PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ class Run:
             flags += ["--full-precision-steps", str(self.steps + task.start_steps)]
             flags += ["--full-precision-lr", str(self.lr), "--max-steps", "1", "--distill", "0.5"]
         else:
-            flags += ["--method", self.method, "--lr", str(self.lr), "--bits", self.bits]
-            flags += ["--max-steps", str(self.steps)]
+            flags += ["--lr", str(self.lr), "--bits", self.bits, "--max-steps", str(self.steps)]
+            flags += [] if self.method == PARQ else ["--method", self.method]
             flags += ["--grid", "half-integer"] if self.bits in ("2", "4") else []
             if task.start_steps:
                 flags += ["--full-precision-steps", str(task.start_steps)]
@@ -112,7 +116,8 @@ class Run:
         if self.distill and self.method != FULL:
             teacher = self.teacher(output)
             flags += ["--distill", str(self.distill), "--teacher-weights", str(teacher)]
-        return [sys.executable, "-m", "askewq", "finetune", *flags]
+        askewq = [PARQ_SCRIPT] if self.method == PARQ else ["-m", "askewq"]
+        return [sys.executable, *askewq, "finetune", *flags]
 
     def teacher(self, output: Path) -> Path:
         """Return the weights of the best full-precision network for this budget, trained alike."""
@@ -126,10 +131,10 @@ class Run:
     def result(self, output: Path) -> dict[str, float]:
         """Return accuracy, relaxed accuracy and cost of a finished run."""
         metrics = json.loads((self.folder(output) / "metrics.json").read_text())
-        full = self.method == FULL
+        own = {FULL: "full_precision", PARQ: "relaxed"}.get(self.method)
         return {
-            "accuracy": metrics["full_precision" if full else "snapped"],
-            "relaxed": metrics["full_precision" if full else "relaxed"],
+            "accuracy": metrics[own or "snapped"],
+            "relaxed": metrics[own or "relaxed"],
             "step_seconds": metrics["step_seconds"],
             "peak_memory_bytes": metrics["peak_memory_bytes"],
         }
@@ -174,7 +179,7 @@ def make(runs: list[Run], arguments: argparse.Namespace) -> None:
         command = run.command(arguments.data, arguments.output)
         command += ["--overwrite"] if (folder / "recipe.yaml").is_file() else []
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-        with folder.with_suffix(".log").open("w") as log:
+        with folder.with_name(f"{folder.name}.log").open("w") as log:
             done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
         state = "failed, see its log" if done.returncode else f"{run.result(arguments.output)}"
         print(f"{folder}: {state}", flush=True)
