@@ -74,7 +74,7 @@ def low_bit_optimizer(
 ) -> tuple[torch.optim.Optimizer, Pacer]:
     """Return the optimizer of a resolved recipe's method, and what paces it."""
     if recipe.method not in ("askewsgd", "askewsgd-paper"):
-        follower = Follower(model, recipe.method, recipe.strength)
+        follower = Follower(model, recipe.method, recipe.strength, recipe.gradient_bits)
         optimizer = plain_optimizer(recipe, model, lr)
         follower.attach(optimizer)
         return optimizer, follower

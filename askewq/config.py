@@ -115,6 +115,9 @@ class Recipe(BaseModel):
     strength: float | None = _key(
         None, METHOD, "final coefficient of proxquant, binaryrelax or mirror-descent", gt=0
     )
+    gradient_bits: int | None = _key(
+        None, METHOD, "width of luq's neural gradients (4 as published)", ge=2, le=8
+    )
     closing: Closing | None = _key(
         None, CLOSING, "staggered (weight by weight), or single: one radius, as in the paper"
     )
@@ -167,6 +170,7 @@ _TEXTS = ("task", ("text-classification", "causal-lm"))
 _NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "momentum": ("optimizer", ("sgd",)),
     "strength": ("method", ("proxquant", "binaryrelax", "mirror-descent")),
+    "gradient_bits": ("method", ("luq",)),
     "closing": _ASKEW,
     "close_start": _ASKEW,
     "close_end": _ASKEW,

@@ -138,6 +138,42 @@ def sawb(weight: Tensor, grid: Grid) -> Tensor:
     return scale.clamp_min(0.1 * size).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
+def log_quantize(grad: Tensor, bits: int) -> Tensor:
+    """Return a gradient rounded to signed powers of two and zero, without bias.
+
+    The levels are 0 and +-top / 2^k, k = 0 .. 2^(bits - 1) - 2, top the largest size that occurs.
+    Between two levels one of them is drawn, so that the mean over the draws is the gradient.
+
+    Source: LUQ, Chmiel et al. 2021 (arXiv 2112.10769), section 4.
+    """
+    top = grad.abs().amax()
+    lowest = top / 2 ** (2 ** (bits - 1) - 2)
+    size = grad.abs()
+    below = torch.exp2(torch.floor(torch.log2(size / lowest))) * lowest
+    below = torch.where(size < lowest, 0, below.clamp(max=top))
+    gap = torch.where(below == 0, lowest, below)  # from a power of two to the next one
+    up = torch.rand_like(size) * gap < size - below
+    return torch.where(top > 0, grad.sign() * (below + gap * up), grad)
+
+
+class _LogGradient(torch.autograd.Function):
+    """Gives an output as it is, and its gradient rounded to few bits."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, bits: int) -> Tensor:
+        ctx.bits = bits
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return log_quantize(grads[0], ctx.bits), None
+
+
+def quantize_gradient(bits: int, _: Any, __: Any, output: Tensor) -> Tensor:
+    """Round the gradient that will reach a layer's output; a forward hook once `bits` is bound."""
+    return _LogGradient.apply(output, bits) if output.requires_grad else output  # type: ignore[no-any-return]  # torch
+
+
 def adaste(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
     """Return the signs; gradients pass where a step against them would bring a weight nearer 0."""
     return _AdaSTE.apply(weight, scale, grid)  # type: ignore[no-any-return]  # torch

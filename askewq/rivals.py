@@ -1,5 +1,6 @@
 """Training with another method than AskewSGD, beside any optimizer of torch."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from askewq.errors import ModelError, RecipeError, near
 from askewq.layers import follow_, quantized_layers, quantized_modules
-from askewq.methods import RIVALS
+from askewq.methods import RIVALS, quantize_gradient
 from askewq.vocabulary import Method
 
 
@@ -18,9 +19,10 @@ class Follower:
         model: a model with quantization-aware layers (`askewq.quantize`).
         method: one of `methods.RIVALS`.
         strength: the final value of the method's coefficient; its own by default.
+        gradient_bits: width of the layers' neural gradients (luq); None: full precision.
 
     Raises:
-        RecipeError: an unknown method, or a strength for one that has none.
+        RecipeError: an unknown method, or a setting that it does not have.
         ModelError: no quantized layer.
 
     Example:
@@ -30,13 +32,21 @@ class Follower:
         >>> follower.anneal((step + 1) / steps)  # before every step
     """
 
-    def __init__(self, model: nn.Module, method: Method, strength: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        strength: float | None = None,
+        gradient_bits: int | None = None,
+    ) -> None:
         if method not in RIVALS:
             known = ", ".join(RIVALS)
             raise RecipeError(f"method = {method!r} is unknown{near(method, RIVALS)}; use {known}.")
         self._rival = RIVALS[method]
         if strength is not None and self._rival.strength is None:
             raise RecipeError(f"method = {method} has no strength; leave it out.")
+        if gradient_bits is not None and method != "luq":
+            raise RecipeError(f"method = {method} does not round gradients; use luq for that.")
         self._final = (self._rival.strength if strength is None else strength) or 0.0
         self._layers = list(quantized_layers(model).values())
         if not self._layers:
@@ -45,6 +55,9 @@ class Follower:
             )
         follow_(model, self._rival)
         self._modules = quantized_modules(model)
+        if gradient_bits is not None:
+            for module in self._modules:
+                module.register_forward_hook(functools.partial(quantize_gradient, gradient_bits))
         self.anneal(0.0)
         self._settle()
 

@@ -166,6 +166,40 @@ def test_luq_follows_the_weights_with_its_scale():
         optimizer.step()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_logarithmic_gradients_are_unbiased_powers_of_two(bits):
+    """LUQ: only +-top / 2^k and 0 occur, each the neighbour of its value, and the mean is right."""
+    torch.manual_seed(0)
+    grad = torch.tensor([1.0, -0.7, 0.3, 0.05, -0.011, 0.001, 0.0], dtype=torch.float64)
+    draws = torch.stack([methods.log_quantize(grad, bits) for _ in range(20_000)])
+    levels = [2.0**-k for k in range(2 ** (bits - 1) - 1)]
+    assert set(draws.abs().unique().tolist()) <= {0.0, *levels}
+    for value, column in zip(grad.tolist(), draws.unbind(1), strict=True):
+        below = max((level for level in [0.0, *levels] if level <= abs(value)), default=0.0)
+        above = min((level for level in levels if level >= abs(value)), default=0.0)
+        assert set(column.abs().unique().tolist()) <= {below, above}
+        error = column.std().item() / 20_000**0.5
+        assert column.mean().item() == pytest.approx(value, abs=5 * error + 1e-12)
+
+
+def test_a_gradient_of_zeros_stays():
+    """Without a largest size there is nothing to round to."""
+    assert torch.equal(methods.log_quantize(torch.zeros(5), 4), torch.zeros(5))
+
+
+def test_luq_rounds_the_gradients_of_its_layers_outputs():
+    """With gradient_bits what reaches a layer's output is on the few levels of 4 bits."""
+    model = small()
+    askewq.quantize(model, 2)
+    x = torch.randn(5, 6)
+    rivals.Follower(model, "luq", gradient_bits=4)
+    output = model[:2](x)
+    output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape))
+    # The bias's gradient is the sum of what reached the output: sums of powers of two.
+    scaled = model[1].bias.grad * 2**6
+    assert torch.equal(scaled, scaled.round())
+
+
 @given(st.integers(0, 999))
 @settings(deadline=None, max_examples=30)
 def test_adaste(seed):
@@ -308,6 +342,8 @@ class TestFollower:
             rivals.Follower(model, "lsqq")
         with pytest.raises(RecipeError, match="lsq has no strength"):
             rivals.Follower(model, "lsq", 3.0)
+        with pytest.raises(RecipeError, match="lsq does not round gradients"):
+            rivals.Follower(model, "lsq", gradient_bits=4)
 
 
 class TestFinetune:
