@@ -116,7 +116,7 @@ class Recipe(BaseModel):
         None, METHOD, "final coefficient of proxquant, binaryrelax or mirror-descent", gt=0
     )
     gradient_bits: int | None = _key(
-        None, METHOD, "width of luq's neural gradients (4 as published)", ge=2, le=8
+        None, METHOD, "width of luq's neural gradients (4 as published)", ge=2, le=7
     )
     closing: Closing | None = _key(
         None, CLOSING, "staggered (weight by weight), or single: one radius, as in the paper"
@@ -131,7 +131,7 @@ class Recipe(BaseModel):
         None, CLOSING, "shape 1-(1-t)^power; 3 for staggered, 1 for single", gt=0
     )
     close_every: int = _key(3, CLOSING, "steps between closings (staggered)", ge=1)
-    final_radius: float = _key(0.01, CLOSING, "in level spacings (single)", gt=0, le=0.5)
+    final_radius: float = _key(0.01, CLOSING, "in level spacings (single)", gt=0, lt=0.5)
     pull: Pull | None = _key(
         None, CLOSING, "decoupled, or coupled: lr multiplies alpha and clip, as in the paper"
     )
@@ -167,29 +167,31 @@ _ASKEW = ("method", ("askewsgd", "askewsgd-paper"))
 _IMAGES = ("task", ("image-classification",))
 _TEXTS = ("task", ("text-classification", "causal-lm"))
 # A key that decides something only where another one has one of these values.
-_NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "momentum": ("optimizer", ("sgd",)),
-    "strength": ("method", ("proxquant", "binaryrelax", "mirror-descent")),
-    "gradient_bits": ("method", ("luq",)),
-    "closing": _ASKEW,
-    "close_start": _ASKEW,
-    "close_end": _ASKEW,
-    "close_power": _ASKEW,
-    "pull": _ASKEW,
-    "alpha": _ASKEW,
-    "clip": _ASKEW,
-    "close_every": ("closing", ("staggered",)),
-    "final_radius": ("closing", ("single",)),
-    "label_column": ("task", ("image-classification", "text-classification")),
-    "tokenizer": _TEXTS,
-    "max_length": _TEXTS,
-    "text_columns": _TEXTS,
-    "image_column": _IMAGES,
-    "image_size": _IMAGES,
-    "mean": _IMAGES,
-    "std": _IMAGES,
-    "augment": _IMAGES,
-}
+_NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
+    ("momentum", "optimizer", ("sgd",)),
+    ("strength", "method", ("proxquant", "binaryrelax", "mirror-descent")),
+    ("gradient_bits", "method", ("luq",)),
+    ("closing", *_ASKEW),
+    ("close_start", *_ASKEW),
+    ("close_end", *_ASKEW),
+    ("close_power", *_ASKEW),
+    ("pull", *_ASKEW),
+    ("alpha", *_ASKEW),
+    ("clip", *_ASKEW),
+    ("close_every", "closing", ("staggered",)),
+    ("final_radius", "closing", ("single",)),
+    ("label_column", "task", ("image-classification", "text-classification")),
+    ("tokenizer", *_TEXTS),
+    ("max_length", *_TEXTS),
+    ("text_columns", *_TEXTS),
+    ("image_column", *_IMAGES),
+    ("image_size", *_IMAGES),
+    ("mean", *_IMAGES),
+    ("std", *_IMAGES),
+    ("augment", *_IMAGES),
+    ("close_every", *_ASKEW),
+    ("final_radius", *_ASKEW),
+]
 
 
 def check(recipe: Recipe) -> None:
@@ -219,7 +221,7 @@ def complaints(recipe: Recipe) -> list[str]:
         )
     if recipe.resume and recipe.overwrite:
         wrong.append("resume and overwrite contradict each other; give one of them")
-    for key, (other, values) in _NEEDS.items():
+    for key, other, values in _NEEDS:
         chosen = getattr(recipe, other)
         if _changed(recipe, key) and chosen is not None and chosen not in values:
             wrong.append(

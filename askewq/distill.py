@@ -1,5 +1,7 @@
 """Distillation: part of the labels' loss gives way to the distance from a teacher's outputs."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -7,60 +9,102 @@ from askewq import models, tasks
 from askewq.config import Recipe
 from askewq.errors import ModelError
 from askewq.own_models import load_weights
-from askewq.spec import ModelSpec
+from askewq.preprocessing import (
+    ImagePreprocessing,
+    Preprocessing,
+    ProcessorPreprocessing,
+    TextPreprocessing,
+)
+from askewq.spec import LoadedModel, ModelSpec
 
 
-def load_teacher(recipe: Recipe, spec: ModelSpec) -> nn.Module | None:
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A network and how it is called."""
+
+    model: nn.Module
+    spec: ModelSpec
+
+    @torch.no_grad()
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return its logits for a batch, in evaluation mode."""
+        return tasks.logits_and_labels(self.model.eval(), self.spec, batch)[0]
+
+
+def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
     """Return the teacher that a recipe names; None where the student's own start teaches.
 
-    Args:
-        spec: of the student, whose task the teacher must have.
-
     Raises:
-        ModelError: a teacher that cannot be loaded.
+        ModelError: a teacher that cannot be loaded, has no trained head for the student's classes,
+            or prepares its inputs in another way.
     """
-    if recipe.teacher is not None:
-        return models.load(
-            recipe.teacher,
-            spec.task,
-            weights=recipe.teacher_weights,
-            tokenizer=recipe.tokenizer,
-            trust_remote_code=recipe.trust_remote_code,
-        ).model
-    if recipe.teacher_weights is None:
-        return None
-    teacher = models.build(spec)
-    load_weights(teacher, recipe.teacher_weights)
-    return teacher
+    spec = student.spec
+    if recipe.teacher is None:
+        if recipe.teacher_weights is None:
+            return None
+        model = models.build(spec)
+        load_weights(model, recipe.teacher_weights)
+        return Teacher(model, spec)
+    source = models.find_source(recipe.teacher)
+    loaded = models.load(
+        recipe.teacher,
+        spec.task,
+        () if source == "transformers" else spec.labels,
+        source=source,
+        weights=recipe.teacher_weights,
+        tokenizer=recipe.tokenizer,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    if loaded.notes:
+        raise ModelError(
+            f"the teacher {recipe.teacher!r} was not trained for this: {'; '.join(loaded.notes)}. "
+            "Fine-tune it to the data set first, and pass its --teacher-weights."
+        )
+    if source != "module" and not _same_inputs(loaded.preprocessing, student.preprocessing):
+        raise ModelError(
+            f"the teacher {recipe.teacher!r} normalises images, or splits texts, in another way "
+            f"than {spec.name!r}; both see one batch, so it would teach nonsense. Pass another."
+        )
+    classes = getattr(getattr(loaded.model, "config", None), "id2label", None) or {}
+    names = tuple(classes.values())
+    if set(names) == set(spec.labels) and names != spec.labels:
+        raise ModelError(
+            f"the teacher {recipe.teacher!r} has the labels in another order ({', '.join(names)}; "
+            f"here {', '.join(spec.labels)}); pass another --teacher."
+        )
+    return Teacher(loaded.model, loaded.spec)
 
 
-def check_teacher(
-    teacher: nn.Module, spec: ModelSpec, batch: dict[str, Tensor], logits: Tensor
-) -> None:
+def _same_inputs(teacher: Preprocessing, student: Preprocessing) -> bool:
+    """Tell whether an input prepared for one means the same to the other."""
+    if isinstance(teacher, ImagePreprocessing) and isinstance(student, ImagePreprocessing):
+        return (teacher.mean, teacher.std) == (student.mean, student.std)
+    if isinstance(teacher, TextPreprocessing) and isinstance(student, TextPreprocessing):
+        return bool(teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab())
+    if isinstance(teacher, ProcessorPreprocessing) and isinstance(student, ProcessorPreprocessing):
+        return bool(teacher.processor.to_dict() == student.processor.to_dict())
+    return False
+
+
+def check_teacher(teacher: Teacher, batch: dict[str, Tensor], logits: Tensor) -> None:
     """Check on a first batch that the teacher's outputs fit the student's.
 
     Raises:
         ModelError: the teacher fails on the student's inputs, or has outputs of another shape.
     """
     try:
-        taught = teacher_logits(teacher, spec, batch)
+        shape = teacher.logits(batch).shape
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
             f"the teacher fails on the model's own inputs: {type(error).__name__}: {error}\nIt "
             "must take the same images or tokens; pass another --teacher."
         ) from error
-    if taught.shape != logits.shape:
+    if shape != logits.shape:
         raise ModelError(
-            f"the teacher's outputs are {list(taught.shape)} and the model's {list(logits.shape)}; "
-            "a teacher must have the same classes or tokens: pass another --teacher, or fine-tune "
-            "it to the data set first."
+            f"the teacher's outputs are {list(shape)} and the model's {list(logits.shape)}; a "
+            "teacher must have the same classes or tokens: pass another --teacher, or fine-tune it "
+            "to the data set first."
         )
-
-
-@torch.no_grad()
-def teacher_logits(teacher: nn.Module, spec: ModelSpec, batch: dict[str, Tensor]) -> Tensor:
-    """Return the teacher's logits for a batch, in evaluation mode."""
-    return tasks.logits_and_labels(teacher.eval(), spec, batch)[0]
 
 
 def distance(logits: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -128,8 +128,6 @@ def follow_(model: nn.Module, rival: Rival | None) -> None:
     scales: dict[int, Tensor] = {}  # layers that share a weight share its scale
     for module in quantized_modules(model):
         module.rival = rival
-        if learns == ("weight_scale" in module._parameters):
-            continue
         scale = module.weight_scale.detach()
         scale = scales.setdefault(id(module.latent), nn.Parameter(scale) if learns else scale)
         del module.weight_scale

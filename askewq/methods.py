@@ -22,6 +22,10 @@ View = Callable[[Tensor, Tensor, Grid, float], Tensor]
 Settle = Callable[[Tensor, Tensor, Grid, float], Tensor]
 
 
+def _constant(final: float, _: float) -> float:
+    return final
+
+
 @dataclass(frozen=True, slots=True)
 class Rival:
     """One method.
@@ -40,7 +44,7 @@ class Rival:
     settle: Settle | None = None
     bits: tuple[Bits, ...] = BITS
     strength: float | None = None
-    course: Callable[[float, float], float] = lambda final, progress: final
+    course: Callable[[float, float], float] = _constant
     learns_scale: bool = False
     rescale: Callable[[Tensor, Grid], Tensor] | None = None
 
@@ -93,7 +97,7 @@ class _LearnedStep(torch.autograd.Function):
         highest = grid.first + grid.step * grid.last
         inside = (ratio > grid.first) & (ratio < highest)
         of_scale = torch.where(inside, units - ratio, units)
-        share = 1 / math.sqrt(weight.shape[1] * max(highest, grid.step))
+        share = 1 / math.sqrt(weight.shape[1] * highest)
         return grad * inside, share * (grad * of_scale).sum(1, keepdim=True), None
 
 
@@ -146,14 +150,17 @@ def log_quantize(grad: Tensor, bits: int) -> Tensor:
 
     Source: LUQ, Chmiel et al. 2021 (arXiv 2112.10769), section 4.
     """
-    top = grad.abs().amax()
-    lowest = top / 2 ** (2 ** (bits - 1) - 2)
-    size = grad.abs()
-    below = torch.exp2(torch.floor(torch.log2(size / lowest))) * lowest
-    below = torch.where(size < lowest, 0, below.clamp(max=top))
-    gap = torch.where(below == 0, lowest, below)  # from a power of two to the next one
+    exact = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+    size = exact.abs()
+    top = size.amax()
+    # size / top = fraction * 2^exponent, the fraction from 1/2 up to 1
+    exponent = torch.frexp(size / top).exponent - 1
+    least = 2 - 2 ** (bits - 1)
+    below = torch.where(exponent < least, 0, top * torch.ldexp(torch.ones_like(size), exponent))
+    gap = torch.where(exponent < least, top * 2.0**least, below)
     up = torch.rand_like(size) * gap < size - below
-    return torch.where(top > 0, grad.sign() * (below + gap * up), grad)
+    rounded = exact.sign() * (below + gap * up)
+    return torch.where(top > 0, rounded, 0).to(grad.dtype)
 
 
 class _LogGradient(torch.autograd.Function):

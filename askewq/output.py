@@ -49,8 +49,9 @@ def _check_may_delete(recipe: Recipe) -> None:
             f"--overwrite replaces an earlier run, and {recipe.output} is none (it has no "
             "recipe.yaml); name another folder, or empty this one yourself."
         )
-    read = [recipe.model.rpartition(":")[0] or recipe.model, recipe.dataset, recipe.tokenizer]
-    for name in [*read, recipe.weights]:
+    files = (name.rpartition(":")[0] or name for name in (recipe.model, recipe.teacher or ""))
+    others = (recipe.dataset, recipe.tokenizer, recipe.weights, recipe.teacher_weights)
+    for name in [*files, *others]:
         if (
             name
             and Path(name).exists()

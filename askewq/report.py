@@ -125,8 +125,8 @@ def print_result(metrics: dict[str, Any], out: Path) -> None:
     rows = (
         ("full precision", "full_precision", _size(sizes["full_precision"])),
         (f"rounded to {bits_name(metrics['bits'])}, no training", "rounded", ""),
-        ("AskewSGD, before the snap", "relaxed", ""),
-        ("AskewSGD, snapped", "snapped", ""),
+        (f"{metrics['method']}, before the snap", "relaxed", ""),
+        (f"{metrics['method']}, snapped", "snapped", ""),
         ("reloaded from the packed file", "reloaded", _size(sizes["packed"])),
     )
     for name, key, size in rows:
@@ -183,11 +183,16 @@ model = {call}  # a plain {loaded.spec.source} network with dense float32 weight
 {metrics["bits_per_weight"]:.2f} bits a weight: {_size(sizes["packed"])} instead of
 {_size(sizes["full_precision"])}. The {metric} is that of the reloaded file.
 
-Fine-tuned with AskewSGD (Leconte, Schechtman, Moulines, AISTATS 2023) by askewq; the recipe:
+Fine-tuned by askewq with the method `{recipe.method}`{_source(recipe)}; the recipe:
 
 ```yaml
 {to_yaml(recipe)}```
 """
+
+
+def _source(recipe: Recipe) -> str:
+    ours = recipe.method.startswith("askewsgd")
+    return " (Leconte, Schechtman, Moulines, AISTATS 2023)" if ours else ""
 
 
 def peak_memory() -> int:

@@ -8,7 +8,7 @@ from torch import nn
 
 from askewq.errors import ModelError, RecipeError, near
 from askewq.layers import follow_, quantized_layers, quantized_modules
-from askewq.methods import RIVALS, quantize_gradient
+from askewq.methods import RIVALS, check_bits, quantize_gradient
 from askewq.vocabulary import Method
 
 
@@ -53,6 +53,8 @@ class Follower:
             raise ModelError(
                 "the model has no quantized layer; call askewq.quantize(model, bits=2) first."
             )
+        for layer in self._layers:
+            check_bits(method, layer.grid.bits)
         follow_(model, self._rival)
         self._modules = quantized_modules(model)
         if gradient_bits is not None:

@@ -88,10 +88,10 @@ class _Run:
         train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing)
         self.train_loader, self.eval_loader = self.accelerator.prepare(train, evaluation)
         self.model: nn.Module = self.loaded.model.to(self.accelerator.device)
-        self.teacher = distill.load_teacher(recipe, self.loaded.spec) if recipe.distill else None
+        self.teacher = distill.load_teacher(recipe, self.loaded) if recipe.distill else None
         if self.teacher is not None:
-            self.teacher.to(self.accelerator.device)
-        self.taught_by: nn.Module | None = None  # in the low-bit steps
+            self.teacher.model.to(self.accelerator.device)
+        self.taught_by: distill.Teacher | None = None  # in the low-bit steps
         self.plan = wrap.plan(
             self.model,
             recipe.bits,
@@ -148,7 +148,7 @@ class _Run:
             ) from error
         check_logits(logits, spec)
         if self.teacher is not None:
-            distill.check_teacher(self.teacher, spec, batch, logits)
+            distill.check_teacher(self.teacher, batch, logits)
 
     def _prepare_output(self) -> None:
         if self.accelerator.is_main_process:
@@ -192,17 +192,19 @@ class _Run:
         self._loop("low-bit", optimizer, lr, start, start + self.steps, folder, before_step)
         self.inside = pacer.feasible_share()
 
-    def _own_teacher(self, *, resumed: bool) -> nn.Module:
+    def _own_teacher(self, *, resumed: bool) -> distill.Teacher:
         """Return the network as it is before it is quantized; a resumed run reads it back."""
         path = self.out / output.CHECKPOINTS / "teacher.safetensors"
         if self.accelerator.is_main_process and not resumed:
-            save_model(self.model, str(path))
+            partial = path.with_suffix(".partial")
+            save_model(self.model, str(partial))
+            partial.replace(path)
         self.accelerator.wait_for_everyone()
         if not path.is_file():
             raise OutputError(f"--resume: {path} is missing; start again with --overwrite.")
         teacher = copy.deepcopy(self.model)
         load_model(teacher, str(path))
-        return teacher
+        return distill.Teacher(teacher, self.loaded.spec)
 
     def _loop(
         self,
@@ -264,7 +266,7 @@ class _Run:
                 loss = scores.loss.sum() / scores.count.sum()
                 if self.taught_by is not None:
                     with self.accelerator.autocast():
-                        taught = distill.teacher_logits(self.taught_by, self.loaded.spec, batch)
+                        taught = self.taught_by.logits(batch)
                     distance = distill.distance(logits, taught, labels, self.recipe.temperature)
                     loss = torch.lerp(loss, distance, self.recipe.distill)
                 value = float(loss.detach())

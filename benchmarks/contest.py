@@ -14,6 +14,7 @@ With --distill, a full-precision network trained for the budget's steps teaches 
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -129,7 +130,9 @@ class Run:
         return best.folder(output) / "checkpoints" / "teacher.safetensors"
 
     def result(self, output: Path) -> dict[str, float]:
-        """Return accuracy, relaxed accuracy and cost of a finished run."""
+        """Return accuracy, relaxed accuracy and cost of a run; a failed one is the worst."""
+        if not self.finished(output):
+            return {"accuracy": -math.inf}
         metrics = json.loads((self.folder(output) / "metrics.json").read_text())
         own = {FULL: "full_precision", PARQ: "relaxed"}.get(self.method)
         return {
@@ -148,7 +151,7 @@ def entries(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, str]
     """Yield (task, bits, steps, method) for everything that competes."""
     for task in arguments.tasks:
         for steps in arguments.steps:
-            if FULL in arguments.methods:
+            if FULL in arguments.methods or arguments.distill:
                 yield task, "", steps, FULL
             for bits in arguments.bits:
                 for method in (m for m in arguments.methods if m != FULL):
@@ -167,6 +170,8 @@ def trials(entry: tuple[str, str, int, str], distill: float) -> list[Run]:
 def judged(entry: tuple[str, str, int, str], output: Path, seeds: int, distill: float) -> list[Run]:
     """Return the runs that count, with the best learning rate of the trials."""
     best = max(trials(entry, distill), key=lambda run: run.result(output)["accuracy"])
+    if not best.finished(output):
+        return []
     return [Run(*entry, best.lr, seed, False, distill) for seed in range(seeds)]
 
 
@@ -196,8 +201,6 @@ def table(arguments: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for entry in entries(arguments):
-        if not all(run.finished(arguments.output) for run in trials(entry, arguments.distill)):
-            continue
         runs = judged(entry, arguments.output, arguments.seeds, arguments.distill)
         results = [r.result(arguments.output) for r in runs if r.finished(arguments.output)]
         if not results:

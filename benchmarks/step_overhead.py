@@ -56,7 +56,8 @@ class Contestant:
         self.name = name
         self.model = timm.create_model(model_name, pretrained=False).train()
         if not name.startswith("torch"):
-            askewq.quantize(self.model, 2)
+            binary = name in RIVALS and 2 not in RIVALS[name].bits
+            askewq.quantize(self.model, 1 if binary else 2)
         self.follower = Follower(self.model, name) if name in RIVALS else None
         makes = contestants(base_of(model_name))
         self.optimizer = makes.get(name, next(iter(makes.values())))(self.model)

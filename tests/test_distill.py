@@ -4,12 +4,13 @@ import math
 
 import builders
 import pytest
+import timm
 import torch
 from builders import finetune
 from safetensors.torch import load_file, save_file
 
 from askewq import distill
-from askewq.errors import ModelError, RecipeError
+from askewq.errors import ModelError, OutputError, RecipeError
 
 
 def test_the_distance_is_the_tempered_divergence():
@@ -48,10 +49,39 @@ def test_distillation_alone_pulls_the_student_to_its_teacher(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "vit", "timm"])
 def test_every_task_can_be_taught(tmp_path, kind):
-    """The network before it is quantized teaches, for each source and task."""
-    metrics = finetune(kind, tmp_path, distill=0.5, max_steps=2)
-    assert metrics["reloaded"] == metrics["snapped"]
-    assert (tmp_path / "checkpoints" / "teacher.safetensors").is_file()
+    """The network before it is quantized teaches, for each source and task: the result differs."""
+    packed = []
+    for share in (0.0, 0.5):
+        finetune(kind, tmp_path / str(share), distill=share, max_steps=4, lr=0.05)
+        packed.append((tmp_path / str(share) / "model.safetensors").read_bytes())
+    assert packed[0] != packed[1]
+    assert (tmp_path / "0.5" / "checkpoints" / "teacher.safetensors").is_file()
+
+
+def test_a_teacher_of_another_source_is_called_in_its_own_way(tmp_path):
+    """A timm student learns from a user's own network with the classes of the data."""
+    own = builders.SETTINGS["own"]()
+    settings = {"dataset": own["dataset"], "image_size": 32, "max_steps": 2}
+    finetune("timm", tmp_path, **settings, distill=0.5, teacher=own["model"])
+    assert not (tmp_path / "checkpoints" / "teacher.safetensors").exists()
+
+
+def test_a_trained_timm_teacher_has_a_head_for_the_data(tmp_path):
+    """Weights of a timm network that was fine-tuned to the data set teach."""
+    settings = builders.SETTINGS["timm"]()
+    teacher = timm.create_model(settings["model"], num_classes=len(builders.COLOURS))
+    save_file(teacher.state_dict(), tmp_path / "t.safetensors")
+    arguments = {"teacher": settings["model"], "teacher_weights": str(tmp_path / "t.safetensors")}
+    finetune("timm", tmp_path / "out", distill=0.5, max_steps=2, **arguments)
+
+
+def test_overwrite_does_not_delete_the_teacher(tmp_path):
+    """A teacher inside the folder that is to be replaced is named and kept."""
+    finetune("own", tmp_path, distill=0.5, max_steps=2)
+    teacher = tmp_path / "checkpoints" / "teacher.safetensors"
+    with pytest.raises(OutputError, match=r"would delete .*teacher\.safetensors"):
+        finetune("own", tmp_path, distill=0.5, teacher_weights=str(teacher), overwrite=True)
+    assert teacher.is_file()
 
 
 def test_a_run_resumed_has_the_same_teacher(tmp_path, monkeypatch):

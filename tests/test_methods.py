@@ -1,6 +1,7 @@
 """Each method against its published equations: scalar loops, brute force over a fine line."""
 
 import math
+import pickle
 
 import builders
 import pytest
@@ -18,6 +19,8 @@ from askewq.methods import RIVALS
 GRIDS = [make_grid(1), make_grid("ternary"), make_grid(2), make_grid(2, "half-integer")]
 GRIDS += [make_grid(4)]
 grids = st.sampled_from(GRIDS)
+# The highest level of each of them: LSQ's Q_P.
+HIGHEST = {(1, -1): 1, ("ternary", -1): 1, (2, -2): 1, (2, -1.5): 1.5, (4, -8): 7}
 SAWB_GRIDS = [(1,), ("ternary",), (2,), (2, "half-integer"), (3,), (3, "half-integer")]
 SAWB_GRIDS += [(4,), (4, "half-integer")]
 ANY_BITS = [name for name, rival in RIVALS.items() if len(rival.bits) > 1]
@@ -84,7 +87,7 @@ def test_lsq(seed, grid):
             assert value[i, j].item() == pytest.approx(units * s, abs=1e-12)
             assert grad[i, j].item() == (g if low < v < high else 0.0)
             total += g * (units - v if low < v < high else units)
-        factor = 1 / math.sqrt(len(row) * max(high, grid.step))
+        factor = 1 / math.sqrt(len(row) * HIGHEST[grid.bits, grid.first])
         assert of_scale[i].item() == pytest.approx(factor * total, rel=1e-9, abs=1e-9)
 
 
@@ -166,12 +169,15 @@ def test_luq_follows_the_weights_with_its_scale():
         optimizer.step()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_logarithmic_gradients_are_unbiased_powers_of_two(bits):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_logarithmic_gradients_are_unbiased_powers_of_two(bits, dtype):
     """LUQ: only +-top / 2^k and 0 occur, each the neighbour of its value, and the mean is right."""
     torch.manual_seed(0)
-    grad = torch.tensor([1.0, -0.7, 0.3, 0.05, -0.011, 0.001, 0.0], dtype=torch.float64)
+    grad = torch.tensor([1.0, -0.7, 0.3, 0.05, -0.011, 0.001, 0.0], dtype=dtype)
     draws = torch.stack([methods.log_quantize(grad, bits) for _ in range(20_000)])
+    assert draws.dtype == dtype
+    grad, draws = grad.double(), draws.double()
     levels = [2.0**-k for k in range(2 ** (bits - 1) - 1)]
     assert set(draws.abs().unique().tolist()) <= {0.0, *levels}
     for value, column in zip(grad.tolist(), draws.unbind(1), strict=True):
@@ -203,7 +209,7 @@ def test_luq_rounds_the_gradients_of_its_layers_outputs():
 @given(st.integers(0, 999))
 @settings(deadline=None, max_examples=30)
 def test_adaste(seed):
-    """The authors' published rule: 0 away from zero, min(1/|theta|, 1/2) towards it."""
+    """Le et al. 2022 for vanishing smoothing: 0 away from zero, min(1/|theta|, 1/2) towards it."""
     weight, scale = rows(seed)
     value, grad, _, given_gradient = gradient(methods.adaste, weight, scale, make_grid(1))
     assert torch.equal(value, torch.where(weight < 0, -scale, scale))
@@ -320,6 +326,24 @@ class TestFollower:
         optimizer.step()
         assert (model[1].weight_scale > 0).all()
 
+    @pytest.mark.parametrize("method", RIVALS)
+    def test_a_model_that_follows_a_method_can_be_pickled(self, method):
+        """Saved whole and loaded again it sees the same weights."""
+        model = small()
+        askewq.quantize(model, 1)
+        rivals.Follower(model, method)
+        again = pickle.loads(pickle.dumps(model))  # our own bytes
+        assert torch.equal(again[1].weight, model[1].weight)
+
+    def test_tied_layers_keep_one_scale_where_a_conversion_split_it(self):
+        """`.double()` copies a shared buffer twice; a method makes it one again."""
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        model[2].weight = model[1].weight
+        askewq.quantize(model, 2)
+        model.double()
+        rivals.Follower(model, "luq")
+        assert model[2].weight_scale is model[1].weight_scale
+
     def test_snapped_shows_levels_and_restores_the_method(self):
         """Within `snapped` the method is off; after it view and weights are as before."""
         model = small()
@@ -340,6 +364,10 @@ class TestFollower:
         askewq.quantize(model, 1)
         with pytest.raises(RecipeError, match=r"lsqq.*did you mean lsq"):
             rivals.Follower(model, "lsqq")
+        other = small()
+        askewq.quantize(other, 5)
+        with pytest.raises(RecipeError, match="luq trains 1, ternary, 2, 3, 4 bit, not bits = 5"):
+            rivals.Follower(other, "luq")
         with pytest.raises(RecipeError, match="lsq has no strength"):
             rivals.Follower(model, "lsq", 3.0)
         with pytest.raises(RecipeError, match="lsq does not round gradients"):
@@ -356,6 +384,9 @@ class TestFinetune:
         assert metrics["reloaded"] == metrics["snapped"]
         resolved = config.build(config.read_yaml(tmp_path / "recipe.yaml"))
         assert (resolved.closing is None) == (method in RIVALS)
+        card = (tmp_path / "README.md").read_text()
+        assert f"with the method `{method}`" in card
+        assert ("Leconte" in card) == method.startswith("askewsgd")
 
     def test_methods_differ(self, tmp_path):
         """No method is another one under a second name."""

@@ -26,6 +26,7 @@ def printed(capsys):
 
 METRICS = {
     "metric": "accuracy",
+    "method": "askewsgd",
     "bits": 2,
     "full_precision": 93.125,
     "rounded": 10.0,
@@ -53,8 +54,8 @@ def test_the_table_of_results(printed, tmp_path):
     for row in (
         "full precision 93.12 4.00 MB",
         "rounded to 2 bits, no training 10.00",
-        "AskewSGD, before the snap 92.50",
-        "AskewSGD, snapped 92.40",
+        "askewsgd, before the snap 92.50",
+        "askewsgd, snapped 92.40",
         "reloaded from the packed file 92.40 0.65 MB",
     ):
         assert row in text.splitlines()
@@ -96,9 +97,10 @@ def test_names_with_brackets_are_printed_as_they_are(printed):
 
 
 @pytest.mark.parametrize("kind", ["own", "llama"])
-def test_an_artifact(printed, kind):
+def test_an_artifact(printed, capsys, kind):
     """Each packed weight has a row with its shape, bits, scales and bytes."""
     folder, metrics = finished(kind)
+    capsys.readouterr()  # what the run itself said, if it was made just now
     from askewq import artifact
 
     spec, _ = artifact.read_spec(folder)

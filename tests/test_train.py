@@ -271,6 +271,10 @@ class TestSettings:
             {"max_train_samples": 20},
             {"image_size": 12},
             {"mean": [0.5] * 3, "std": [0.5] * 3},
+            {"distill": 0.5},
+            {"temperature": 4.0},
+            {"strength": 0.3},
+            {"gradient_bits": 4},
         ],
         ids=str,
     )
@@ -279,6 +283,10 @@ class TestSettings:
         base = {"seed": 0, "max_steps": 8, "closing": "staggered"}
         if change.keys() & {"clip", "alpha", "pull"}:  # what these do shows off the grid alone
             base |= {"closing": "single", "final_radius": 0.3}
+        if "temperature" in change:
+            base |= {"distill": 0.5}
+        if other := {"strength": "proxquant", "gradient_bits": "luq"}.get(next(iter(change))):
+            base = {"seed": 0, "max_steps": 8, "method": other}
         reference = reference_run(tuple(base.items()))
         finetune("own", tmp_path, **{**base, **change})
         assert digest(tmp_path) != digest(reference)
