@@ -79,6 +79,16 @@ def clip(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
     return torch.minimum(torch.maximum(weight, lowest * scale), highest * scale)
 
 
+def lazy_projection(weight: Tensor, scale: Tensor, grid: Grid, radius: float) -> Tensor:
+    """Return the nearest point of AskewSGD's intervals, `radius` level spacings around the levels.
+
+    The intervals do not reach beyond the outermost levels. With radius 0 this is binaryconnect.
+    """
+    level, reach = grid.snap(weight.detach(), scale), radius * scale * grid.step
+    inside = torch.minimum(torch.maximum(weight.detach(), level - reach), level + reach)
+    return straight(weight, clip(inside, scale, grid, 0.0) if radius else level)
+
+
 class _LearnedStep(torch.autograd.Function):
     """LSQ's quantizer with its gradients for weight and scale."""
 
@@ -226,7 +236,13 @@ def _power(final: float, progress: float) -> float:
     return float(final**progress)
 
 
+def _radius(_: float, progress: float) -> float:
+    """Return the radius of the intervals: from a half, closed over nine tenths of the steps."""
+    return float(0.5 * max(1 - progress / 0.9, 0.0) ** 3)
+
+
 RIVALS: dict[Method, Rival] = {
+    "askewsgd-lazy": Rival(lazy_projection, clip, course=_radius),
     "binaryconnect": Rival(binaryconnect, clip),
     "lsq": Rival(lsq, learns_scale=True),
     "proxquant": Rival(None, proxquant, strength=0.02, course=_ramp),

@@ -9,6 +9,7 @@ Closing = Literal["staggered", "single"]
 Method = Literal[
     "askewsgd",
     "askewsgd-paper",
+    "askewsgd-lazy",
     "binaryconnect",
     "lsq",
     "proxquant",

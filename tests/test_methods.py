@@ -124,6 +124,36 @@ def test_binaryrelax_is_a_relaxed_projection(seed, grid, strength):
         assert at_found <= costs.min().item() + 1e-7
 
 
+@given(st.integers(0, 999), grids, st.floats(0, 0.5))
+@settings(deadline=None, max_examples=20)
+def test_the_lazy_form_sees_the_projection_on_the_intervals(seed, grid, radius):
+    """The forward pass sees the point of the constraint set nearest to the latent weight."""
+    weight, scale = rows(seed, (1, 12))
+    value, grad, _, given_gradient = gradient(methods.lazy_projection, weight, scale, grid, radius)
+    assert torch.equal(grad, given_gradient)
+    s = scale.item()
+    levels = grid.levels().double() * s
+    line = torch.linspace(levels[0].item(), levels[-1].item(), 200_001, dtype=torch.float64)
+    feasible = line[distance(line, s, grid) <= radius * s * grid.step + 1e-12]
+    feasible = torch.cat([feasible, levels])
+    for w, x in zip(weight[0].tolist(), value[0].tolist(), strict=True):
+        here = torch.tensor([x], dtype=torch.float64)
+        assert distance(here, s, grid).item() <= radius * s * grid.step + 1e-9
+        assert abs(x - w) <= (feasible - w).abs().min().item() + 1e-3
+
+
+def test_the_lazy_forms_intervals_close():
+    """The radius falls from a half to nothing, after which only levels are seen."""
+    course = [RIVALS["askewsgd-lazy"].course(0.0, i / 20) for i in range(21)]
+    assert course[0] == 0.5
+    assert course == sorted(course, reverse=True)
+    assert course[18:] == [0.0, 0.0, 0.0]
+    weight, scale = rows(1)
+    grid = make_grid(2)
+    seen = methods.lazy_projection(weight, scale, grid, 0.0)
+    assert torch.equal(seen, grid.snap(weight, scale))
+
+
 def test_binaryrelax_ends_on_the_levels():
     """In its second phase, strength infinite, the forward pass sees levels alone."""
     weight, scale = rows(1)
