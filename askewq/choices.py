@@ -9,7 +9,7 @@ from torch import nn
 from askewq import config
 from askewq.anneal import Closing
 from askewq.config import Recipe
-from askewq.methods import check_bits
+from askewq.methods import RIVALS, check_bits
 from askewq.optim import AskewAdamW, AskewSGD
 from askewq.rivals import Follower
 from askewq.vocabulary import Task
@@ -48,7 +48,7 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
     made: dict[str, Any] = {"task": task, "optimizer": optimizer, "lr": lr}
     if recipe.full_precision_steps:
         made["full_precision_lr"] = recipe.lr or lr
-    if recipe.method in ("askewsgd", "askewsgd-paper"):
+    if recipe.method not in RIVALS:
         paper = recipe.method == "askewsgd-paper"
         closing = recipe.closing or ("single" if paper else "staggered")
         pull = recipe.pull or ("coupled" if paper else "decoupled")
@@ -73,7 +73,7 @@ def low_bit_optimizer(
     recipe: Recipe, model: nn.Module, lr: float
 ) -> tuple[torch.optim.Optimizer, Pacer]:
     """Return the optimizer of a resolved recipe's method, and what paces it."""
-    if recipe.method not in ("askewsgd", "askewsgd-paper"):
+    if recipe.method in RIVALS:
         follower = Follower(model, recipe.method, recipe.strength, recipe.gradient_bits)
         optimizer = plain_optimizer(recipe, model, lr)
         follower.attach(optimizer)

@@ -91,21 +91,23 @@ def test_lsq(seed, grid):
         assert of_scale[i].item() == pytest.approx(factor * total, rel=1e-9, abs=1e-9)
 
 
+def assert_minimises(weight, found, scale, grid, penalty):
+    """Check on a fine line that no z has less (z - w)^2 / 2 + penalty(distance) than found."""
+    line = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+    everywhere = penalty(distance(line, scale.item(), grid))
+    at_found = (found[0] - weight[0]) ** 2 / 2 + penalty(distance(found[0], scale.item(), grid))
+    for w, cost in zip(weight[0], at_found, strict=True):
+        assert cost <= ((line - w) ** 2 / 2 + everywhere).min() + 1e-7
+
+
 @given(st.integers(0, 999), grids, st.floats(0.01, 0.4))
 @settings(deadline=None, max_examples=20)
 def test_proxquant_is_a_proximal_step(seed, grid, strength):
     """Bai et al. 2019: the step minimises (z - w)^2 / 2 + t |z - nearest level|."""
     weight, scale = rows(seed, (1, 12))
     found = methods.proxquant(weight, scale, grid, strength)
-    s = scale.item()
-    line = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
-    penalty = strength * s * grid.step * distance(line, s, grid)
-    for w, z in zip(weight[0].tolist(), found[0].tolist(), strict=True):
-        costs = (line - w) ** 2 / 2 + penalty
-        at_found = (z - w) ** 2 / 2
-        here = torch.tensor([z], dtype=torch.float64)
-        at_found += (strength * s * grid.step * distance(here, s, grid)).item()
-        assert at_found <= costs.min().item() + 1e-7
+    length = strength * scale.item() * grid.step
+    assert_minimises(weight, found, scale, grid, lambda away: length * away)
 
 
 @given(st.integers(0, 999), grids, st.floats(0.1, 100))
@@ -115,13 +117,7 @@ def test_binaryrelax_is_a_relaxed_projection(seed, grid, strength):
     weight, scale = rows(seed, (1, 12))
     value, grad, _, given_gradient = gradient(methods.binaryrelax, weight, scale, grid, strength)
     assert torch.equal(grad, given_gradient)
-    s = scale.item()
-    line = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
-    for w, z in zip(weight[0].tolist(), value[0].tolist(), strict=True):
-        costs = (line - w) ** 2 / 2 + strength * distance(line, s, grid) ** 2 / 2
-        here = torch.tensor([z], dtype=torch.float64)
-        at_found = (z - w) ** 2 / 2 + (strength * distance(here, s, grid) ** 2 / 2).item()
-        assert at_found <= costs.min().item() + 1e-7
+    assert_minimises(weight, value, scale, grid, lambda away: strength * away**2 / 2)
 
 
 @given(st.integers(0, 999), grids, st.floats(0, 0.5))
