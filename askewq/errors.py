@@ -7,6 +7,7 @@ AskewError                what the command line turns into exit code 2
 ├── DataError             a data set, its splits or its columns
 ├── OutputError           the output folder, a checkpoint to resume from
 ├── FormatError           an artifact that is damaged or of another version
+├── ExportError           a format that cannot hold the artifact, or whose library is missing
 ├── DivergenceError       a loss that is not finite
 └── ExactnessError        a reloaded artifact that is not the evaluated model (a bug in askewq)
 
@@ -43,6 +44,10 @@ class OutputError(AskewError):
 
 class FormatError(AskewError):
     """A packed artifact that does not follow docs/format.md."""
+
+
+class ExportError(AskewError):
+    """An artifact that a format cannot hold, or an export that did not give the same model."""
 
 
 class DivergenceError(AskewError):

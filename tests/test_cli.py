@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -289,7 +290,9 @@ class TestEval:
         folder, _ = finished("bert")
         done = python("-m", "askewq", "eval", str(folder), "--dataset", str(builders.text_csv()))
         assert done.returncode == 0
-        assert done.stderr == ""
+        # torch's own log, such as of an installed torchao that does not fit it, is not ours
+        ours = [line for line in done.stderr.splitlines() if not re.match(r"[IWE]\d{4} ", line)]
+        assert ours == []
 
     def test_an_own_module_is_passed_in(self):
         """--model names the user's code."""
