@@ -6,6 +6,7 @@ values at the same progress.
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 from askewq import constraint
 from askewq.errors import RecipeError
@@ -25,6 +26,10 @@ class Closing:
 
     Let c(p) = 1 - (1 - t)^power, t running from 0 to 1 between progress `start` and `end`.
 
+    ``lazy``: one radius for all weights, (1 - c(p)) / 2 level spacings. The forward pass sees the
+    point of the intervals nearest to each weight, while the weight itself moves freely within the
+    range of the grid, so that the barrier between two levels does not stop it.
+
     ``staggered``: every weight has an eps of its own. The share c(p) of a layer's weights, those
     nearest to a level first, is closed (eps = 0: exactly on the level, for good); the others are
     free (eps = 1) and make up for the closed ones. Assigned anew every `every` steps.
@@ -33,7 +38,7 @@ class Closing:
     geometric annealing. `final_radius` is the interval's radius at `end`, in level spacings.
     """
 
-    kind: ClosingKind = "staggered"
+    kind: ClosingKind = "lazy"
     start: float = 0.0
     end: float = 0.9
     power: float = 3.0
@@ -41,8 +46,9 @@ class Closing:
     final_radius: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.kind not in ("staggered", "single"):
-            raise RecipeError(f"closing = {self.kind!r} is unknown; use 'staggered' or 'single'.")
+        if self.kind not in get_args(ClosingKind):
+            known = ", ".join(get_args(ClosingKind))
+            raise RecipeError(f"closing = {self.kind!r} is unknown; use one of {known}.")
         if not 0 <= self.start < self.end <= 1:
             raise RecipeError(
                 f"the closing runs from {self.start} to {self.end} of the training steps; it must "
@@ -64,6 +70,8 @@ class Closing:
         """Return the relative eps of the weights that are not closed."""
         if self.kind == "staggered":
             return 1.0
+        if self.kind == "lazy":
+            return constraint.eps_of((1 - self.closure(progress)) / 2)
         return float(constraint.eps_of(self.final_radius) ** self.closure(progress))
 
     def closed_share(self, progress: float) -> float:
@@ -72,4 +80,6 @@ class Closing:
 
     def radius(self, progress: float) -> float:
         """Return the radius of the intervals that are not closed, in level spacings."""
+        if self.kind == "lazy":
+            return (1 - self.closure(progress)) / 2
         return constraint.radius_of(self.eps(progress))

@@ -15,11 +15,13 @@ from askewq.rivals import Follower
 from askewq.vocabulary import Task
 
 # What an open setting of the interval constraint becomes.
-_STAGGERED = {"close_start": 0.0, "close_end": 0.9, "close_power": 3.0}
+_GRADUAL = {"close_start": 0.0, "close_end": 0.9, "close_power": 3.0}
 _SINGLE = {"close_start": 0.0, "close_end": 0.9, "close_power": 1.0}
 _PAPER = {"close_start": 0.5, "close_end": 1.0, "close_power": 1.0}
 _DECOUPLED = {"alpha": 0.5, "clip": 0.1}
 _COUPLED = {"alpha": 5.0, "clip": 5.0}
+# Of the quantized weights at 1 bit and ternary, in level spacings; beta2 goes with it.
+LEVEL_LR, LEVEL_BETA2 = 0.015, 0.99
 
 
 class Pacer(Protocol):
@@ -43,18 +45,24 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
     """
     check_bits(recipe.method, recipe.bits)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    optimizer = recipe.optimizer or ("sgd" if batch_norm else "adamw")
-    lr = 0.02 if optimizer == "sgd" else 1e-4
-    made: dict[str, Any] = {"task": task, "optimizer": optimizer, "lr": lr}
+    # Few levels and a normalised network: steps of the same length, in levels, for every weight.
+    chosen = {recipe.optimizer, recipe.lr, recipe.level_lr} != {None}
+    coarse = batch_norm and recipe.bits in (1, "ternary") and recipe.method == "askewsgd"
+    level_lr = LEVEL_LR if coarse and not chosen else recipe.level_lr
+    adamw = not batch_norm or level_lr is not None
+    optimizer = recipe.optimizer or ("adamw" if adamw else "sgd")
+    lr = 0.02 if optimizer == "sgd" else 1e-4 if level_lr is None else 3e-3
+    made: dict[str, Any] = {"task": task, "optimizer": optimizer, "lr": lr, "level_lr": level_lr}
     if recipe.full_precision_steps:
         made["full_precision_lr"] = recipe.lr or lr
     if recipe.method not in RIVALS:
         paper = recipe.method == "askewsgd-paper"
-        closing = recipe.closing or ("single" if paper else "staggered")
-        pull = recipe.pull or ("coupled" if paper else "decoupled")
-        made |= {"closing": closing, "pull": pull}
-        made |= _PAPER if paper else _STAGGERED if closing == "staggered" else _SINGLE
-        made |= _DECOUPLED if pull == "decoupled" else _COUPLED
+        closing = recipe.closing or ("single" if paper else "lazy")
+        made |= {"closing": closing}
+        made |= _PAPER if paper else _SINGLE if closing == "single" else _GRADUAL
+        if closing != "lazy":
+            pull = recipe.pull or ("coupled" if paper else "decoupled")
+            made |= {"pull": pull, **(_DECOUPLED if pull == "decoupled" else _COUPLED)}
     opened = {key: value for key, value in made.items() if getattr(recipe, key) is None}
     resolved = recipe.model_copy(update=opened)
     config.check(resolved)
@@ -79,17 +87,20 @@ def low_bit_optimizer(
         follower.attach(optimizer)
         return optimizer, follower
     closing = Closing(
-        recipe.closing or "staggered",
+        recipe.closing or "lazy",
         start=recipe.close_start or 0.0,
         end=recipe.close_end or 1.0,
         power=recipe.close_power or 1.0,
         every=recipe.close_every,
         final_radius=recipe.final_radius,
     )
-    own: dict[str, Any] = {"closing": closing, "pull": recipe.pull, "alpha": recipe.alpha}
-    own |= {"clip": recipe.clip, "weight_decay": recipe.weight_decay}
+    own: dict[str, Any] = {"closing": closing, "weight_decay": recipe.weight_decay}
+    if closing.kind != "lazy":
+        own |= {"pull": recipe.pull, "alpha": recipe.alpha, "clip": recipe.clip}
     make: Callable[..., AskewSGD | AskewAdamW] = AskewAdamW
     if recipe.optimizer == "sgd":
         make, own = AskewSGD, own | {"momentum": recipe.momentum}
+    elif recipe.level_lr is not None:
+        own |= {"level_lr": recipe.level_lr, "betas": (0.9, LEVEL_BETA2)}
     skewed = make(model, lr, **own)
     return skewed, skewed

@@ -81,7 +81,14 @@ class Recipe(BaseModel):
     optimizer: Literal["sgd", "adamw"] | None = _key(
         None, TRAIN, "sgd for models with batch norm, adamw for others"
     )
-    lr: float | None = _key(None, TRAIN, "0.02 for sgd, 1e-4 for adamw", gt=0)
+    lr: float | None = _key(None, TRAIN, "0.02 for sgd, 1e-4 for adamw, 3e-3 beside level_lr", gt=0)
+    level_lr: float | None = _key(
+        None,
+        TRAIN,
+        "lr of the quantized weights in level spacings (adamw), beside lr for the rest; 0.015 "
+        "for models with batch norm at 1 bit and ternary, else not used",
+        gt=0,
+    )
     lr_hold: float = _key(
         0.5, TRAIN, "share of the steps at full lr, before its cosine", ge=0, lt=1
     )
@@ -119,7 +126,10 @@ class Recipe(BaseModel):
         None, METHOD, "width of luq's neural gradients (4 as published)", ge=2, le=7
     )
     closing: Closing | None = _key(
-        None, CLOSING, "staggered (weight by weight), or single: one radius, as in the paper"
+        None,
+        CLOSING,
+        "lazy (the forward pass sees the nearest point of the intervals), staggered (weight by "
+        "weight, no copy of the weights), or single: one radius, as in the paper",
     )
     close_start: float | None = _key(
         None, CLOSING, "progress at which closing starts; 0, or 0.5 as in the paper", ge=0, lt=1
@@ -127,9 +137,7 @@ class Recipe(BaseModel):
     close_end: float | None = _key(
         None, CLOSING, "progress at which all is closed; 0.9, or 1 as in the paper", gt=0, le=1
     )
-    close_power: float | None = _key(
-        None, CLOSING, "shape 1-(1-t)^power; 3 for staggered, 1 for single", gt=0
-    )
+    close_power: float | None = _key(None, CLOSING, "shape 1-(1-t)^power; 3, for single 1", gt=0)
     close_every: int = _key(3, CLOSING, "steps between closings (staggered)", ge=1)
     final_radius: float = _key(0.01, CLOSING, "in level spacings (single)", gt=0, lt=0.5)
     pull: Pull | None = _key(
@@ -180,6 +188,11 @@ _NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("clip", *_ASKEW),
     ("close_every", "closing", ("staggered",)),
     ("final_radius", "closing", ("single",)),
+    ("pull", "closing", ("staggered", "single")),
+    ("alpha", "closing", ("staggered", "single")),
+    ("clip", "closing", ("staggered", "single")),
+    ("level_lr", "optimizer", ("adamw",)),
+    ("level_lr", *_ASKEW),
     ("label_column", "task", ("image-classification", "text-classification")),
     ("tokenizer", *_TEXTS),
     ("max_length", *_TEXTS),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from askewq import constraint
+from askewq.vocabulary import Closing
 
 # Resolution at which the closing threshold is found, in bins between a level and half-way.
 DISTANCE_BINS = 4096
@@ -31,7 +32,7 @@ class Interval(NamedTuple):
 
 
 def constrain(
-    weight: Tensor, plain: Tensor, scale: Tensor, interval: Interval, *, staggered: bool
+    weight: Tensor, plain: Tensor, scale: Tensor, interval: Interval, closing: Closing
 ) -> Tensor:
     """Return where weights land whose plain update would put them at `plain`.
 
@@ -39,15 +40,18 @@ def constrain(
         weight: current weights as rows, [rows, columns].
         plain: the same after the base update; feasible weights land exactly here.
         scale: [rows, 1].
-        staggered: weights within ``interval.within`` of a level, and those already on one, have
-            eps = 0: they land on the level itself.
+        closing: "lazy" only keeps weights within the range of the grid; with "staggered", weights
+            within ``interval.within`` of a level, and those already on one, have eps = 0: they
+            land on the level itself.
     """
     first, step, last, eps, pull, clip, within = interval
+    if closing == "lazy":
+        return constraint.clamp(plain, first * scale, (first + step * last) * scale)
     unit = scale * step
     x = (weight / scale - first) / step
     keep, drift = constraint.skew(x, (plain - weight) / unit, last, eps, pull=pull, clip=clip)
     landed = torch.where(keep, plain, weight + drift * unit)
-    if not staggered:
+    if closing == "single":
         return landed
     level = constraint.nearest(x, last)
     on_level = (level * step + first) * scale
@@ -64,7 +68,7 @@ def sgd_(
     knobs: dict[str, Tensor],
     *,
     nesterov: bool,
-    staggered: bool,
+    closing: Closing,
 ) -> None:
     """Update weight and momentum buffer, all [rows, columns], in place: torch's SGD, skewed."""
     grad = grad + knobs["weight_decay"] * weight
@@ -72,7 +76,7 @@ def sgd_(
         buffer.copy_(knobs["momentum"] * buffer + grad)
         grad = grad + knobs["momentum"] * buffer if nesterov else buffer
     plain = weight - knobs["lr"] * grad
-    weight.copy_(constrain(weight, plain, scale, interval, staggered=staggered))
+    weight.copy_(constrain(weight, plain, scale, interval, closing))
 
 
 def adamw_(
@@ -84,14 +88,19 @@ def adamw_(
     interval: Interval,
     knobs: dict[str, Tensor],
     *,
-    staggered: bool,
+    in_levels: bool,
+    closing: Closing,
 ) -> None:
-    """Update weight and both moments, all [rows, columns], in place: torch's AdamW, skewed."""
+    """Update weight and both moments, all [rows, columns], in place: torch's AdamW, skewed.
+
+    `in_levels`: the step size is in level spacings instead of the weights' own units.
+    """
     exp_avg.copy_(exp_avg + knobs["mix1"] * (grad - exp_avg))
     exp_avg_sq.copy_(knobs["beta2"] * exp_avg_sq + knobs["mix2"] * grad * grad)
     denominator = exp_avg_sq.sqrt() / knobs["bias2_sqrt"] + knobs["eps"]
-    plain = weight * knobs["keep"] - knobs["step_size"] * (exp_avg / denominator)
-    weight.copy_(constrain(weight, plain, scale, interval, staggered=staggered))
+    length = knobs["step_size"] * scale * interval.step if in_levels else knobs["step_size"]
+    plain = weight * knobs["keep"] - length * (exp_avg / denominator)
+    weight.copy_(constrain(weight, plain, scale, interval, closing))
 
 
 def distance_bins(weight: Tensor, scale: Tensor, interval: Interval) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from askewq.errors import DivergenceError
 from askewq.grid import Grid
-from askewq.methods import Rival
+from askewq.methods import Rule
 
 SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -28,13 +28,13 @@ class QuantizedLayer(nn.Module):
     Attributes:
         grid: the levels, in units of the scale.
         weight_scale: buffer [out, groups], written in place only; a Parameter where it is learned.
-        rival: the method that the layer follows; None: AskewSGD, or none.
-        strength: the present coefficient of that method.
+        rule: how the forward pass sees the weight; None: as it is.
+        strength: the present coefficient of that rule.
     """
 
     grid: Grid
     weight_scale: Tensor
-    rival: Rival | None = None
+    rule: Rule | None = None
     strength: float = 0.0
 
     @property
@@ -45,11 +45,11 @@ class QuantizedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that the forward pass sees."""
-        if self.rival is None or self.rival.view is None:
+        if self.rule is None or self.rule.view is None:
             return self.latent
         rows = self.latent.reshape(self.weight_scale.numel(), -1)
         scale = self.weight_scale.view(-1, 1)
-        return self.rival.view(rows, scale, self.grid, self.strength).view(self.latent.shape)
+        return self.rule.view(rows, scale, self.grid, self.strength).view(self.latent.shape)
 
     def codes(self) -> Tensor:
         """Return the code of the level nearest to each weight, uint8, the weight's shape.
@@ -77,16 +77,16 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def settle_(self) -> None:
         """Do to the weight what the layer's method does after an update, in place."""
-        if self.rival is None:
+        if self.rule is None:
             return
         scale = self.weight_scale.view(-1, 1)
-        if self.rival.learns_scale:
+        if self.rule.learns_scale:
             scale.clamp_(min=torch.finfo(scale.dtype).tiny)
         rows = self.latent.reshape(len(scale), -1)
-        if self.rival.rescale is not None:
-            scale.copy_(self.rival.rescale(rows, self.grid))
-        if self.rival.settle is not None:
-            settled = self.rival.settle(rows, scale, self.grid, self.strength)
+        if self.rule.rescale is not None:
+            scale.copy_(self.rule.rescale(rows, self.grid))
+        if self.rule.settle is not None:
+            settled = self.rule.settle(rows, scale, self.grid, self.strength)
             self.latent.copy_(settled.view(self.latent.shape))
 
 
@@ -122,12 +122,12 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return dict(found.values())
 
 
-def follow_(model: nn.Module, rival: Rival | None) -> None:
-    """Let all quantized layers follow a method from now on; None: AskewSGD, or none."""
-    learns = rival is not None and rival.learns_scale
+def follow_(model: nn.Module, rule: Rule | None) -> None:
+    """Let all quantized layers follow a rule from now on; None: weights are seen as they are."""
+    learns = rule is not None and rule.learns_scale
     scales: dict[int, Tensor] = {}  # layers that share a weight share its scale
     for module in quantized_modules(model):
-        module.rival = rival
+        module.rule = rule
         scale = module.weight_scale.detach()
         scale = scales.setdefault(id(module.latent), nn.Parameter(scale) if learns else scale)
         del module.weight_scale
@@ -149,16 +149,16 @@ def snapped(model: nn.Module) -> Iterator[None]:
     """Within the block the quantized weights sit on their levels; after it they are as before."""
     layers, modules = quantized_layers(model).values(), quantized_modules(model)
     relaxed = [layer.latent.detach().clone() for layer in layers]
-    rivals = [module.rival for module in modules]
+    rules = [module.rule for module in modules]
     try:
         for layer in layers:
             layer.snap_()
         for module in modules:
-            module.rival = None
+            module.rule = None
         yield
     finally:
         with torch.no_grad():
             for layer, weight in zip(layers, relaxed, strict=True):
                 layer.latent.copy_(weight)
-        for module, rival in zip(modules, rivals, strict=True):
-            module.rival = rival
+        for module, rule in zip(modules, rules, strict=True):
+            module.rule = rule

@@ -1,8 +1,9 @@
-"""The methods beside AskewSGD: what the forward pass sees of a weight, what becomes of an update.
+"""What the forward pass sees of a weight, and what becomes of an update: a rule for each method.
 
-Each is a pair of functions on rows [rows, columns] that share a scale [rows, 1]. They share grid,
-scale, layers, base optimizer and loop with AskewSGD, so that a comparison compares the methods
-alone. `docs/methods.md` states their equations and sources.
+A rule is a pair of functions on rows [rows, columns] that share a scale [rows, 1]. `LAZY` is that
+of AskewSGD's lazy closing; `RIVALS` are the methods beside AskewSGD, which share grid, scale,
+layers, base optimizer and loop with it, so that a comparison compares the methods alone.
+`docs/methods.md` states their equations and sources.
 """
 
 import math
@@ -27,8 +28,8 @@ def _constant(final: float, _: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Rival:
-    """One method.
+class Rule:
+    """How weights are seen and what becomes of them after an update.
 
     Attributes:
         view: the weight that the forward pass sees, differentiable; None: the weight itself.
@@ -236,21 +237,18 @@ def _power(final: float, progress: float) -> float:
     return float(final**progress)
 
 
-def _radius(_: float, progress: float) -> float:
-    """Return the radius of the intervals: from a half, closed over nine tenths of the steps."""
-    return float(0.5 * max(1 - progress / 0.9, 0.0) ** 3)
+# AskewSGD's own rule where its closing is lazy; the coefficient is the radius of the intervals.
+LAZY = Rule(lazy_projection, clip)
 
-
-RIVALS: dict[Method, Rival] = {
-    "askewsgd-lazy": Rival(lazy_projection, clip, course=_radius),
-    "binaryconnect": Rival(binaryconnect, clip),
-    "lsq": Rival(lsq, learns_scale=True),
-    "proxquant": Rival(None, proxquant, strength=0.02, course=_ramp),
-    "binaryrelax": Rival(binaryrelax, strength=500.0, course=_growth),
-    "luq": Rival(binaryconnect, bits=(1, "ternary", 2, 3, 4), rescale=sawb),
-    "adaste": Rival(adaste, bits=(1,)),
-    "mirror-descent": Rival(mirror_descent, bits=(1,), strength=100.0, course=_power),
-    "projected-gradient": Rival(None, project),
+RIVALS: dict[Method, Rule] = {
+    "binaryconnect": Rule(binaryconnect, clip),
+    "lsq": Rule(lsq, learns_scale=True),
+    "proxquant": Rule(None, proxquant, strength=0.02, course=_ramp),
+    "binaryrelax": Rule(binaryrelax, strength=500.0, course=_growth),
+    "luq": Rule(binaryconnect, bits=(1, "ternary", 2, 3, 4), rescale=sawb),
+    "adaste": Rule(adaste, bits=(1,)),
+    "mirror-descent": Rule(mirror_descent, bits=(1,), strength=100.0, course=_power),
+    "projected-gradient": Rule(None, project),
 }
 
 

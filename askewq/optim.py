@@ -19,7 +19,8 @@ from askewq.anneal import Closing
 from askewq.errors import ModelError, RecipeError
 from askewq.grid import Grid
 from askewq.kernels import DISTANCE_BINS, Interval, adamw_, compiled, distance_bins, sgd_
-from askewq.layers import QuantizedLayer, quantized_layers
+from askewq.layers import QuantizedLayer, follow_, quantized_layers, quantized_modules
+from askewq.methods import LAZY
 from askewq.vocabulary import Pull
 
 # Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
@@ -59,12 +60,17 @@ class _Skewed(torch.optim.Optimizer):
                 "the model has no quantized layer; call askewq.quantize(model, bits=2) before "
                 "building the optimizer."
             )
-        own = {"alpha": alpha, "clip": clip, "progress": 0.0, "updates": 0}
+        own = {"alpha": alpha, "clip": clip, "progress": 0.0, "updates": 0, "in_levels": False}
         self.defaults.update(own)
         for group in self.param_groups:
             group.update({**own, **group})
         self._decoupled = pull == "decoupled"
         self.closing = closing
+        self._modules = quantized_modules(model)
+        follow_(model, LAZY if closing.kind == "lazy" else None)
+        for layer in self._layers:
+            layer.settle_()
+        self.anneal(0.0)
         weights = sum(layer.latent.numel() for layer in self._layers)
         self._compile = weights >= COMPILE_FROM if compile is None else compile
 
@@ -76,6 +82,8 @@ class _Skewed(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             group["progress"] = float(progress)
+        for module in self._modules:
+            module.strength = self.closing.radius(progress)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -157,7 +165,7 @@ class _Skewed(torch.optim.Optimizer):
     ) -> None:
         raise NotImplementedError
 
-    def _run(self, function: Callable[..., Any], *args: Any, **flags: bool) -> Any:
+    def _run(self, function: Callable[..., Any], *args: Any, **flags: Any) -> Any:
         """Call a kernel compiled if possible, else eagerly."""
         if self._compile:
             function = compiled(function, args[0].device.type)
@@ -168,11 +176,11 @@ class _Skewed(torch.optim.Optimizer):
         return {"radius": self.closing.radius(progress)}
 
     def feasible_share(self) -> float:
-        """Return the share of quantized weights inside their interval (staggered: on a level)."""
+        """Return the share of quantized weights inside their interval (else: on a level)."""
         inside = total = 0
         for layer in self._layers:
-            weight, scale, grid = layer.latent.detach(), layer.weight_scale, layer.grid
-            if self.closing.kind == "staggered":
+            weight, scale, grid = layer.weight.detach(), layer.weight_scale, layer.grid
+            if self.closing.kind != "single":
                 feasible = weight == grid.snap(weight, scale)
             else:
                 eps = self.closing.eps(self.param_groups[0]["progress"])
@@ -264,11 +272,8 @@ class AskewSGD(_Skewed, torch.optim.SGD):
         knobs = _knobs(
             rows, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"]
         )
-        staggered = self.closing.kind == "staggered"
-        nesterov = bool(group["nesterov"])
-        self._run(
-            sgd_, rows, grad, buffer, scale, interval, knobs, nesterov=nesterov, staggered=staggered
-        )
+        how = {"nesterov": bool(group["nesterov"]), "closing": self.closing.kind}
+        self._run(sgd_, rows, grad, buffer, scale, interval, knobs, **how)
 
 
 class AskewAdamW(_Skewed, torch.optim.AdamW):
@@ -277,6 +282,8 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
     Args:
         model: a model with quantization-aware layers (`askewq.quantize`).
         lr, betas, eps, weight_decay: as in torch.optim.AdamW (eps is the denominator's).
+        level_lr: lr of the quantized weights, in level spacings: an update is about that long,
+            whatever the scale of its row. None: lr, in the weights' own units.
         params, closing, alpha, clip, pull, compile: as in AskewSGD.
     """
 
@@ -285,6 +292,7 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
         model: nn.Module,
         lr: float = 1e-3,
         *,
+        level_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -295,6 +303,10 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
         pull: Pull = "decoupled",
         compile: bool | None = None,
     ) -> None:
+        if level_lr is not None:
+            if params is not None:
+                raise RecipeError("level_lr makes the parameter groups itself; leave params out.")
+            params = _groups(model, level_lr)
         super().__init__(
             _trainable(model) if params is None else params,
             lr=lr,
@@ -332,8 +344,16 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
             step_size=group["lr"] / (1 - beta1**step),
         )
         moments = state["exp_avg"].view(rows.shape), state["exp_avg_sq"].view(rows.shape)
-        staggered = self.closing.kind == "staggered"
-        self._run(adamw_, rows, grad, *moments, scale, interval, knobs, staggered=staggered)
+        how = {"in_levels": group["in_levels"], "closing": self.closing.kind}
+        self._run(adamw_, rows, grad, *moments, scale, interval, knobs, **how)
+
+
+def _groups(model: nn.Module, level_lr: float) -> list[dict[str, Any]]:
+    """Return the quantized weights, updated in level spacings, and the other parameters."""
+    latents = {id(layer.latent) for layer in quantized_layers(model).values()}
+    weights = [p for p in _trainable(model) if id(p) in latents]
+    others = [p for p in _trainable(model) if id(p) not in latents]
+    return [{"params": weights, "lr": level_lr, "in_levels": True}, {"params": others}]
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

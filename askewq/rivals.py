@@ -42,12 +42,12 @@ class Follower:
         if method not in RIVALS:
             known = ", ".join(RIVALS)
             raise RecipeError(f"method = {method!r} is unknown{near(method, RIVALS)}; use {known}.")
-        self._rival = RIVALS[method]
-        if strength is not None and self._rival.strength is None:
+        self._rule = RIVALS[method]
+        if strength is not None and self._rule.strength is None:
             raise RecipeError(f"method = {method} has no strength; leave it out.")
         if gradient_bits is not None and method != "luq":
             raise RecipeError(f"method = {method} does not round gradients; use luq for that.")
-        self._final = (self._rival.strength if strength is None else strength) or 0.0
+        self._final = (self._rule.strength if strength is None else strength) or 0.0
         self._layers = list(quantized_layers(model).values())
         if not self._layers:
             raise ModelError(
@@ -55,7 +55,7 @@ class Follower:
             )
         for layer in self._layers:
             check_bits(method, layer.grid.bits)
-        follow_(model, self._rival)
+        follow_(model, self._rule)
         self._modules = quantized_modules(model)
         if gradient_bits is not None:
             for module in self._modules:
@@ -78,13 +78,13 @@ class Follower:
             progress: share of all steps taken once it is made, up to 1.
         """
         for module in self._modules:
-            module.strength = self._rival.course(self._final, progress)
+            module.strength = self._rule.course(self._final, progress)
 
     def shown(self, progress: float) -> dict[str, float]:
         """Return what the progress bar shows: the method's coefficient, if it has one."""
-        if self._rival.strength is None:
+        if self._rule.strength is None:
             return {}
-        return {"strength": self._rival.course(self._final, progress)}
+        return {"strength": self._rule.course(self._final, progress)}
 
     @torch.no_grad()
     def feasible_share(self) -> float:

@@ -164,7 +164,7 @@ class _Run:
         if self.progress.step < count:
             lr = recipe.full_precision_lr or 0.0
             optimizer = choices.plain_optimizer(recipe, self.model, lr)
-            self._loop("full precision", optimizer, lr, 0, count, folder, lambda _: {})
+            self._loop("full precision", optimizer, 0, count, folder, lambda _: {})
         if self.progress.full_precision is None:
             self.progress.full_precision = self._evaluate().value
 
@@ -189,7 +189,7 @@ class _Run:
                 inside, counted_at = pacer.feasible_share(), progress
             return {**pacer.shown(progress), "inside": inside}
 
-        self._loop("low-bit", optimizer, lr, start, start + self.steps, folder, before_step)
+        self._loop("low-bit", optimizer, start, start + self.steps, folder, before_step)
         self.inside = pacer.feasible_share()
 
     def _own_teacher(self, *, resumed: bool) -> distill.Teacher:
@@ -210,7 +210,6 @@ class _Run:
         self,
         phase: str,
         optimizer: torch.optim.Optimizer,
-        lr: float,
         first: int,
         end: int,
         folder: Path | None,
@@ -218,6 +217,7 @@ class _Run:
     ) -> None:
         """Train from step `first` (or the checkpoint in `folder`) to step `end`."""
         recipe, accelerator = self.recipe, self.accelerator
+        full_lrs = [group["lr"] for group in optimizer.param_groups]
         model, prepared = accelerator.prepare(self.model, optimizer)
         if folder is not None:
             output.load_state(accelerator, folder)
@@ -229,8 +229,9 @@ class _Run:
                 began = time.perf_counter()
                 step = self.progress.step
                 share = (step - first) / (end - first)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * anneal.lr_factor(share, recipe.lr_hold)
+                factor = anneal.lr_factor(share, recipe.lr_hold)
+                for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
+                    group["lr"] = full_lr * factor
                 # The interval at the end of this step, so that the last step closes everything.
                 shown = before_step((step + 1 - first) / (end - first))
                 micro = [next(batches) for _ in range(recipe.grad_accumulation)]
@@ -241,7 +242,7 @@ class _Run:
                 elapsed = time.perf_counter() - began
                 self.progress.seconds += elapsed
                 self.step_seconds.append(elapsed)
-                shown = {"loss": loss, "lr": optimizer.param_groups[0]["lr"], **shown}
+                shown = {"loss": loss, "lr": optimizer.param_groups[-1]["lr"], **shown}
                 report.advance(bar, shown)
                 if recipe.report_to != "none":
                     accelerator.log(shown, step=self.progress.step)

@@ -5,11 +5,10 @@ from typing import Literal
 Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 GridKind = Literal["integer", "half-integer"]
 GroupSize = int | Literal["channel", "tensor"]
-Closing = Literal["staggered", "single"]
+Closing = Literal["lazy", "staggered", "single"]
 Method = Literal[
     "askewsgd",
     "askewsgd-paper",
-    "askewsgd-lazy",
     "binaryconnect",
     "lsq",
     "proxquant",

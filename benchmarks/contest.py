@@ -1,11 +1,11 @@
 """The contest: every method with the same start, layers, grid, data order, budget and tuning.
 
-For each task, width and budget every method gets the same learning rates to try, with seed 0 on
-nine tenths of the training set, judged on the last tenth; the best one is then run with every seed
-on the whole training set, judged on the test split. Each run is a folder of its own under --output,
-and one that is finished is not run again: stop and start this command as you like.
+For each task, width and budget every method gets the same number of learning rates to try, with
+seed 0 on nine tenths of the training set, judged on the last tenth; the best one is then run with
+every seed on the whole training set, judged on the test split. A finished run is a line of
+--results and is not made again: stop and start this command as you like.
 
-    python benchmarks/contest.py --data ../shared/data --output out/contest          # everything
+    python benchmarks/contest.py --data ../shared/data                # everything that is missing
     python benchmarks/contest.py --tasks resnet20 --bits 1 --methods askewsgd binaryconnect
     python benchmarks/contest.py --table-only
 
@@ -14,14 +14,15 @@ With --distill, a full-precision network trained for the budget's steps teaches 
 
 import argparse
 import json
-import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from run_recipe import RESNET20, minilm_folder
@@ -29,16 +30,30 @@ from run_recipe import RESNET20, minilm_folder
 from askewq.methods import RIVALS
 
 FULL = "full precision"
+START = "start"  # the network, new to its task, from which all methods start
 PARQ = "parq"  # torchao's, through its own package: pip install torchao
-METHODS = [FULL, "askewsgd", "askewsgd-paper", *RIVALS, PARQ]
-
+# Forms of AskewSGD beside its default: the flags that make them.
+FORMS = {
+    "askewsgd": ("--method", "askewsgd"),
+    "askewsgd, staggered": ("--method", "askewsgd", "--closing", "staggered"),
+    "askewsgd-paper": ("--method", "askewsgd-paper"),
+    # Intervals that close with the first step: straight-through, with the steps of askewsgd.
+    "askewsgd, closed at once": ("--method", "askewsgd", "--close-end", "0.001"),
+}
+METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
+LEVEL_LRS = (0.01, 0.015, 0.02)
+MEASURED = ("accuracy", "relaxed", "step_seconds", "peak_memory_bytes")
+WEIGHTS = "checkpoints/teacher.safetensors"  # what a run in full precision leaves
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all runs of a task share; `lrs` are the trials of the methods and of full precision."""
+    """What all runs of a task share; `lrs` are the trials of the methods and of full precision.
+
+    At `level_bits` the trials of AskewSGD's lazy form are `LEVEL_LRS`, its default there.
+    """
 
     folder: str
     test: str
@@ -46,24 +61,27 @@ class Task:
     lrs: tuple[float, ...]
     full_lrs: tuple[float, ...]
     start_steps: int
+    level_bits: tuple[str, ...]
 
 
 TASKS = {
     "resnet20": Task(
         "cifar10",
         "test",
-        ("--augment", "crop-flip", "--batch-size", "128", "--optimizer", "sgd"),
+        ("--augment", "crop-flip", "--batch-size", "128"),
         (0.01, 0.02, 0.05),
         (0.005, 0.01, 0.02),
         0,
+        ("1", "ternary"),
     ),
     "minilm": Task(
         "sst2",
         "validation",
-        ("--batch-size", "32", "--max-length", "64", "--optimizer", "adamw"),
+        ("--batch-size", "16", "--max-length", "64", "--max-eval-samples", "2000"),
         (5e-5, 1e-4, 3e-4),
-        (5e-5, 1e-4, 3e-4),
+        (3e-5, 5e-5, 1e-4),
         300,
+        (),
     ),
 }
 
@@ -81,138 +99,204 @@ class Run:
     trial: bool
     distill: float
 
+    @property
+    def full(self) -> bool:
+        """Whether the run is one in full precision, which leaves its weights."""
+        return self.method in (FULL, START)
+
+    @property
+    def in_levels(self) -> bool:
+        """Whether `lr` is that of the quantized weights in level spacings."""
+        lazy = self.method in ("askewsgd", "askewsgd, closed at once")
+        return lazy and self.bits in TASKS[self.task].level_bits
+
     def folder(self, output: Path) -> Path:
         """Return the folder of the run."""
         kind = "trial" if self.trial else f"seed-{self.seed}"
-        width = "any" if self.method == FULL else f"{self.bits}-bit"
-        taught = f"-distill-{self.distill:g}" if self.distill and self.method != FULL else ""
-        place = output / self.task / f"{width}-{self.steps}{taught}" / self.method.replace(" ", "-")
+        width = "any" if self.full else f"{self.bits}-bit"
+        taught = f"-distill-{self.distill:g}" if self.distill else ""
+        place = (
+            output
+            / self.task
+            / f"{width}-{self.steps}{taught}"
+            / self.method.replace(", ", "-").replace(" ", "-")
+        )
         return place / f"{kind}-lr-{self.lr:g}"
 
-    def command(self, data: Path, output: Path) -> list[str]:
-        """Return the command of the run."""
+    def start(self) -> "Run | None":
+        """Return the run whose network this one starts from, where the task needs one."""
         task = TASKS[self.task]
+        if not task.start_steps or self.method == START:
+            return None
+        return Run(self.task, "", task.start_steps, START, 1e-4, 0, self.trial, 0.0)
+
+    def command(self, data: Path, output: Path, teacher: Path | None) -> list[str]:
+        """Return the command of the run."""
+        task, start = TASKS[self.task], self.start()
         flags = ["--dataset", str(data / task.folder), *task.flags, "--seed", str(self.seed)]
         if self.task == "resnet20":
             weights = data / "resnet20-cifar10" / "model.safetensors"
             flags += ["--model", RESNET20, "--weights", str(weights)]
         else:
-            flags += ["--model", minilm_folder(), "--task", "text-classification"]
+            model = minilm_folder() if start is None else str(assembled(start.folder(output)))
+            flags += ["--model", model, "--task", "text-classification"]
         splits = ("train[:90%]", "train[90%:]") if self.trial else ("train", task.test)
         flags += ["--train-split", splits[0], "--eval-split", splits[1]]
         flags += ["--mixed-precision", "bf16", "--output", str(self.folder(output))]
         flags += ["--save-every", "1000000"]
-        if (
-            self.method == FULL
-        ):  # its figure, and the teacher that it leaves, are of the first phase
-            flags += ["--full-precision-steps", str(self.steps + task.start_steps)]
-            flags += ["--full-precision-lr", str(self.lr), "--max-steps", "1", "--distill", "0.5"]
+        if self.full:  # its figure, and the weights that it leaves, are of the first phase
+            flags += ["--full-precision-steps", str(self.steps), "--full-precision-lr"]
+            flags += [str(self.lr), "--max-steps", "1", "--distill", "0.5"]
         else:
-            flags += ["--lr", str(self.lr), "--bits", self.bits, "--max-steps", str(self.steps)]
-            flags += [] if self.method == PARQ else ["--method", self.method]
+            flags += ["--level-lr" if self.in_levels else "--lr", str(self.lr)]
+            flags += ["--bits", self.bits, "--max-steps", str(self.steps)]
+            flags += FORMS.get(
+                self.method, () if self.method == PARQ else ("--method", self.method)
+            )
             flags += ["--grid", "half-integer"] if self.bits in ("2", "4") else []
-            if task.start_steps:
-                flags += ["--full-precision-steps", str(task.start_steps)]
-                flags += ["--full-precision-lr", "1e-4"]
-        if self.distill and self.method != FULL:
-            teacher = self.teacher(output)
+        if teacher is not None:
             flags += ["--distill", str(self.distill), "--teacher-weights", str(teacher)]
         askewq = [PARQ_SCRIPT] if self.method == PARQ else ["-m", "askewq"]
         return [sys.executable, *askewq, "finetune", *flags]
 
-    def teacher(self, output: Path) -> Path:
-        """Return the weights of the best full-precision network for this budget, trained alike."""
-        full = [Run(self.task, "", self.steps, FULL, lr, 0, True, 0.0) for lr in
-                TASKS[self.task].full_lrs]  # fmt: skip
-        best = max(full, key=lambda run: run.result(output)["accuracy"])
-        if not self.trial:
-            best = Run(self.task, "", self.steps, FULL, best.lr, 0, False, 0.0)
-        return best.folder(output) / "checkpoints" / "teacher.safetensors"
-
-    def result(self, output: Path) -> dict[str, float]:
-        """Return accuracy, relaxed accuracy and cost of a run; a failed one is the worst."""
-        if not self.finished(output):
-            return {"accuracy": -math.inf}
+    def measured(self, output: Path) -> dict[str, float]:
+        """Return accuracy, relaxed accuracy and cost of the finished run."""
         metrics = json.loads((self.folder(output) / "metrics.json").read_text())
-        own = {FULL: "full_precision", PARQ: "relaxed"}.get(self.method)
-        return {
-            "accuracy": metrics[own or "snapped"],
-            "relaxed": metrics[own or "relaxed"],
-            "step_seconds": metrics["step_seconds"],
-            "peak_memory_bytes": metrics["peak_memory_bytes"],
-        }
-
-    def finished(self, output: Path) -> bool:
-        """Tell whether the run was made already."""
-        return (self.folder(output) / "metrics.json").is_file()
+        own = "full_precision" if self.full else "relaxed" if self.method == PARQ else None
+        metrics["accuracy"] = metrics[own or "snapped"]
+        metrics["relaxed"] = metrics[own or "relaxed"]
+        return {key: metrics[key] for key in MEASURED}
 
 
-def entries(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, str]]:
-    """Yield (task, bits, steps, method) for everything that competes."""
+def assembled(folder: Path) -> Path:
+    """Return the start of a text task as a Hugging Face folder, made of a finished run."""
+    place = folder / "huggingface"
+    if not place.is_dir():
+        partial = folder / "partial"
+        shutil.copytree(minilm_folder(), partial, dirs_exist_ok=True)
+        config = json.loads((partial / "config.json").read_text())
+        config |= {"architectures": ["BertForSequenceClassification"]}
+        config |= {"id2label": {"0": "negative", "1": "positive"}}
+        config |= {"label2id": {"negative": 0, "positive": 1}}
+        (partial / "config.json").write_text(json.dumps(config))
+        shutil.copy(folder / WEIGHTS, partial / "model.safetensors")
+        partial.replace(place)
+    return place
+
+
+class Results:
+    """The finished runs with what they measured, one JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        lines = path.read_text().splitlines() if path.is_file() else []
+        entries = [json.loads(line) for line in lines]
+        self._of = {Run(**entry["run"]): entry["measured"] for entry in entries}
+
+    def add(self, run: Run, measured: dict[str, float]) -> None:
+        """Keep what a run measured."""
+        with self._lock:
+            self._of[run] = measured
+            line = json.dumps({"run": asdict(run), "measured": measured})
+            with self._path.open("a") as file:
+                file.write(line + "\n")
+
+    def of(self, run: Run) -> dict[str, float] | None:
+        """Return what a run measured; None: it is not finished."""
+        return self._of.get(run)
+
+    def best(self, runs: list[Run]) -> Run | None:
+        """Return the most accurate of some runs, once all of them are finished."""
+        accuracy = {run: result["accuracy"] for run in runs if (result := self.of(run))}
+        return max(runs, key=accuracy.__getitem__) if len(accuracy) == len(runs) else None
+
+
+def entries(arguments: argparse.Namespace) -> Iterator[Run]:
+    """Yield everything that competes, as a trial without a learning rate."""
     for task in arguments.tasks:
         for steps in arguments.steps:
             if FULL in arguments.methods or arguments.distill:
-                yield task, "", steps, FULL
+                yield Run(task, "", steps, FULL, 0.0, 0, True, 0.0)
             for bits in arguments.bits:
                 for method in (m for m in arguments.methods if m != FULL):
                     allowed = RIVALS[method].bits if method in RIVALS else None
                     if allowed is None or (bits if bits == "ternary" else int(bits)) in allowed:
-                        yield task, bits, steps, method
+                        yield Run(task, bits, steps, method, 0.0, 0, True, arguments.distill)
 
 
-def trials(entry: tuple[str, str, int, str], distill: float) -> list[Run]:
+def trials(entry: Run) -> list[Run]:
     """Return the runs among which an entry's learning rate is chosen."""
-    task, _, _, method = entry
-    lrs = TASKS[task].full_lrs if method == FULL else TASKS[task].lrs
-    return [Run(*entry, lr, 0, True, distill) for lr in lrs]
+    task = TASKS[entry.task]
+    lrs = task.full_lrs if entry.full else LEVEL_LRS if entry.in_levels else task.lrs
+    return [replace(entry, lr=lr) for lr in lrs]
 
 
-def judged(entry: tuple[str, str, int, str], output: Path, seeds: int, distill: float) -> list[Run]:
-    """Return the runs that count, with the best learning rate of the trials."""
-    best = max(trials(entry, distill), key=lambda run: run.result(output)["accuracy"])
-    if not best.finished(output):
-        return []
-    return [Run(*entry, best.lr, seed, False, distill) for seed in range(seeds)]
+def judged(entry: Run, results: Results, seeds: int) -> list[Run]:
+    """Return the runs that count, with the best learning rate of the trials; none before those."""
+    best = results.best(trials(entry))
+    return [replace(best, seed=seed, trial=False) for seed in range(seeds)] if best else []
 
 
-def make(runs: list[Run], arguments: argparse.Namespace) -> None:
-    """Make the runs that are not finished, several at a time."""
-
-    def one(run: Run) -> None:
-        folder = run.folder(arguments.output)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        command = run.command(arguments.data, arguments.output)
-        command += ["--overwrite"] if (folder / "recipe.yaml").is_file() else []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-        with folder.with_name(f"{folder.name}.log").open("w") as log:
-            done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
-        state = "failed, see its log" if done.returncode else f"{run.result(arguments.output)}"
-        print(f"{folder}: {state}", flush=True)
-
-    missing = [run for run in runs if not run.finished(arguments.output)]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(one, missing))
+def teacher_of(run: Run, results: Results) -> Run | None:
+    """Return the best run in full precision with this run's budget and data; it teaches."""
+    if not run.distill:
+        return None
+    full = Run(run.task, "", run.steps, FULL, 0.0, 0, True, 0.0)
+    best = results.best(trials(full))
+    if best is None:
+        sys.exit(f"no teacher for {run}: the runs in full precision are not finished")
+    return replace(best, trial=run.trial)
 
 
-def table(arguments: argparse.Namespace) -> None:
+def make(run: Run, results: Results, arguments: argparse.Namespace) -> None:
+    """Make a run, unless it is finished."""
+    output: Path = arguments.output
+    folder, teacher = run.folder(output), teacher_of(run, results)
+    needed = run.method == START or (run.method == FULL and arguments.distill)
+    if results.of(run) and ((folder / WEIGHTS).is_file() or not needed):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    weights = teacher.folder(output) / WEIGHTS if teacher else None
+    command = [*run.command(arguments.data, output, weights), "--overwrite"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+    log = folder.with_name(f"{folder.name}.log")
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
+    if done.returncode == 0:
+        results.add(run, run.measured(output))
+    elif "the loss is" in log.read_text():  # it diverged: a result, the worst one
+        results.add(run, dict.fromkeys(MEASURED, 0.0))
+    else:
+        print(f"{folder}: failed, see its log", flush=True)
+    print(f"{folder}: {results.of(run)}", flush=True)
+
+
+def compete(entry: Run, results: Results, arguments: argparse.Namespace) -> None:
+    """Make the trials of an entry, then the runs that count."""
+    for run in trials(entry):
+        make(run, results, arguments)
+    for run in judged(entry, results, arguments.seeds):
+        make(run, results, arguments)
+
+
+def table(results: Results, arguments: argparse.Namespace) -> None:
     """Print mean and spread over the seeds of every entry that is finished."""
     print(
         "| task | bits | steps | method | lr | accuracy | snapped - relaxed | s a step | peak GB |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for entry in entries(arguments):
-        runs = judged(entry, arguments.output, arguments.seeds, arguments.distill)
-        results = [r.result(arguments.output) for r in runs if r.finished(arguments.output)]
-        if not results:
+        runs = judged(entry, results, arguments.seeds)
+        finished = [result for run in runs if (result := results.of(run))]
+        if not finished:
             continue
-        values = [result["accuracy"] for result in results]
-        gap = statistics.mean(r["accuracy"] - r["relaxed"] for r in results)
+        values = [result["accuracy"] for result in finished]
+        gap = statistics.mean(result["accuracy"] - result["relaxed"] for result in finished)
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        step = statistics.median(result["step_seconds"] for result in results)
-        memory = max(result["peak_memory_bytes"] for result in results) / 1e9
-        task, bits, steps, method = entry
+        step = statistics.median(result["step_seconds"] for result in finished)
+        memory = max(result["peak_memory_bytes"] for result in finished) / 1e9
         print(
-            f"| {task} | {bits} | {steps} | {method} | {runs[0].lr:g} | "
+            f"| {entry.task} | {entry.bits} | {entry.steps} | {entry.method} | {runs[0].lr:g} | "
             f"{statistics.mean(values):.2f}{spread} ({len(values)}) | {gap:+.2f} | {step:.3f} | "
             f"{memory:.2f} |"
         )
@@ -220,9 +304,11 @@ def table(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run what is missing and print the table."""
+    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--output", type=Path, default=Path("out/contest"))
+    parser.add_argument("--results", type=Path, default=here / "contest.jsonl")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--bits", nargs="+", default=["1", "ternary", "2", "4"])
     parser.add_argument("--steps", nargs="+", type=int, default=[600])
@@ -233,20 +319,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
+    results = Results(arguments.results)
     if not arguments.table_only:
         listed = list(entries(arguments))
-        full = [entry for entry in listed if entry[3] == FULL]
-        for some in (full, [entry for entry in listed if entry[3] != FULL]):  # teachers first
-            make([run for entry in some for run in trials(entry, arguments.distill)], arguments)
-            make(
-                [
-                    run
-                    for entry in some
-                    for run in judged(entry, arguments.output, arguments.seeds, arguments.distill)
-                ],
-                arguments,
-            )
-    table(arguments)
+        starts = {replace(e, trial=trial).start() for e in listed for trial in (True, False)}
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(lambda run: make(run, results, arguments), starts - {None}))
+        for full in (True, False):  # the teachers first
+            some = [entry for entry in listed if entry.full == full]
+            with ThreadPoolExecutor(arguments.jobs) as pool:
+                list(pool.map(lambda entry: compete(entry, results, arguments), some))
+    table(results, arguments)
 
 
 if __name__ == "__main__":

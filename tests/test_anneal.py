@@ -54,14 +54,16 @@ def test_lr_never_rises(a, b, hold):
     assert 1 >= early >= late >= 0
 
 
-@given(closing=closings("staggered") | closings("single"), a=progresses, b=progresses)
+@given(
+    closing=st.one_of(map(closings, ("lazy", "staggered", "single"))), a=progresses, b=progresses
+)
 def test_closing_never_opens_again(closing, a, b):
     """Later in training the closed share is never smaller and the interval never wider."""
     early, late = min(a, b), max(a, b)
     assert 0 <= closing.closure(early) <= closing.closure(late) <= 1
     assert closing.closed_share(early) <= closing.closed_share(late)
-    assert 1 >= closing.eps(early) >= closing.eps(late) > 0
-    assert 0.5 >= closing.radius(early) >= closing.radius(late) > 0
+    assert 1 >= closing.eps(early) >= closing.eps(late) >= 0
+    assert 0.5 >= closing.radius(early) >= closing.radius(late) >= 0
 
 
 @given(closing=closings("staggered"))
@@ -70,6 +72,17 @@ def test_staggered_closes_between_its_ends(closing):
     assert closing.closed_share(0.0) == closing.closed_share(closing.start) == 0
     assert closing.closed_share(closing.end) == closing.closed_share(1.0) == 1
     assert closing.eps(0.0) == closing.eps(1.0) == 1
+
+
+@given(closing=closings("lazy"), progress=progresses)
+def test_lazy_closes_one_interval_wholly(closing, progress):
+    """The radius falls from a half to nothing as ((1 - t)^power) / 2, and eps is its eps."""
+    assert closing.radius(0.0) == closing.radius(closing.start) == 0.5
+    assert closing.radius(closing.end) == closing.radius(1.0) == closing.eps(1.0) == 0
+    t = min(max((progress - closing.start) / (closing.end - closing.start), 0), 1)
+    assert closing.radius(progress) == pytest.approx((1 - t) ** closing.power / 2, abs=1e-12)
+    assert closing.eps(progress) == eps_of(closing.radius(progress))
+    assert closing.closed_share(progress) == 0
 
 
 @given(closing=closings("single"))
@@ -94,11 +107,11 @@ def test_single_with_power_one_is_the_papers_geometric_annealing():
 )
 def test_staggered_follows_its_power(power, progress, share):
     """The closed share is 1 - (1 - t)^power."""
-    closing = Closing(start=0.0, end=1.0, power=power)
+    closing = Closing("staggered", start=0.0, end=1.0, power=power)
     assert closing.closed_share(progress) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("kind", ["staggered", "single"])
+@pytest.mark.parametrize("kind", ["lazy", "staggered", "single"])
 def test_progress_beyond_the_training_is_its_end(kind):
     """Rounding progress a little beyond 0 or 1 changes nothing."""
     closing = Closing(kind, start=0.0, end=1.0)
@@ -109,7 +122,7 @@ def test_progress_beyond_the_training_is_its_end(kind):
 @pytest.mark.parametrize(
     ("settings", "fragment"),
     [
-        ({"kind": "double"}, "closing = 'double' is unknown; use 'staggered' or 'single'"),
+        ({"kind": "double"}, "closing = 'double' is unknown; use one of lazy, staggered, single"),
         ({"start": -0.1}, "the closing runs from -0.1 to 0.9 of the training steps"),
         ({"end": 1.1}, "from 0.0 to 1.1 of the training steps; it must start at 0 or later, end"),
         ({"start": 0.5, "end": 0.5}, "and start before it ends"),

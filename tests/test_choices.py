@@ -41,9 +41,15 @@ def test_resolve_chooses_by_the_model():
 @pytest.mark.parametrize(
     ("given", "closing", "times", "pull"),
     [
-        ({}, "staggered", (0.0, 0.9, 3.0), ("decoupled", 0.5, 0.1)),
+        ({}, "lazy", (0.0, 0.9, 3.0), (None, None, None)),
+        ({"closing": "staggered"}, "staggered", (0.0, 0.9, 3.0), ("decoupled", 0.5, 0.1)),
         ({"closing": "single"}, "single", (0.0, 0.9, 1.0), ("decoupled", 0.5, 0.1)),
-        ({"pull": "coupled"}, "staggered", (0.0, 0.9, 3.0), ("coupled", 5.0, 5.0)),
+        (
+            {"closing": "staggered", "pull": "coupled"},
+            "staggered",
+            (0.0, 0.9, 3.0),
+            ("coupled", 5.0, 5.0),
+        ),
         ({"method": "askewsgd-paper"}, "single", (0.5, 1.0, 1.0), ("coupled", 5.0, 5.0)),
         (
             {"method": "askewsgd-paper", "pull": "decoupled", "close_end": 0.8, "clip": 0.2},
@@ -52,7 +58,7 @@ def test_resolve_chooses_by_the_model():
             ("decoupled", 0.5, 0.2),
         ),
     ],
-    ids=["default", "single", "coupled", "paper", "paper, changed"],
+    ids=["default", "staggered", "single", "coupled", "paper", "paper, changed"],
 )
 def test_the_constraint_is_chosen_by_method_closing_and_pull(given, closing, times, pull):
     """Each form of AskewSGD has its own schedule; what is given is not changed."""
@@ -69,6 +75,38 @@ def test_other_methods_leave_the_constraint_open():
         assert (recipe.closing, recipe.pull, recipe.alpha) == (None, None, None)
     with pytest.raises(RecipeError, match="alpha goes with method = askewsgd"):
         resolve(method="lsq", alpha=0.2)
+
+
+@pytest.mark.parametrize("bits", [1, "ternary", 2])
+def test_few_levels_and_batch_norm_ask_for_steps_in_levels(bits):
+    """At 1 bit and ternary the quantized weights of a normalised network get their own lr."""
+    recipe = config.build({**ESSENTIALS, "bits": bits})
+    chosen = choices.resolve(recipe, "image-classification", CONV)
+    coarse = bits != 2
+    assert (chosen.optimizer, chosen.level_lr) == (("adamw", 0.015) if coarse else ("sgd", None))
+    assert chosen.lr == (3e-3 if coarse else 0.02)
+    for given in ({"optimizer": "sgd"}, {"lr": 0.1}, {"optimizer": "adamw"}, {"method": "lsq"}):
+        other = config.build({**ESSENTIALS, "bits": bits, **given})
+        assert choices.resolve(other, "image-classification", CONV).level_lr is None
+    own = config.build({**ESSENTIALS, "bits": bits, "level_lr": 0.01})
+    own = choices.resolve(own, "image-classification", CONV)
+    assert (own.optimizer, own.lr, own.level_lr) == ("adamw", 3e-3, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"level_lr": 0.01, "optimizer": "sgd"}, "level_lr goes with optimizer = adamw"),
+        ({"level_lr": 0.01, "method": "lsq"}, "level_lr goes with method = askewsgd"),
+        ({"alpha": 0.2}, "alpha goes with closing = staggered or single, and closing is lazy"),
+        ({"pull": "coupled"}, "pull goes with closing = staggered or single"),
+        ({"close_every": 2}, "close_every goes with closing = staggered"),
+    ],
+)
+def test_settings_that_would_decide_nothing_are_refused(given, message):
+    """A setting of another closing or optimizer is named once the choices are made."""
+    with pytest.raises(RecipeError, match=message):
+        resolve(**given)
 
 
 def test_a_schedule_that_closes_before_it_opens_is_refused():

@@ -138,12 +138,8 @@ def test_the_lazy_form_sees_the_projection_on_the_intervals(seed, grid, radius):
         assert abs(x - w) <= (feasible - w).abs().min().item() + 1e-3
 
 
-def test_the_lazy_forms_intervals_close():
-    """The radius falls from a half to nothing, after which only levels are seen."""
-    course = [RIVALS["askewsgd-lazy"].course(0.0, i / 20) for i in range(21)]
-    assert course[0] == 0.5
-    assert course == sorted(course, reverse=True)
-    assert course[18:] == [0.0, 0.0, 0.0]
+def test_a_lazy_interval_of_no_width_is_its_level():
+    """With radius 0 the forward pass sees the levels, to the bit."""
     weight, scale = rows(1)
     grid = make_grid(2)
     seen = methods.lazy_projection(weight, scale, grid, 0.0)

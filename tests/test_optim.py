@@ -194,8 +194,14 @@ def interval(grid, *, eps: float, pull: float, clip: float, within: float = -1.0
     return Interval(*(torch.tensor(number, dtype=torch.float64) for number in numbers))
 
 
-@given(grid=grids, seed=seeds, eps=st.floats(0, 1), pull=pulls, staggered=st.booleans())
-def test_feasible_weights_land_on_the_plain_update(grid, seed, eps, pull, staggered):
+@given(
+    grid=grids,
+    seed=seeds,
+    eps=st.floats(0, 1),
+    pull=pulls,
+    closing=st.sampled_from(["staggered", "single"]),
+)
+def test_feasible_weights_land_on_the_plain_update(grid, seed, eps, pull, closing):
     """Weights with slack follow the base update bit for bit, and so do those that gain slack."""
     generator = torch.Generator().manual_seed(seed)
     scale = 0.5 + torch.rand(3, 1, generator=generator, dtype=torch.float64)
@@ -203,7 +209,11 @@ def test_feasible_weights_land_on_the_plain_update(grid, seed, eps, pull, stagge
     weight = (grid.first + grid.step * x) * scale
     plain = weight + 0.1 * torch.randn(3, 40, generator=generator, dtype=torch.float64)
     landed = constrain(
-        weight, plain, scale, interval(grid, eps=eps, pull=pull, clip=0.1), staggered=staggered
+        weight,
+        plain,
+        scale,
+        interval(grid, eps=eps, pull=pull, clip=0.1),
+        closing,
     )
     x = grid.coordinate(weight, scale)
     psi, slope = slack(x, grid.last, eps)
@@ -224,7 +234,7 @@ def test_the_drift_is_clipped_in_level_spacings(grid, seed, pull, clip):
     x = torch.rand(4, 30, generator=generator, dtype=torch.float64) * (grid.last + 6) - 3
     weight = (grid.first + grid.step * x) * scale
     bounds = interval(grid, eps=1e-3, pull=pull, clip=clip)
-    landed = constrain(weight, weight.clone(), scale, bounds, staggered=False)
+    landed = constrain(weight, weight.clone(), scale, bounds, closing="single")
     moved = ((landed - weight) / (scale * grid.step)).abs()
     assert moved.max() <= clip * (1 + 1e-9)
     assert (moved > 0).any()
@@ -239,7 +249,7 @@ def test_closed_weights_land_on_their_level(grid, seed, within):
     weight = (grid.first + grid.step * x) * scale
     weight[0, :5] = grid.snap(weight[0, :5].reshape(1, -1), scale[:1])
     bounds = interval(grid, eps=1.0, pull=0.5, clip=0.1, within=within)
-    landed = constrain(weight, weight + 0.01, scale, bounds, staggered=True)
+    landed = constrain(weight, weight + 0.01, scale, bounds, closing="staggered")
     snapped = grid.snap(weight, scale)
     distance = ((weight - snapped) / (scale * grid.step)).abs()
     closed = distance < within - 1e-9
@@ -253,7 +263,9 @@ def test_closed_weights_land_on_their_level(grid, seed, within):
 
 
 @every_optimizer
-@pytest.mark.parametrize("closing", [FREE, Closing(start=0.5)], ids=["eps 1", "not yet closing"])
+@pytest.mark.parametrize(
+    "closing", [FREE, Closing("staggered", start=0.5)], ids=["eps 1", "not yet closing"]
+)
 def test_without_a_constraint_it_is_torchs_optimizer_in_float64(base, closing):
     """With eps = 1 inside the grid 20 steps agree with torch's to 1e-12."""
     plain, twin = wide()
@@ -440,9 +452,10 @@ def test_only_the_given_parameters_are_trained():
     """Parameters that are not in `params`, or that need no gradient, stay as they are."""
     _, twin = network()
     twin[0].weight.requires_grad_(False)
-    assert all(p is not twin[0].weight for p in AskewSGD(twin, lr=0.1).param_groups[0]["params"])
+    frozen, params = twin[0].weight, [twin[2].weight, twin[4].bias]
+    assert all(p is not frozen for p in AskewSGD(twin, lr=0.1).param_groups[0]["params"])
     before = [p.detach().clone() for p in twin.parameters()]
-    optimizer = AskewSGD(twin, lr=0.1, params=[twin[2].weight, twin[4].bias])
+    optimizer = AskewSGD(twin, lr=0.1, params=params)
     give_gradients([twin], 0)
     optimizer.step()
     changed = [not torch.equal(p, b) for p, b in zip(twin.parameters(), before, strict=True)]
@@ -606,7 +619,7 @@ def distances(layer: nn.Module) -> torch.Tensor:
 def test_the_nearest_weights_are_closed_and_stay(grid, group_size, base):
     """The target share closes, the nearest first, at most a bin more; closed weights never move."""
     layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), grid, group_size)
-    closing = Closing(start=0.1, end=0.9, power=2.0, every=2)
+    closing = Closing("staggered", start=0.1, end=0.9, power=2.0, every=2)
     optimizer = OPTIMIZERS[base](layer, closing=closing)
     count = layer.weight.numel()
     held = torch.zeros(25, 40, dtype=torch.bool)
@@ -640,7 +653,7 @@ def test_the_nearest_weights_are_closed_and_stay(grid, group_size, base):
 def test_everything_is_closed_at_the_end(grid, base):
     """At share 1 every weight is exactly on a level, however far away, and whatever the turn."""
     layer = spread(nn.Linear(30, 5), grid, margin=3.0)
-    optimizer = OPTIMIZERS[base](layer, closing=Closing(end=0.9, every=3))
+    optimizer = OPTIMIZERS[base](layer, closing=Closing("staggered", end=0.9, every=3))
     for t, progress in enumerate((0.0, 0.9, 1.0)):  # the second step is not a turn to close
         layer.weight.grad = random_tensor(t, 5, 30, dtype=torch.float32)
         expected = grid.snap(layer.weight.detach(), layer.weight_scale)
@@ -656,7 +669,7 @@ def test_weights_far_outside_the_grid_are_closed_in_their_turn(outside):
     with torch.no_grad():
         beyond = 1 + outside + 0.1 * torch.rand(4, 40, dtype=torch.float64)
         layer.weight[:, 10:] = layer.weight_scale * beyond
-    optimizer = AskewSGD(layer, lr=0.0, closing=Closing(start=0.0, end=1.0, power=1.0))
+    optimizer = AskewSGD(layer, lr=0.0, closing=Closing("staggered", start=0.0, end=1.0, power=1.0))
     layer.weight.grad = torch.zeros_like(layer.weight)
     optimizer.anneal(0.6)
     optimizer.step()
@@ -673,7 +686,7 @@ def test_layers_are_closed_separately():
         layer = model[1]
         snapped = layer.grid.snap(layer.weight, layer.weight_scale)
         layer.weight.copy_(snapped + 0.01 * (layer.weight - snapped))
-    optimizer = AskewSGD(model, lr=0.0, closing=Closing(start=0.0, end=1.0, power=1.0))
+    optimizer = AskewSGD(model, lr=0.0, closing=Closing("staggered", start=0.0, end=1.0, power=1.0))
     give_gradients([model], 0)
     optimizer.anneal(0.5)
     optimizer.step()
@@ -868,3 +881,97 @@ def test_small_models_are_not_compiled(monkeypatch):
     optimizer.anneal(0.5)
     optimizer.step()
     assert sum(layer.weight.numel() for layer in model) < optim.COMPILE_FROM
+
+
+# --- lazy closing ------------------------------------------------------------------------------
+
+LAZY = Closing("lazy", start=0.0, end=0.9, power=3.0)
+BASES = {
+    "sgd": (AskewSGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "adamw": (AskewAdamW, torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_lazy_step_is_torchs_within_the_range_of_the_grid(base):
+    """Weights move as torch moves them, whatever the radius, and stop at the outermost levels."""
+    make, plain, settings = BASES[base]
+    grid = make_grid(2)
+    layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), grid)
+    optimizer = make(layer, closing=LAZY, **settings)
+    scale = layer.weight_scale
+    low, high = grid.first * scale, (grid.first + grid.last * grid.step) * scale
+    twin = nn.Parameter(layer.latent.detach().clone())
+    assert bool(((twin >= low) & (twin <= high)).all()), "the start is within the range, too"
+    other = plain([twin], **settings)
+    for t in range(12):
+        layer.latent.grad = random_tensor(t, 25, 40)
+        twin.grad = layer.latent.grad.clone()
+        optimizer.anneal(t / 12)
+        optimizer.step()
+        other.step()
+        with torch.no_grad():
+            twin.copy_(twin.clamp(low, high))
+        torch.testing.assert_close(layer.latent.detach(), twin.detach())
+    assert bool((twin == low).any())
+    assert bool((twin == high).any())
+
+
+def test_the_forward_pass_of_a_lazy_layer_sees_its_intervals():
+    """What is seen lies in the constraint set of this progress, and on the levels after the end."""
+    layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), make_grid(2))
+    optimizer = AskewSGD(layer, lr=0.1, closing=LAZY)
+    latent = layer.latent.detach().clone()
+    assert torch.equal(layer.weight, latent), "a radius of a half leaves weights in range free"
+    assert optimizer.feasible_share() < 1
+    for progress in (0.1, 0.4, 0.8):
+        optimizer.anneal(progress)
+        x = layer.grid.coordinate(layer.weight.detach(), layer.weight_scale)
+        away = (x - x.round()).abs().max().item()
+        assert away == pytest.approx(LAZY.radius(progress), rel=1e-6)
+    optimizer.anneal(0.9)
+    assert torch.equal(layer.weight, layer.grid.snap(latent, layer.weight_scale))
+    assert torch.equal(layer.latent, latent)
+    assert optimizer.feasible_share() == 1
+    layer(torch.ones(1, 40, dtype=torch.float64)).sum().backward()
+    assert torch.equal(layer.latent.grad, torch.ones_like(latent)), "straight through"
+
+
+def test_building_an_optimizer_decides_how_the_weights_are_seen():
+    """A later optimizer with another closing takes the lazy view off again."""
+    layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), make_grid(2))
+    AskewSGD(layer, lr=0.1, closing=LAZY).anneal(1.0)
+    assert not torch.equal(layer.weight, layer.latent)
+    AskewSGD(layer, lr=0.1, closing=STAGGERED)
+    assert layer.weight is layer.latent
+
+
+@pytest.mark.parametrize("grid", [make_grid(1), make_grid("ternary"), make_grid(2)])
+def test_level_lr_is_adamw_on_the_weights_in_level_spacings(grid):
+    """With level_lr the weights over their spacing move as torch's AdamW moves them."""
+    layer = spread(nn.Linear(40, 25, bias=True, dtype=torch.float64), grid, "channel")
+    common = {"betas": (0.9, 0.99), "eps": 1e-30, "weight_decay": 0.1}
+    optimizer = AskewAdamW(layer, lr=0.5, level_lr=0.01, closing=LAZY, **common)
+    unit = layer.weight_scale * grid.step
+    twin = nn.Parameter((layer.latent / unit).detach().clone())
+    bias = nn.Parameter(layer.bias.detach().clone())
+    groups = [{"params": [twin], "lr": 0.01}, {"params": [bias], "lr": 0.5}]
+    other = torch.optim.AdamW(groups, **common)
+    low, high = grid.first / grid.step, grid.first / grid.step + grid.last
+    for t in range(12):
+        layer.latent.grad, layer.bias.grad = random_tensor(t, 25, 40), random_tensor(t, 25)
+        twin.grad, bias.grad = layer.latent.grad * unit, layer.bias.grad.clone()
+        optimizer.anneal(t / 12)
+        optimizer.step()
+        other.step()
+        with torch.no_grad():
+            twin.clamp_(low, high)
+        torch.testing.assert_close(layer.latent.detach(), twin.detach() * unit)
+        torch.testing.assert_close(layer.bias.detach(), bias.detach())
+
+
+def test_level_lr_goes_without_groups_of_ones_own():
+    """It splits the parameters itself, and says so."""
+    layer = spread(nn.Linear(4, 2), make_grid(2))
+    with pytest.raises(RecipeError, match="level_lr makes the parameter groups itself"):
+        AskewAdamW(layer, level_lr=0.01, params=[layer.bias])
