@@ -21,10 +21,15 @@ import askewq
 from askewq.rivals import Follower
 
 LR, EPOCHS, BATCH, SIZE, DIMENSION = 1.0, 25, 1000, 6000, 10
+PAPER = askewq.Closing("single", start=0.5, end=1.0, power=1.0)
+FORMS = {
+    "askewsgd": askewq.Closing(),
+    "askewsgd, staggered": askewq.Closing("staggered"),
+    "askewsgd-paper": PAPER,
+}
 METHODS = [
     "full precision",
-    "askewsgd",
-    "askewsgd-paper",
+    *FORMS,
     "binaryconnect",
     "adaste",
     "mirror-descent",
@@ -63,11 +68,8 @@ def train(method: str, seed: int, x: Tensor, y: Tensor) -> tuple[nn.Module, list
     if method != "full precision":
         askewq.quantize(model, 1, group_size="tensor", include=["*"])
         model.weight_scale.fill_(1)  # the paper has no scale
-        if method.startswith("askewsgd"):
-            closing, pull = askewq.Closing(), {}
-            if method == "askewsgd-paper":
-                closing = askewq.Closing("single", start=0.5, end=1.0, power=1.0)
-                pull = {"pull": "coupled", "alpha": 0.5, "clip": 5.0}
+        if closing := FORMS.get(method):
+            pull = {"pull": "coupled", "alpha": 0.5, "clip": 5.0} if closing is PAPER else {}
             pacer = optimizer = askewq.AskewSGD(model, LR, closing=closing, **pull)
         else:
             pacer = Follower(model, method)
@@ -98,13 +100,14 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     problems = [problem(seed) for seed in range(arguments.seeds)]
     lowest = [best(*points) for points in problems]
     print("| method | final loss | above the best binary | late sign changes | late movement |")
     print("|---|---|---|---|---|")
-    for method in METHODS:
+    for method in arguments.methods:
         finals, gaps, flips, moves = [], [], [], []
         for seed, (x, y) in enumerate(problems):
             model, losses, changes = train(method, seed, x, y)

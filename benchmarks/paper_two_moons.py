@@ -24,7 +24,21 @@ from askewq.rivals import Follower
 
 LR, EPOCHS, BATCH = 0.1, 50, 100
 PUBLISHED = {"full precision": 2.045, "askewsgd-paper": 2.11, "binaryconnect": 2.32, "adaste": 2.24}
-METHODS = [*PUBLISHED, "askewsgd", "mirror-descent", "proxquant", "binaryrelax", "lsq"]
+PAPER = askewq.Closing("single", start=0.5, end=1.0, power=1.0)
+FORMS = {
+    "askewsgd": askewq.Closing(),
+    "askewsgd, staggered": askewq.Closing("staggered"),
+    "askewsgd-paper": PAPER,
+}
+METHODS = [
+    *PUBLISHED,
+    "askewsgd",
+    "askewsgd, staggered",
+    "mirror-descent",
+    "proxquant",
+    "binaryrelax",
+    "lsq",
+]
 
 Points = tuple[Tensor, Tensor]
 
@@ -88,11 +102,8 @@ def train(method: str, seed: int, points: Points) -> nn.Module:
         askewq.quantize(model, 1, group_size="tensor", include=["0", "3"])
         for layer in (model[0], model[3]):
             layer.weight_scale.fill_(1)  # the paper has no scale
-        if method in ("askewsgd", "askewsgd-paper"):
-            closing, pull = askewq.Closing(), {}
-            if method == "askewsgd-paper":
-                closing = askewq.Closing("single", start=0.5, end=1.0, power=1.0)
-                pull = {"pull": "coupled", "alpha": 4.0, "clip": 5.0}
+        if closing := FORMS.get(method):
+            pull = {"pull": "coupled", "alpha": 4.0, "clip": 5.0} if closing is PAPER else {}
             optimizer = askewq.AskewAdamW(model, LR, weight_decay=0.0, closing=closing, **pull)
             pacer = optimizer
         else:

@@ -28,6 +28,8 @@ import askewq
 from askewq.methods import RIVALS
 from askewq.rivals import Follower
 
+STAGGERED = askewq.Closing("staggered")
+
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -40,11 +42,16 @@ def contestants(base: str) -> dict[str, Make]:
                 m.parameters(), 1e-3, momentum=0.9, fused=True
             ),
             "AskewSGD": lambda m: askewq.AskewSGD(m, 1e-3, momentum=0.9),
+            "AskewSGD, staggered": lambda m: askewq.AskewSGD(
+                m, 1e-3, momentum=0.9, closing=STAGGERED
+            ),
+            "AskewAdamW, level_lr": lambda m: askewq.AskewAdamW(m, 1e-3, level_lr=1e-3),
         }
     return {
         "torch AdamW": lambda m: torch.optim.AdamW(m.parameters(), 1e-4),
         "torch AdamW fused": lambda m: torch.optim.AdamW(m.parameters(), 1e-4, fused=True),
         "AskewAdamW": lambda m: askewq.AskewAdamW(m, 1e-4),
+        "AskewAdamW, staggered": lambda m: askewq.AskewAdamW(m, 1e-4, closing=STAGGERED),
     }
 
 
