@@ -27,7 +27,10 @@ FLOORS = [
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate"),
     ),
-    ("report", "output", "choices", "hub", "export"),
+    (
+        *("report", "output", "choices", "hub"),
+        *("target", "export", "export_dense", "export_compressed_tensors"),
+    ),
     ("train", "demo", "inspection"),
     ("cli",),
     ("__main__",),
