@@ -6,6 +6,7 @@ the artifact's weight.
 
 import copy
 import re
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -71,19 +72,18 @@ def packed_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     }
 
 
-def _users(source: Source) -> dict[str, str]:
-    """Return, for every module with a quantized weight, the weight's name in the artifact."""
-    artifact = source.artifact
-    names = {name: name for name in artifact.weights}
-    names |= {name: first for name, first in artifact.shared.items() if first in artifact.weights}
-    return {name.rpartition(".")[0]: first for name, first in names.items()}
+def _module(weight: str) -> str:
+    return weight.rpartition(".")[0]
 
 
-def _reason(source: Source, module: str, weight: PackedWeight) -> str:
-    """Return why the format cannot hold a module's weight, or an empty string."""
-    layer, code = source.loaded.model.get_submodule(module), coding(weight.grid)
-    if not isinstance(layer, nn.Linear | nn.Embedding):
-        return f"is a {type(layer).__name__}, and the format holds Linear and Embedding only"
+def _reason(source: Source, name: str, weight: PackedWeight) -> str:
+    """Return why the format cannot hold a weight, or an empty string."""
+    layer, code = source.loaded.model.get_submodule(_module(name)), coding(weight.grid)
+    if not isinstance(layer, nn.Linear):
+        # The format holds Embedding too, but transformers (5.23) fails to initialise a packed one.
+        return f"is a {type(layer).__name__}, and transformers unpacks Linear only"
+    if shared := [other for other, first in source.artifact.shared.items() if first == name]:
+        return f"is shared with {', '.join(map(_module, shared))}, and only dense weights can be"
     if code.bits > WIDEST:
         return f"needs {code.bits} bits for its half-integers, and the format holds {WIDEST}"
     if not torch.equal(weight.scale / code.factor * code.factor, weight.scale):
@@ -92,10 +92,15 @@ def _reason(source: Source, module: str, weight: PackedWeight) -> str:
 
 
 def _left_dense(source: Source) -> dict[str, str]:
-    """Return the modules whose weight the format cannot hold, each with the reason."""
-    weights = source.artifact.weights
-    reasons = {m: _reason(source, m, weights[name]) for m, name in _users(source).items()}
-    return {module: reason for module, reason in reasons.items() if reason}
+    """Return the quantized weights that the format cannot hold, each with the reason."""
+    reasons = {name: _reason(source, name, w) for name, w in source.artifact.weights.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _packed(source: Source) -> dict[str, PackedWeight]:
+    """Return the quantized weights that the format holds."""
+    dense = _left_dense(source)
+    return {name: w for name, w in source.artifact.weights.items() if name not in dense}
 
 
 def _refusals(source: Source, options: Options) -> list[str]:
@@ -111,56 +116,50 @@ def _refusals(source: Source, options: Options) -> list[str]:
             f"compressed-tensors {installed} is installed, and 2- to 8-bit weights need "
             f"{'.'.join(map(str, NEEDED_VERSION))}: pip install 'askewq[compressed-tensors]'."
         ]
-    dense = _left_dense(source)
-    if len(dense) == len(_users(source)):
-        return [*_sentences(dense), "nothing is left to be packed: use --to dense or --to onnx."]
+    dense = [f"{_module(name)} {reason}." for name, reason in _left_dense(source).items()]
+    if not _packed(source):
+        return [*dense, "nothing is left to be packed: use --to dense or --to onnx."]
     if dense and not options.dense_rest:
-        return [*_sentences(dense), "--dense-rest writes these as ordinary weights."]
+        return [*dense, "--dense-rest writes these as ordinary weights."]
     return []
 
 
-def _sentences(dense: dict[str, str]) -> list[str]:
-    return [f"{module} {reason}." for module, reason in dense.items()]
-
-
 def _notes(source: Source, options: Options) -> list[str]:
-    dense = _left_dense(source)
-    notes = [f"{m} {reason}: it is written dense in float32." for m, reason in dense.items()]
-    counts: dict[Grid, int] = {}
-    tensorwide = 0
-    for module, name in _users(source).items():
-        weight = source.artifact.weights[name]
-        if module not in dense:
-            counts[weight.grid] = counts.get(weight.grid, 0) + 1
-            tensorwide += weight.scale.numel() == 1 and weight.shape[0] > 1
-    for grid, count in counts.items():
+    notes = [
+        f"{_module(name)} {reason}: it is written dense in float32."
+        for name, reason in _left_dense(source).items()
+    ]
+    packed = _packed(source).values()
+    for grid, count in Counter(weight.grid for weight in packed).items():
         code = coding(grid)
         if grid.storage_bits != code.bits:
-            kind = f"{bits_name(grid.bits)}{', half-integers' if code.factor == 2 else ''}"
+            kind = f"{bits_name(grid.bits)}{', half-integer' if code.factor == 2 else ''}"
             notes.append(
-                f"{count} weights of {kind} are written in {code.bits} bits, the narrowest "
-                "integers that hold their levels exactly."
+                f"{kind} ({_layers(count)}): written in {code.bits} bits, the narrowest integers "
+                "that hold the levels exactly."
             )
-    if tensorwide:
-        notes.append(f"{tensorwide} weights with one scale for all repeat it per channel.")
+    repeated = sum(weight.scale.shape[0] < weight.shape[0] for weight in packed)
+    if repeated:
+        notes.append(f"one scale for a whole weight ({_layers(repeated)}): repeated per channel.")
     return notes
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _write(source: Source, options: Options, folder: Path) -> None:
     model, artifact = cast(Any, source.loaded.model), source.artifact
-    dense = _left_dense(source)
-    packed = {module: name for module, name in _users(source).items() if module not in dense}
     tensors = dict(artifact.tensors)
-    for module in dense:
-        tensors[f"{module}.weight"] = artifact.weights[_users(source)[module]].dense()
-    for module, name in packed.items():
-        for leaf, tensor in packed_tensors(artifact.weights[name]).items():
-            tensors[f"{module}.{leaf}"] = tensor
+    tensors |= {name: artifact.weights[name].dense() for name in _left_dense(source)}
+    for name, weight in _packed(source).items():
+        for leaf, tensor in packed_tensors(weight).items():
+            tensors[f"{_module(name)}.{leaf}"] = tensor
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     model_config = copy.deepcopy(model.config)
     model_config.architectures = [type(model).__name__]
     model_config.dtype = torch.float32
-    model_config.quantization_config = _quantization_config(source, packed)
+    model_config.quantization_config = _quantization_config(source)
     model_config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
@@ -168,20 +167,20 @@ def _write(source: Source, options: Options, folder: Path) -> None:
     (folder / "README.md").write_text(_readme(source), encoding="utf-8")
 
 
-def _quantization_config(source: Source, packed: dict[str, str]) -> dict[str, Any]:
+def _quantization_config(source: Source) -> dict[str, Any]:
     """Return the format's own description: one group of modules for each kind of weight."""
-    model = source.loaded.model
+    model, packed = source.loaded.model, _packed(source)
     prefix = str(getattr(model, "base_model_prefix", ""))
     groups: dict[tuple[int, int | None], list[str]] = {}
-    for module, name in packed.items():
-        weight = source.artifact.weights[name]
+    for name, weight in packed.items():
         count = weight.scale.shape[1]
         size = weight.shape[1] // count if count > 1 else None
-        groups.setdefault((coding(weight.grid).bits, size), []).append(_pattern(module, prefix))
+        key = coding(weight.grid).bits, size
+        groups.setdefault(key, []).append(_pattern(_module(name), prefix))
     ignored = [
         _pattern(name, prefix)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and name not in packed
+        if isinstance(module, nn.Linear | nn.Embedding) and f"{name}.weight" not in packed
     ]
     return {
         "quant_method": "compressed-tensors",
