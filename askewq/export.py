@@ -37,7 +37,7 @@ from askewq.tasks import logits_of
 TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("askewq.export_dense", ("dtype",)),
     "compressed-tensors": ("askewq.export_compressed_tensors", ("dense_rest",)),
-    "onnx": ("askewq.export_onnx", ("dense_rest",)),
+    "onnx": ("askewq.export_onnx", ()),
     "gguf": ("askewq.export_gguf", ("dense_rest", "allow_lossy")),
 }
 REPORT = "export.json"

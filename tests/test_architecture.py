@@ -25,11 +25,11 @@ FLOORS = [
     ("wrap", "checkpoint"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
-        *("data", "batches", "tasks", "distill", "artifact", "evaluate"),
+        *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
     ),
     (
         *("report", "output", "choices", "hub"),
-        *("target", "export", "export_dense", "export_compressed_tensors"),
+        *("export", "export_dense", "export_compressed_tensors"),
     ),
     ("train", "demo", "inspection"),
     ("cli",),
