@@ -107,7 +107,7 @@ def _refusals(source: Source, options: Options) -> list[str]:
     spec = source.loaded.spec
     if spec.source != "transformers":
         return [
-            f"{spec.name} is from {spec.source}, and only transformers loads this format; use "
+            f"{source.title} is from {spec.source}, and only transformers loads this format; use "
             "--to dense or --to onnx."
         ]
     installed = version("compressed-tensors")
@@ -221,7 +221,7 @@ def _pattern(module: str, prefix: str) -> str:
 
 def _readme(source: Source) -> str:
     name = type(source.loaded.model).__name__
-    return f"""# {source.loaded.spec.name}, weights packed by compressed-tensors
+    return f"""# {source.title}, weights packed by compressed-tensors
 
 Written by `askewq export --to compressed-tensors`; askewq is not needed to load it, but
 compressed-tensors {".".join(map(str, NEEDED_VERSION))} or newer is.

@@ -23,6 +23,12 @@ class Source:
     loaded: LoadedModel
     artifact: Artifact
 
+    @property
+    def title(self) -> str:
+        """The model's name, without the folders of this machine."""
+        name = self.loaded.spec.name
+        return Path(name).name if Path(name).is_absolute() else name
+
 
 @dataclass(frozen=True, slots=True)
 class Options:

@@ -206,6 +206,17 @@ class TestLoading:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         assert tokenizer("good film")["input_ids"] == [2, 4, 6, 3]
 
+    def test_the_class_is_the_fine_tuned_models(self, tmp_path):
+        """config.json names the class with the head, not the one that training started from."""
+        loaded = untrained("bert")
+        loaded.spec.arguments["architectures"] = ["BertForMaskedLM"]
+        source = _open(packed(loaded, tmp_path / "a", lambda m: askewq.quantize(m, 2)), None)
+        folder = write(source, tmp_path / "out")
+        config = json.loads((folder / "config.json").read_text())
+        assert config["architectures"] == ["BertForSequenceClassification"]
+        assert config["dtype"] == "float32"
+        assert_same_logits(source, folder)
+
     def test_the_file_holds_packed_weights(self, tmp_path):
         """Words of 32 bits for the packed layers, tied weights once, everything else as it was."""
         source = source_of("llama", tmp_path, lambda m: askewq.quantize(m, 2))

@@ -116,6 +116,7 @@ class TestLoading:
         with torch.no_grad():
             assert torch.equal(logits_of(model, source.loaded.spec, inputs), expected)
         assert all(label in text for label in source.loaded.spec.labels)
+        assert str(builders.ROOT) not in text
 
     @pytest.mark.parametrize("kind", LOADED_BY_TIMM)
     def test_timm_knows_the_network_from_its_folder(self, tmp_path, kind):
@@ -147,6 +148,14 @@ class TestLoading:
         assert expected.shape == (4, 5)
         assert torch.equal(read_back(folder, "timm", inputs, monkeypatch), expected)
         assert "in_chans=1, num_classes=5" in (folder / "README.md").read_text()
+
+    def test_the_class_is_the_fine_tuned_models(self, tmp_path):
+        """config.json names the class with the head, not the one that training started from."""
+        loaded = untrained("bert")
+        loaded.spec.arguments["architectures"] = ["BertForMaskedLM"]
+        source = _open(packed(loaded, tmp_path / "artifact", quantize("bert", 2)), None)
+        config = json.loads((write(source, tmp_path / "out") / "config.json").read_text())
+        assert config["architectures"] == ["BertForSequenceClassification"]
 
     def test_transformers_finds_all_its_files(self, tmp_path):
         """The Auto classes load model, tokenizer and image processor from the folder."""
