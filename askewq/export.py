@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from askewq import __version__, checkpoint, report
 from askewq.artifact import ARTIFACT, load_artifact
@@ -187,7 +187,7 @@ def sample_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
     Returns:
         ``pixel_values`` [samples, channels, height, width], random pixels through the model's own
         normalisation; or ``input_ids`` and ``attention_mask`` [samples, tokens], of different
-        lengths.
+        lengths, and ``token_type_ids`` where tokenizer and model have them.
 
     Raises:
         ExportError: a module of the user's own that takes none of the usual image sizes.
@@ -217,13 +217,18 @@ def sample_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
 def _random_texts(
     loaded: LoadedModel, preprocessing: TextPreprocessing, random: torch.Generator
 ) -> dict[str, Tensor]:
-    embedding = cast(nn.Embedding, cast(Any, loaded.model).get_input_embeddings())
+    model = cast(Any, loaded.model)
     shape = SAMPLES, min(preprocessing.max_length, TOKENS)
-    tokens = torch.randint(embedding.num_embeddings, shape, generator=random)
+    tokens = torch.randint(model.get_input_embeddings().num_embeddings, shape, generator=random)
     lengths = shape[1] - torch.arange(SAMPLES) * shape[1] // (2 * SAMPLES)
     mask = torch.arange(shape[1]) < lengths.view(-1, 1)
-    padding = getattr(cast(Any, loaded.model).config, "pad_token_id", None) or 0
-    return {"input_ids": torch.where(mask, tokens, padding), "attention_mask": mask.long()}
+    padding = getattr(model.config, "pad_token_id", None) or 0
+    inputs = {"input_ids": torch.where(mask, tokens, padding), "attention_mask": mask.long()}
+    listed, taken = preprocessing.tokenizer.model_input_names, inspect.signature(model.forward)
+    if "token_type_ids" in listed and "token_type_ids" in taken.parameters:
+        last = min(1, getattr(model.config, "type_vocab_size", 1) - 1)
+        inputs["token_type_ids"] = (torch.arange(shape[1]) >= shape[1] // 2).long() * last * mask
+    return inputs
 
 
 def _random_pictures(preprocessing: ProcessorPreprocessing, random: torch.Generator) -> Tensor:

@@ -364,6 +364,7 @@ class TestSampleInputs:
         if kind in ("bert", "llama", "gpt2"):
             assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (4, 32)
             assert inputs["attention_mask"].sum(1).tolist() == [32, 28, 24, 20]
+            assert ("token_type_ids" in inputs) == (kind == "bert")
             assert 0 <= inputs["input_ids"].min() <= inputs["input_ids"].max() < 14
         else:
             assert inputs["pixel_values"].dtype == torch.float32
