@@ -1,6 +1,7 @@
 """The commands. `askewq --help` imports neither torch nor timm: each command loads what it needs.
 
-A bad input ends with one clear message on standard error and exit code 2.
+A bad input ends with one clear message on standard error and exit code 2; an export that is not
+the artifact's model, with 1.
 """
 
 import json
@@ -15,6 +16,7 @@ from cyclopts import App, Group, Parameter
 
 from askewq import config
 from askewq.errors import AskewError, OutputError
+from askewq.vocabulary import DenseType
 
 app = App(
     name="askewq",
@@ -151,6 +153,37 @@ def inspect(
     inspection.inspect(recipe)
 
 
+@app.command
+def export(
+    folder: Path,
+    *,
+    to: Annotated[str, Parameter(help="dense, compressed-tensors, onnx or gguf")],
+    output: Annotated[Path, Parameter(help="folder to write, new or empty")],
+    dtype: Annotated[
+        DenseType | None, Parameter(help="dense: of the floating-point tensors [default: fp32]")
+    ] = None,
+    dense_rest: Annotated[
+        bool | None,
+        Parameter(help="write layers that the format cannot hold packed as ordinary weights"),
+    ] = None,
+    allow_lossy: Annotated[
+        bool | None, Parameter(help="write what the format holds only approximately")
+    ] = None,
+    model: Annotated[str | None, Parameter(help="file.py:factory of your own module")] = None,
+) -> None:
+    """Write an artifact in another format, read it back by that format's own loader and compare.
+
+    askewq export out --to onnx --output out-onnx
+    """
+    flags = {"dtype": dtype, "dense_rest": dense_rest, "allow_lossy": allow_lossy}
+    given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
+    from askewq import export as formats
+    from askewq.target import Options
+
+    formats.check_settings(to, given)
+    formats.export(folder, to, output, Options(**given), factory=model)
+
+
 @recipes.command(name="ls")
 def list_recipes() -> None:
     """List the recipes with what each is for."""
@@ -197,9 +230,9 @@ def main() -> None:
     except cyclopts.CycloptsError as error:
         sys.exit(_fail(f"{error} (askewq --help)"))
     except AskewError as error:
-        sys.exit(_fail(str(error)))
+        sys.exit(_fail(str(error), error.exit_code))
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print(f"askewq: {message}", file=sys.stderr)
-    return 2
+    return code

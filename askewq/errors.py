@@ -1,6 +1,6 @@
 """Every error a user can cause, in one tree.
 
-AskewError                what the command line turns into exit code 2
+AskewError                what the command line turns into its exit code, 2
 ├── RecipeError           a key, a value or a combination of settings
 ├── ModelError            a model, its weights file or its task
 │   └── PlanError         no layer to quantize, a pattern without a match
@@ -8,6 +8,7 @@ AskewError                what the command line turns into exit code 2
 ├── OutputError           the output folder, a checkpoint to resume from
 ├── FormatError           an artifact that is damaged or of another version
 ├── ExportError           a format that cannot hold the artifact, or whose library is missing
+│   └── VerificationError an export that its own loader does not give back; exit code 1
 ├── DivergenceError       a loss that is not finite
 └── ExactnessError        a reloaded artifact that is not the evaluated model (a bug in askewq)
 
@@ -20,6 +21,8 @@ from collections.abc import Iterable
 
 class AskewError(Exception):
     """Base of all errors raised on purpose by askewq."""
+
+    exit_code = 2
 
 
 class RecipeError(AskewError):
@@ -47,7 +50,13 @@ class FormatError(AskewError):
 
 
 class ExportError(AskewError):
-    """An artifact that a format cannot hold, or an export that did not give the same model."""
+    """An artifact that a format cannot hold, or that could not be written."""
+
+
+class VerificationError(ExportError):
+    """An export that its own loader cannot read, or from which it makes another model."""
+
+    exit_code = 1
 
 
 class DivergenceError(AskewError):

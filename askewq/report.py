@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,23 @@ def print_result(metrics: dict[str, Any], out: Path) -> None:
         f"{metrics['bits_per_weight']:.2f} bits a weight on {metrics['parameters']['share']:.1%} "
         f"of the parameters; the reloaded logits equal the evaluated ones to the bit.\n"
         f"written to {out}/ (model.safetensors, config.json, metrics.json, recipe.yaml, README.md)",
+        markup=False,
+    )
+
+
+def print_export_notes(notes: Sequence[str], to: str) -> None:
+    """Say what an export writes otherwise than the artifact has it."""
+    for note in notes:
+        console.print(f"{to}: {note}", markup=False)
+
+
+def print_export(result: dict[str, Any], output: Path) -> None:
+    """Print what an export weighs and how far its logits are from the artifact's."""
+    console.print(
+        f"read back in a fresh process, {result['samples']} samples: largest difference of a "
+        f"logit {result['max_difference']:.3g}, relative {result['relative_difference']:.3g} "
+        f"(allowed {result['bound']:g})\n"
+        f"written to {output}/ ({_size(sum(result['files'].values()))})",
         markup=False,
     )
 

@@ -7,14 +7,12 @@ fresh process with the format's own loader, compare with the artifact.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
 from askewq.checkpoint import Artifact
 from askewq.spec import LoadedModel
-
-DenseType = Literal["fp32", "fp16", "bf16"]
+from askewq.vocabulary import DenseType
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +22,12 @@ class Source:
     folder: Path
     loaded: LoadedModel
     artifact: Artifact
+
+    @property
+    def title(self) -> str:
+        """The model's name, without the folders of this machine."""
+        name = self.loaded.spec.name
+        return Path(name).name if Path(name).is_absolute() else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,8 @@ class Target:
         write: writes all files into an existing, empty folder.
         read_back: a self-contained function (its imports inside, none of askewq) of the folder and
             of named input tensors that returns the logits, by the format's own loader. Its source
-            is run in a fresh process.
+            is run in a fresh process. For a module of the user's own the environment variable
+            ASKEWQ_FACTORY names it there, path/to/file.py:factory.
     """
 
     name: str

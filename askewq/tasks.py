@@ -4,6 +4,7 @@ The three tasks share one loss, cross entropy over rows of logits; a label of -1
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,15 @@ def logits_and_labels(
         each position and the token that follows.
     """
     labels = batch["labels"]
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    if spec.task == "image-classification" and spec.source != "transformers":
-        return model(inputs["pixel_values"]), labels
-    logits = model(**inputs).logits
+    logits = logits_of(model, spec, {key: v for key, v in batch.items() if key != "labels"})
     return (logits[:, :-1], labels[:, 1:]) if spec.task == "causal-lm" else (logits, labels)
+
+
+def logits_of(model: nn.Module, spec: ModelSpec, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the model's logits [batch, ..., classes] for named inputs."""
+    if spec.task == "image-classification" and spec.source != "transformers":
+        return cast(Tensor, model(inputs["pixel_values"]))
+    return cast(Tensor, model(**inputs).logits)
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

@@ -21,3 +21,4 @@ Method = Literal[
 Pull = Literal["decoupled", "coupled"]
 Task = Literal["image-classification", "text-classification", "causal-lm"]
 Augmentation = Literal["none", "crop", "flip", "crop-flip"]
+DenseType = Literal["fp32", "fp16", "bf16"]

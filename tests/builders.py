@@ -298,6 +298,25 @@ def llama(folder: Path) -> None:
 
 
 @_once
+def gpt2(folder: Path) -> None:
+    """A random two-layer GPT-2, all of whose matrices are transformers' Conv1D or tied."""
+    import transformers
+
+    torch.manual_seed(4)
+    made = transformers.GPT2Config(
+        vocab_size=write_tokenizer(folder),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    transformers.GPT2LMHeadModel(made).save_pretrained(folder)
+
+
+@_once
 def vit(folder: Path) -> None:
     """A random two-layer Vision Transformer with its image processor."""
     import transformers
@@ -391,6 +410,65 @@ def copy_of(kind: str, folder: Path) -> Path:
     target = folder / f"copy-{kind}"
     shutil.copytree(finished(kind)[0], target)
     return target
+
+
+def untrained(kind: str) -> Any:
+    """Return a tiny LoadedModel of `PLAIN` with its first random weights."""
+    from askewq import models
+
+    name, task, labels, others = PLAIN[kind]()
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws a bar
+        return models.load(name, task, labels, **others)
+
+
+# Model, task, labels and other arguments of models.load; none needs a data set.
+PLAIN: dict[str, Callable[[], tuple[str, Any, tuple[str, ...], dict[str, Any]]]] = {
+    "own": lambda: (own("small"), "image-classification", tuple(COLOURS), {"image_size": 16}),
+    "tied": lambda: (own("tied"), "image-classification", tuple(COLOURS), {}),
+    "timm": lambda: (
+        *("test_resnet", "image-classification", tuple(COLOURS)),
+        {"pretrained": False, "image_size": 32},
+    ),
+    "timm-vit": lambda: (
+        *("test_vit", "image-classification", tuple(COLOURS)),
+        {"pretrained": False, "image_size": 32},
+    ),
+    "bert": lambda: (str(bert()), "text-classification", ("neg", "pos"), {}),
+    "llama": lambda: (str(llama()), "causal-lm", (), {}),
+    "gpt2": lambda: (str(gpt2()), "causal-lm", (), {}),
+    "vit": lambda: (str(vit()), "image-classification", tuple(COLOURS), {}),
+}
+
+
+def packed(loaded: Any, folder: Path, quantize: Callable[[nn.Module], object]) -> Path:
+    """Write an artifact without training: `quantize` makes layers of the model quantized ones."""
+    import askewq
+    from askewq import artifact, checkpoint
+
+    quantize(loaded.model)
+    askewq.snap_(loaded.model)
+    folder.mkdir(exist_ok=True)
+    checkpoint.save(loaded.model, folder / artifact.ARTIFACT)
+    artifact.save_config(loaded, folder)
+    return folder
+
+
+def put_on_grid(
+    model: nn.Module, name: str, bits: Any, group_size: Any = "channel", kind: Any = "integer"
+) -> None:
+    """Quantize one layer, of whatever class; askewq.quantize refuses some of these."""
+    from askewq.grid import fit_scale, make_grid
+    from askewq.layers import quantize_layer_
+
+    layer, grid = model.get_submodule(name), make_grid(bits, kind)
+    quantize_layer_(layer, grid, fit_scale(layer.get_parameter("weight"), grid, group_size))
+
+
+def every_conv1d(model: nn.Module, bits: Any = 2) -> None:
+    """Quantize all of transformers' Conv1D layers of a model."""
+    names = [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
+    for name in names:
+        put_on_grid(model, name, bits)
 
 
 class PowerCutError(Exception):

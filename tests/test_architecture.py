@@ -25,9 +25,12 @@ FLOORS = [
     ("wrap", "checkpoint"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
-        *("data", "batches", "tasks", "distill", "artifact", "evaluate"),
+        *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
     ),
-    ("report", "output", "choices", "hub", "export"),
+    (
+        *("report", "output", "choices", "hub"),
+        *("export", "export_dense", "export_compressed_tensors"),
+    ),
     ("train", "demo", "inspection"),
     ("cli",),
     ("__main__",),

@@ -1,0 +1,350 @@
+"""`askewq export`: an artifact in another format, read back by that format's own loader.
+
+Every format goes one way: refuse before anything is written, write beside the place, read back in
+a fresh process that cannot import askewq, compare with the artifact, and only then rename.
+"""
+
+import importlib
+import inspect
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from askewq import __version__, checkpoint, report
+from askewq.artifact import ARTIFACT, load_artifact
+from askewq.errors import AskewError, ExportError, VerificationError, near
+from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
+from askewq.spec import LoadedModel, first_line
+from askewq.target import Options, Source, Target
+from askewq.tasks import logits_of
+
+# The file of every format, and the options that decide something in it.
+TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dense": ("askewq.export_dense", ("dtype",)),
+    "compressed-tensors": ("askewq.export_compressed_tensors", ("dense_rest",)),
+    "onnx": ("askewq.export_onnx", ()),
+    "gguf": ("askewq.export_gguf", ("dense_rest", "allow_lossy")),
+}
+REPORT = "export.json"
+SAMPLES = 4
+# Tokens of a sample: enough for every position to have neighbours, few enough to be quick.
+TOKENS = 32
+# Image sizes tried on a module of the user's own whose artifact does not say one.
+USUAL_SIZES = (224, 32, 28, 64, 96, 128, 256, 384)
+
+_READER_START = """
+from __future__ import annotations
+
+import sys
+
+sys.modules["askewq"] = None  # whoever reads the export must do without it
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+folder, inputs, output, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # as in the process that it is compared with
+"""
+_READER_END = """
+with torch.no_grad():
+    logits = {name}(folder, load_file(inputs))
+save_file({{"logits": logits.detach().cpu().float().contiguous()}}, output)
+"""
+
+
+def export(
+    folder: Path,
+    to: str,
+    output: Path,
+    options: Options = Options(),  # noqa: B008  # frozen
+    factory: str | None = None,
+) -> dict[str, Any]:
+    """Write an artifact in another format and verify it; the output appears whole or not at all.
+
+    Args:
+        folder: the artifact.
+        to: a name in `TARGETS`.
+        output: a folder that does not exist or is empty.
+        factory: ``path/to/file.py:factory`` for an artifact of a module of the user's own.
+
+    Returns:
+        The content of export.json.
+
+    Raises:
+        ExportError: an unknown format, a missing library, an option that decides nothing, an
+            output that holds something, an artifact that the format cannot hold; a full disk.
+        FormatError: an artifact that is damaged or of a newer version.
+        VerificationError: the target's loader fails, or gives logits beyond the bound.
+    """
+    defaults = Options()
+    names = [field.name for field in fields(Options)]
+    changed = [name for name in names if getattr(options, name) != getattr(defaults, name)]
+    check_settings(to, changed)
+    target = find_target(to)
+    _check_libraries(target)
+    output = output.absolute()
+    _check_output(output)
+    source = _open(folder, factory)
+    if refusals := target.refusals(source, options):
+        reasons = "".join(f"\n- {reason}" for reason in refusals)
+        raise ExportError(f"{folder} cannot be exported to {to}:{reasons}")
+    notes = target.notes(source, options)
+    report.print_export_notes(notes, to)
+    inputs, expected = _expected(source.loaded)
+    with _appearing(output) as partial:
+        target.write(source, options, partial)
+        logits = _read_back(target, partial, inputs, factory)
+        comparison = _compare(logits, expected, target.bound(options), to)
+        result = {
+            "format": to,
+            "askewq": __version__,
+            **comparison,
+            "samples": SAMPLES,
+            "libraries": _libraries(target),
+            "files": _sizes(partial),
+            "notes": notes,
+        }
+        text = json.dumps(result, indent=2, ensure_ascii=False)
+        (partial / REPORT).write_text(text + "\n", encoding="utf-8")
+    report.print_export(result, output)
+    return result
+
+
+def check_settings(to: str, given: Collection[str]) -> None:
+    """Check that a format is known and that every option given decides something in it.
+
+    Raises:
+        ExportError: naming the formats, or the option and where it goes.
+    """
+    if to not in TARGETS:
+        raise ExportError(
+            f"--to {to!r} is not a format that askewq can write{near(to, TARGETS)}; use one of "
+            f"{', '.join(TARGETS)}."
+        )
+    for name in given:
+        if name not in TARGETS[to][1]:
+            users = [other for other, (_, options) in TARGETS.items() if name in options]
+            raise ExportError(
+                f"--{name.replace('_', '-')} decides nothing for --to {to}; it goes with "
+                f"{', '.join(users)}: leave it out."
+            )
+
+
+def find_target(to: str) -> Target:
+    """Return the format of a name in `TARGETS`; its file is imported now, not before."""
+    return cast(Target, importlib.import_module(TARGETS[to][0]).TARGET)
+
+
+def _check_libraries(target: Target) -> None:
+    missing = [name for name in target.needs if find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"--to {target.name} needs {', '.join(target.needs)}, and {', '.join(missing)} cannot "
+            f"be imported: pip install 'askewq[{target.extra}]'."
+        )
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"--output {output} is a file; name a folder.")
+    if output.is_dir() and any(output.iterdir()):
+        raise ExportError(
+            f"--output {output} is not empty, and an export replaces nothing; name another folder, "
+            "or delete this one yourself."
+        )
+
+
+def _open(folder: Path, factory: str | None) -> Source:
+    """Return an artifact with its plain network."""
+    loaded = load_artifact(folder, factory=factory)
+    if factory is not None and loaded.spec.source != "module":
+        raise ExportError(
+            f"--model goes with an artifact of a module of your own; {folder} is of "
+            f"{loaded.spec.name} from {loaded.spec.source}: leave it out."
+        )
+    return Source(folder, loaded, checkpoint.read(folder / ARTIFACT))
+
+
+def sample_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Return `SAMPLES` random inputs that fit a model, the same ones every time.
+
+    Returns:
+        ``pixel_values`` [samples, channels, height, width], random pixels through the model's own
+        normalisation; or ``input_ids`` and ``attention_mask`` [samples, tokens], of different
+        lengths, and ``token_type_ids`` where tokenizer and model have them.
+
+    Raises:
+        ExportError: a module of the user's own that takes none of the usual image sizes.
+    """
+    random = torch.Generator().manual_seed(0)
+    preprocessing = loaded.preprocessing
+    if isinstance(preprocessing, TextPreprocessing):
+        return _random_texts(loaded, preprocessing, random)
+    if isinstance(preprocessing, ProcessorPreprocessing):
+        return {"pixel_values": _random_pictures(preprocessing, random)}
+    if not isinstance(preprocessing, ImagePreprocessing):
+        raise ExportError(f"askewq has no sample inputs for {type(preprocessing).__name__}.")
+    sizes = [preprocessing.size] if preprocessing.size else [(n, n) for n in USUAL_SIZES]
+    for height, width in sizes:
+        shape = (SAMPLES, len(preprocessing.mean), height, width)
+        pixels = torch.randint(256, shape, generator=random, dtype=torch.uint8)
+        inputs = {"pixel_values": preprocessing.batch(pixels)}
+        if preprocessing.size or _accepts(loaded, inputs):
+            return inputs
+    raise ExportError(
+        "the export cannot be verified: the artifact says no image size (preprocessing in "
+        f"config.json), and the module takes none of {', '.join(map(str, USUAL_SIZES))}; set "
+        '"size": [height, width] there, or fine-tune with --image-size.'
+    )
+
+
+def _random_texts(
+    loaded: LoadedModel, preprocessing: TextPreprocessing, random: torch.Generator
+) -> dict[str, Tensor]:
+    model = cast(Any, loaded.model)
+    shape = SAMPLES, min(preprocessing.max_length, TOKENS)
+    tokens = torch.randint(model.get_input_embeddings().num_embeddings, shape, generator=random)
+    lengths = shape[1] - torch.arange(SAMPLES) * shape[1] // (2 * SAMPLES)
+    mask = torch.arange(shape[1]) < lengths.view(-1, 1)
+    padding = getattr(model.config, "pad_token_id", None) or 0
+    inputs = {"input_ids": torch.where(mask, tokens, padding), "attention_mask": mask.long()}
+    listed, taken = preprocessing.tokenizer.model_input_names, inspect.signature(model.forward)
+    if "token_type_ids" in listed and "token_type_ids" in taken.parameters:
+        last = min(1, getattr(model.config, "type_vocab_size", 1) - 1)
+        inputs["token_type_ids"] = (torch.arange(shape[1]) >= shape[1] // 2).long() * last * mask
+    return inputs
+
+
+def _random_pictures(preprocessing: ProcessorPreprocessing, random: torch.Generator) -> Tensor:
+    from PIL import Image
+
+    shape = (SAMPLES, 256, 256, 3)
+    pixels = torch.randint(256, shape, generator=random, dtype=torch.uint8)
+    return torch.stack([preprocessing.image(Image.fromarray(p.numpy())) for p in pixels])
+
+
+def _accepts(loaded: LoadedModel, inputs: dict[str, Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            logits_of(loaded.model, loaded.spec, inputs)
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return True
+
+
+def _expected(loaded: LoadedModel) -> tuple[dict[str, Tensor], Tensor]:
+    """Return sample inputs and the artifact's logits for them."""
+    inputs = sample_inputs(loaded)
+    with torch.no_grad():
+        return inputs, logits_of(loaded.model, loaded.spec, inputs)
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """Within the block, write to the folder it gives; after it, that folder is `output`.
+
+    If the block fails, nothing of it is left, and an `output` that was there is as it was.
+
+    Raises:
+        ExportError: for whatever a library raises; a full disk has another name in each.
+    """
+    new_parents = [parent for parent in output.parents if not parent.exists()]
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if output.is_dir():
+            output.rmdir()  # empty, or it fails
+        partial.rename(output)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # not ours any more if something else is in it
+            for parent in new_parents:
+                parent.rmdir()
+        if isinstance(error, AskewError) or not isinstance(error, Exception):
+            raise
+        raise ExportError(
+            f"the export to {output} failed and left nothing behind ({type(error).__name__}: "
+            f"{first_line(error)})."
+        ) from error
+
+
+def _read_back(
+    target: Target, folder: Path, inputs: dict[str, Tensor], factory: str | None
+) -> Tensor:
+    """Return the logits that the target's own loader makes of an export, in a fresh process."""
+    source = inspect.getsource(target.read_back)
+    program = _READER_START + source + _READER_END.format(name=target.read_back.__name__)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ASKEWQ_FACTORY": factory or ""}
+    with tempfile.TemporaryDirectory(prefix="askewq-export-") as name:
+        script, given, made = (Path(name) / part for part in ("read.py", "inputs", "logits"))
+        script.write_text(program, encoding="utf-8")
+        save_file({key: tensor.contiguous() for key, tensor in inputs.items()}, given)
+        paths = map(str, (script, folder, given, made))
+        words = [sys.executable, *paths, str(torch.get_num_threads())]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or not made.is_file():
+            tail = "\n".join(done.stderr.strip().split("\n")[-12:])
+            raise VerificationError(
+                f"{target.name} could not be read back by its own loader (exit code "
+                f"{done.returncode}); the output was deleted. The loader says:\n{tail}"
+            )
+        return load_file(made)["logits"]
+
+
+def _compare(logits: Tensor, expected: Tensor, bound: float, to: str) -> dict[str, float]:
+    """Return how far logits are from the artifact's, absolutely and relative to the largest.
+
+    Raises:
+        VerificationError: another shape, or a difference over the bound.
+    """
+    if logits.shape != expected.shape:
+        raise VerificationError(
+            f"{to} gives logits of shape {list(logits.shape)} where the artifact gives "
+            f"{list(expected.shape)}; the output was deleted."
+        )
+    difference = float((logits - expected.float()).abs().max())
+    largest = float(expected.abs().max())
+    relative = 0.0 if difference == 0 else difference / largest if largest else math.inf
+    if not relative <= bound:  # NaN is over every bound
+        raise VerificationError(
+            f"{to} does not give the artifact's logits: they differ by up to {difference:g}, "
+            f"{relative:g} relative to the largest ({largest:g}), where {bound:g} is allowed; the "
+            "output was deleted. Please report the model, its bits, and the versions of the "
+            "libraries."
+        )
+    return {"max_difference": difference, "relative_difference": relative, "bound": bound}
+
+
+def _libraries(target: Target) -> dict[str, str]:
+    """Return the versions of what wrote and read the export."""
+    found = {}
+    for name in ("torch", "safetensors", *target.needs):
+        top = name.partition(".")[0]
+        try:
+            found[top] = version(top)
+        except PackageNotFoundError:
+            found[top] = str(getattr(importlib.import_module(top), "__version__", "unknown"))
+    return found
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file, by its path in the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
