@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from askewq.checkpoint import Artifact, PackedWeight
 from askewq.errors import ExportError
 from askewq.pack import pack, unpack
-from askewq.preprocessing import ImagePreprocessing, TextPreprocessing
+from askewq.preprocessing import TextPreprocessing
 from askewq.spec import LoadedModel, first_line
 from askewq.target import Options, Source, Target
 from askewq.vocabulary import Bits
@@ -29,6 +29,9 @@ FILE = "model.onnx"
 OPSET_INT2, IR_INT2 = 25, 13  # the first opset and IR version with 2-bit integers
 OPSET = 21  # the first with 4-bit integers and blocks
 ONE_FILE = 2**31 - 2**20  # protobuf holds less than 2 GiB; a megabyte for the graph
+
+# Of parameters in the graph: a name such as `add` alone may be that of a result, too.
+PREFIX = "model."
 
 Form = Literal["levels", "doubled", "units"]
 
@@ -162,8 +165,8 @@ def example(loaded: LoadedModel) -> dict[str, Tensor]:
 def graph(loaded: LoadedModel, artifact: Artifact, opset: int) -> Any:
     """Return a network as an onnx.ModelProto whose quantized weights are still inputs.
 
-    They come after the network's own inputs, by their state-dict names and in their own shapes;
-    `fill` makes initializers of them. The batch (and the sequence) may have any length.
+    They come after the network's own inputs, in their own shapes, called PREFIX and their
+    state-dict name; `fill` makes initializers of them. The batch (and the sequence) may have any length.
 
     Raises:
         ExportError: a network that torch cannot export, or a weight that its graph does not hold
@@ -221,7 +224,7 @@ def _set_cache(model: nn.Module, value: bool | None) -> bool | None:
 
 
 def _hide_parameters(program: Any, model: nn.Module, artifact: Artifact) -> dict[str, Any]:
-    """Make inputs of all parameters, under their own names; return the values of the float ones.
+    """Make inputs of all parameters; return the values of the float ones by their names there.
 
     Raises:
         ExportError: a quantized weight that the graph does not hold to the bit.
@@ -229,7 +232,7 @@ def _hide_parameters(program: Any, model: nn.Module, artifact: Artifact) -> dict
     values = program.model.graph.initializers
     for name, weight in artifact.weights.items():
         aliases = [name, *(key for key, first in artifact.shared.items() if first == name)]
-        found = [values[f"model.{alias}"] for alias in aliases if f"model.{alias}" in values]
+        found = [values[PREFIX + alias] for alias in aliases if PREFIX + alias in values]
         dense = weight.dense()
         if not found or not all(
             torch.equal(torch.from_numpy(value.const_value.numpy().copy()), dense)
@@ -242,15 +245,14 @@ def _hide_parameters(program: Any, model: nn.Module, artifact: Artifact) -> dict
             )
         for value in found[1:]:
             value.replace_all_uses_with(found[0])
-        found[0].name = f"model.{name}"
+        found[0].name = PREFIX + name
     kept = {}
     for name in model.state_dict():
-        value = values.pop(f"model.{name}", None)
+        value = values.pop(PREFIX + name, None)
         if value is None or not value.uses():
             continue
-        value.name = name
         if name not in artifact.weights:
-            kept[name] = value.const_value
+            kept[value.name] = value.const_value
         value.const_value = None
         program.model.graph.inputs.append(value)
     return kept
@@ -260,7 +262,9 @@ def _name_axes(model: Any, inputs: int) -> None:
     """Call the axes of any length batch and sequence."""
     model.graph.ClearField("value_info")  # they speak of the axes by torch's names
     for value in [*model.graph.input[:inputs], *model.graph.output]:
-        for axis, name in zip(value.type.tensor_type.shape.dim, ("batch", "sequence"), strict=False):
+        for axis, name in zip(
+            value.type.tensor_type.shape.dim, ("batch", "sequence"), strict=False
+        ):
             if axis.dim_param:
                 axis.dim_param = name
 
@@ -279,11 +283,12 @@ def fill(model: Any, artifact: Artifact) -> Any:
 
     filled = onnx.ModelProto()
     filled.CopyFrom(model)
-    given = [value for value in filled.graph.input if value.name not in artifact.weights]
+    packed = {PREFIX + name: weight for name, weight in artifact.weights.items()}
+    given = [value for value in filled.graph.input if value.name not in packed]
     del filled.graph.input[:]
     filled.graph.input.extend(given)
     made = []
-    for name, weight in artifact.weights.items():
+    for name, weight in packed.items():
         kept = storage(weight)
         nodes, tensors = _dequantize(name, weight, kept, _take_transposes(filled.graph, name))
         made += nodes
@@ -316,7 +321,7 @@ def _take_transposes(graph: Any, name: str) -> bool:
 def _dequantize(
     name: str, weight: PackedWeight, kept: Storage, transposed: bool
 ) -> tuple[list[Any], list[Any]]:
-    """Return the nodes that compute a weight (or its transpose) as `name`, and their initializers."""
+    """Return the nodes that compute a weight or its transpose, and their initializers."""
     integers = _integers(weight, kept.form)
     shape = weight.shape[::-1] if transposed else weight.shape
     form = _units if kept.form == "units" else _levels
@@ -355,9 +360,7 @@ def _levels(
     return _turn(codes, transposed), _turn(scale, transposed), attributes
 
 
-def _units(
-    codes: Tensor, scale: Tensor, transposed: bool
-) -> tuple[Tensor, Tensor, dict[str, int]]:
+def _units(codes: Tensor, scale: Tensor, transposed: bool) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Return codes and a scale of as many dimensions, to multiply with."""
     out, groups = scale.shape
     if groups > 1:

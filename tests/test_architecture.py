@@ -26,6 +26,7 @@ FLOORS = [
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate"),
+        *("target", "export_onnx", "export_gguf", "gguf_types"),
     ),
     ("report", "output", "choices", "hub", "export"),
     ("train", "demo", "inspection"),
