@@ -166,7 +166,8 @@ def graph(loaded: LoadedModel, artifact: Artifact, opset: int) -> Any:
     """Return a network as an onnx.ModelProto whose quantized weights are still inputs.
 
     They come after the network's own inputs, in their own shapes, called PREFIX and their
-    state-dict name; `fill` makes initializers of them. The batch (and the sequence) may have any length.
+    state-dict name; `fill` makes initializers of them. The batch and the sequence may have any
+    length.
 
     Raises:
         ExportError: a network that torch cannot export, or a weight that its graph does not hold

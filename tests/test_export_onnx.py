@@ -102,7 +102,7 @@ def skeleton(kind: str):
 
 
 def inputs_of(kind: str) -> dict[str, torch.Tensor]:
-    """Return three samples, texts padded on either side; other numbers than the graph was made of."""
+    """Return three samples, texts padded on either side; other sizes than the graph was made of."""
     if kind in ("efficientnet", "vit", "own"):
         return {"pixel_values": torch.randn(3, 3, 32, 32)}
     mask = torch.ones(3, 9, dtype=torch.int64)
@@ -159,7 +159,7 @@ class TestLogits:
     def test_are_the_artifacts(self, kind, grid, tmp_path):
         """Onnxruntime computes every weight to the bit, and the logits, at every granularity."""
         half = "half-integer" if grid.first % 1 else "integer"
-        for group in ("channel", "tensor", 8):
+        for group in ("channel", "tensor", 16 if kind == "vit" else 8):
             made = source(plain(kind), grid.bits, half, group)
             model = fill(skeleton(kind)[0], made.artifact)
             onnx.checker.check_model(model)
@@ -268,7 +268,7 @@ torch.save(read_back({str(folder)!r}, torch.load({str(folder / "inputs.pt")!r}))
 
 class TestWrite:
     def test_a_folder_that_serves(self, tmp_path):
-        """A finished run becomes a network with labels and preprocessing; a new process computes."""
+        """A finished run becomes a network with labels; a new process computes its logits."""
         folder, _ = builders.finished("own")
         full = artifact.load_artifact(folder, factory=builders.own("small"))
         made = Source(folder, full, checkpoint.read(folder / "model.safetensors"))
@@ -281,9 +281,9 @@ class TestWrite:
         onnx.checker.check_model(model, full_check=True)
         assert (model.ir_version, model.opset_import[0].version) == (13, 25)
         properties = {entry.key: entry.value for entry in model.metadata_props}
-        assert json.loads(properties["labels"]) == ["blue", "green", "red"]
+        assert json.loads(properties["labels"]) == ["red", "green", "blue"]
         description = json.loads((out / "preprocessing.json").read_text())
-        assert description["labels"] == ["blue", "green", "red"]
+        assert description["labels"] == ["red", "green", "blue"]
         assert description["mean"] == list(ImagePreprocessing().mean)
         assert str(builders.ROOT) not in str(model)  # no stack traces
         inputs = inputs_of("own")
