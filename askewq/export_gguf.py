@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from askewq.checkpoint import PackedWeight
-from askewq.gguf_types import BlockType, choose, encode
+from askewq.gguf_types import LARGEST, BlockType, choose, encode
 from askewq.preprocessing import TextPreprocessing
 from askewq.spec import LoadedModel
 from askewq.target import Options, Source, Target
@@ -57,22 +57,30 @@ def refusals(source: Source, options: Options) -> list[str]:
         return []
     weights = source.artifact.weights
     measured = {name: _measure(weight) for name, weight in weights.items()}
+    homeless: dict[str, list[str]] = defaultdict(list)
+    for name, written in measured.items():
+        if written.kind is None:
+            homeless[_describe(weights[name])].append(name)
     found = [
-        f"{name}: {_describe(weights[name])} fits no GGUF type; pass --dense-rest to write it "
-        "as float32"
-        for name, written in measured.items()
-        if written.kind is None
+        f"no GGUF type holds {what}: {_listed(names)}; pass --dense-rest to write them as float32"
+        for what, names in homeless.items()
     ]
     rounded = {name: written.error for name, written in measured.items() if written.error > 0}
     if rounded and not options.allow_lossy:
         worst = max(rounded, key=lambda name: rounded[name])
         found.append(
-            f"{len(rounded)} weights have scales that fp16, which GGUF keeps them in, does not "
-            f"hold: {', '.join(rounded)}; the largest error of a weight would be "
-            f"{rounded[worst]:.3g} ({worst}). Pass --allow-lossy to round the scales, or "
-            "--dense-rest to write these weights as float32"
+            "fp16, in which GGUF keeps scales, does not hold those of "
+            f"{_listed(list(rounded))}: a weight would be off by up to {rounded[worst]:.3g} "
+            f"({worst}). Pass --allow-lossy to round the scales, or --dense-rest to write these "
+            "weights as float32"
         )
     return found
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def notes(source: Source, options: Options) -> list[str]:
@@ -121,7 +129,10 @@ def _describe(weight: PackedWeight) -> str:
     grid = weight.grid
     half = ", half-integer" if grid.first % 1 else ""
     run = math.prod(weight.shape[1:]) // weight.scale.shape[1]
-    return f"{grid.bits} bits{half}, shape {list(weight.shape)}, one scale for {run} in a row"
+    large = f", scales above {LARGEST:.0f}" if float(weight.scale.max()) > LARGEST else ""
+    return (
+        f"bits = {grid.bits}{half} in {len(weight.shape)}-D with a scale for {run} in a row{large}"
+    )
 
 
 def _settings(loaded: LoadedModel) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from torch import nn
 from askewq import artifact, checkpoint, export_onnx
 from askewq.checkpoint import Artifact, PackedWeight
 from askewq.errors import ExportError
-from askewq.export_onnx import PREFIX, TARGET, Storage, fill, graph, storage
+from askewq.export_onnx import PREFIX, TARGET, Storage, example, fill, graph, storage
 from askewq.grid import make_grid, scale_shape
-from askewq.hf_models import load_tokenizer
+from askewq.hf_models import load_processor, load_tokenizer
 from askewq.pack import pack, packed_size
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import LoadedModel, ModelSpec
@@ -374,6 +374,13 @@ class TestWrite:
         assert all(torch.equal(before[key], after[key]) for key in before)
         assert made.loaded.model.config.use_cache
         assert not made.loaded.model.training
+
+
+def test_example_of_an_image_processor():
+    """The example of a Hugging Face image model has the size that its processor makes."""
+    preprocessing = load_processor(str(builders.vit()), False)
+    full = loaded(nn.Identity(), "transformers", "image-classification", preprocessing)
+    assert {k: v.shape for k, v in example(full).items()} == {"pixel_values": (2, 3, 16, 16)}
 
 
 class TestNotes:
