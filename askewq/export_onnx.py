@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from askewq.checkpoint import Artifact, PackedWeight
 from askewq.errors import ExportError
 from askewq.pack import pack, unpack
-from askewq.preprocessing import TextPreprocessing
+from askewq.preprocessing import ImagePreprocessing, TextPreprocessing
 from askewq.spec import LoadedModel, first_line
 from askewq.target import Options, Source, Target
 from askewq.vocabulary import Bits
@@ -72,7 +72,14 @@ def _integers(weight: PackedWeight, form: Form) -> Tensor:
 
 
 def refusals(source: Source, options: Options) -> list[str]:
-    """Return nothing: every grid and every layer can be written exactly."""
+    """Return what is missing; every grid and every layer can be written exactly."""
+    preprocessing = source.loaded.preprocessing
+    # With a free size torch would write some layers (adaptive pooling) for that of the example.
+    if isinstance(preprocessing, ImagePreprocessing) and preprocessing.size is None:
+        return [
+            "the preprocessing sets no image size, and an ONNX file is for one size: fine-tune "
+            "with --image-size, or set preprocessing.size to [height, width] in config.json"
+        ]
     return []
 
 
@@ -167,16 +174,16 @@ def graph(loaded: LoadedModel, artifact: Artifact, opset: int) -> Any:
 
     They come after the network's own inputs, in their own shapes, called PREFIX and their
     state-dict name; `fill` makes initializers of them. The batch and the sequence may have any
-    length.
+    length; the size of images is that of the preprocessing.
 
     Raises:
         ExportError: a network that torch cannot export, or a weight that its graph does not hold
             to the bit.
     """
     inputs = example(loaded)
-    batch: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
+    free: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
     if isinstance(loaded.preprocessing, TextPreprocessing):
-        batch[1] = torch.export.Dim.DYNAMIC
+        free[1] = torch.export.Dim.DYNAMIC
     wrapped = _Logits(loaded.model, tuple(inputs), loaded.spec.source != "transformers").eval()
     use_cache = _set_cache(loaded.model, False)
     try:
@@ -190,7 +197,7 @@ def graph(loaded: LoadedModel, artifact: Artifact, opset: int) -> Any:
                 opset_version=opset,
                 input_names=list(inputs),
                 output_names=["logits"],
-                dynamic_shapes=(tuple(batch for _ in inputs),),
+                dynamic_shapes=(tuple(free for _ in inputs),),
                 verbose=False,
             )
             kept = _hide_parameters(program, loaded.model, artifact)
@@ -263,9 +270,8 @@ def _name_axes(model: Any, inputs: int) -> None:
     """Call the axes of any length batch and sequence."""
     model.graph.ClearField("value_info")  # they speak of the axes by torch's names
     for value in [*model.graph.input[:inputs], *model.graph.output]:
-        for axis, name in zip(
-            value.type.tensor_type.shape.dim, ("batch", "sequence"), strict=False
-        ):
+        axes = value.type.tensor_type.shape.dim
+        for axis, name in zip(axes, ("batch", "sequence"), strict=False):
             if axis.dim_param:
                 axis.dim_param = name
 

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import builders
 import onnx
@@ -271,6 +272,9 @@ class TestWrite:
         """A finished run becomes a network with labels; a new process computes its logits."""
         folder, _ = builders.finished("own")
         full = artifact.load_artifact(folder, factory=builders.own("small"))
+        unsized = Source(folder, full, Artifact({}, {}, {}))
+        assert "set preprocessing.size" in TARGET.refusals(unsized, Options())[0]
+        full.preprocessing = replace(full.preprocessing, size=(32, 28))
         made = Source(folder, full, checkpoint.read(folder / "model.safetensors"))
         out = tmp_path / "out"
         out.mkdir()
@@ -286,7 +290,9 @@ class TestWrite:
         assert description["labels"] == ["red", "green", "blue"]
         assert description["mean"] == list(ImagePreprocessing().mean)
         assert str(builders.ROOT) not in str(model)  # no stack traces
-        inputs = inputs_of("own")
+        axes = model.graph.input[0].type.tensor_type.shape.dim
+        assert [axis.dim_param or axis.dim_value for axis in axes] == ["batch", 3, 32, 28]
+        inputs = {"pixel_values": torch.randn(3, 3, 32, 28)}
         expected = logits(made, inputs)
         assert difference(in_a_new_process(out, inputs), expected, inputs) < TARGET.bound(Options())
 
