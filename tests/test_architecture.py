@@ -30,6 +30,7 @@ FLOORS = [
     (
         *("report", "output", "choices", "hub"),
         *("export", "export_dense", "export_compressed_tensors"),
+        *("export_onnx", "export_gguf", "gguf_types"),
     ),
     ("train", "demo", "inspection"),
     ("cli",),

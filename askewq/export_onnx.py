@@ -1,0 +1,441 @@
+"""The ONNX format: packed INT2, INT4 or INT8 weights with DequantizeLinear in front of each use.
+
+Every weight that DequantizeLinear and the nodes behind it produce is, bit for bit, the artifact's.
+While torch's exporter optimises the graph, the parameters are inputs of it, so that nothing can
+fold, merge or copy them; afterwards they become initializers again, the quantized ones packed.
+"""
+
+import inspect
+import json
+import math
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from askewq.checkpoint import Artifact, PackedWeight
+from askewq.errors import ExportError
+from askewq.pack import pack, unpack
+from askewq.preprocessing import ImagePreprocessing, TextPreprocessing
+from askewq.spec import LoadedModel, first_line
+from askewq.target import Options, Source, Target
+from askewq.vocabulary import Bits
+
+FILE = "model.onnx"
+OPSET_INT2, IR_INT2 = 25, 13  # the first opset and IR version with 2-bit integers
+OPSET = 21  # the first with 4-bit integers and blocks
+ONE_FILE = 2**31 - 2**20  # protobuf holds less than 2 GiB; a megabyte for the graph
+
+# Of parameters in the graph: a name such as `add` alone may be that of a result, too.
+PREFIX = "model."
+
+Form = Literal["levels", "doubled", "units"]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How one weight is written.
+
+    Attributes:
+        width: bits of the ONNX integer type, 2, 4 or 8.
+        form: levels: the integer levels at the scale; doubled: twice the half-integer levels at
+            half the scale; units: the levels less one half, then an addition of one half and a
+            multiplication by the scale, which rounds once, as the artifact does.
+    """
+
+    width: int
+    form: Form
+
+
+def storage(weight: PackedWeight) -> Storage:
+    """Return the smallest ONNX type that holds a weight exactly, and how."""
+    grid = weight.grid
+    width = next(w for w in (2, 4, 8) if grid.size <= 2**w and grid.first >= -(2 ** (w - 1)))
+    if grid.first % 1 == 0:
+        return Storage(width, "levels")
+    halved = weight.scale / 2
+    fits = 2 * -grid.first <= 2 ** (width - 1) - 1 and torch.equal(2 * halved, weight.scale)
+    return Storage(width, "doubled" if fits else "units")
+
+
+def _integers(weight: PackedWeight, form: Form) -> Tensor:
+    """Return the integers that the file holds, int8, the weight's shape."""
+    grid = weight.grid
+    codes = unpack(weight.codes, grid.bits, math.prod(weight.shape)).to(torch.int16)
+    factor = 2 if form == "doubled" else 1
+    first = math.floor(factor * grid.first)
+    return (first + int(factor * grid.step) * codes).to(torch.int8).reshape(weight.shape)
+
+
+def refusals(source: Source, options: Options) -> list[str]:
+    """Return what is missing; every grid and every layer can be written exactly."""
+    preprocessing = source.loaded.preprocessing
+    # With a free size torch would write some layers (adaptive pooling) for that of the example.
+    if isinstance(preprocessing, ImagePreprocessing) and preprocessing.size is None:
+        return [
+            "the preprocessing sets no image size, and an ONNX file is for one size: fine-tune "
+            "with --image-size, or set preprocessing.size to [height, width] in config.json"
+        ]
+    return []
+
+
+def notes(source: Source, options: Options) -> list[str]:
+    """Return which types the weights take, and what running the file asks for."""
+    kinds: dict[tuple[str, Storage], list[str]] = defaultdict(list)
+    for name, weight in source.artifact.weights.items():
+        half = " half-integer" if weight.grid.first % 1 else ""
+        bits = weight.grid.bits
+        kinds[f"{bits}{'' if bits == 'ternary' else ' bits'}{half}", storage(weight)].append(name)
+    how = {
+        "levels": "",
+        "doubled": " as twice the levels at half the scale",
+        "units": " less one half, followed by Add and Mul with the scale",
+    }
+    found = [
+        f"{kind}: {len(names)} weights in INT{kept.width}{how[kept.form]}"
+        for (kind, kept), names in kinds.items()
+    ]
+    return [
+        *found,
+        "everything else is float32",
+        "onnxruntime needs the session config entry session.qdq_matmulnbits_accuracy_level = 0; "
+        "by default it may round activations to 8 bits",
+    ]
+
+
+def write(source: Source, options: Options, folder: Path) -> None:
+    """Write model.onnx, preprocessing.json, and the tokenizer's or image processor's files.
+
+    Raises:
+        ExportError: a network that torch cannot export, or a weight that its graph does not use.
+    """
+    import onnx
+
+    loaded, artifact = source.loaded, source.artifact
+    two_bits = any(storage(weight).width == 2 for weight in artifact.weights.values())
+    model = fill(graph(loaded, artifact, OPSET_INT2 if two_bits else OPSET), artifact)
+    values = loaded.preprocessing.save(folder)
+    description = {"task": loaded.spec.task, "labels": list(loaded.spec.labels), **values}
+    text = json.dumps(description, indent=2, ensure_ascii=False)
+    (folder / "preprocessing.json").write_text(text + "\n", encoding="utf-8")
+    onnx.helper.set_model_props(
+        model, {"task": loaded.spec.task, "labels": json.dumps(loaded.spec.labels)}
+    )
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    onnx.save_model(
+        model,
+        str(folder / FILE),
+        save_as_external_data=size > ONE_FILE,
+        location=f"{FILE}.data",
+    )
+
+
+class _Logits(nn.Module):
+    """Calls a network with named tensors and returns its logits alone."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], bare: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+        self.bare = bare
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        if self.bare:
+            return cast(Tensor, self.model(*tensors))
+        return cast(Tensor, self.model(**dict(zip(self.names, tensors, strict=True))).logits)
+
+
+def example(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Return named inputs of two samples that the network takes."""
+    preprocessing = loaded.preprocessing
+    if isinstance(preprocessing, TextPreprocessing):
+        length = min(7, preprocessing.max_length)
+        taken = inspect.signature(loaded.model.forward).parameters
+        given = set(preprocessing.tokenizer.model_input_names) & set(taken)
+        names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in given]
+        tensors = {name: torch.zeros(2, length, dtype=torch.int64) for name in names}
+        if "attention_mask" in tensors:
+            tensors["attention_mask"] += 1
+        return tensors
+    from PIL import Image
+
+    image = Image.new("RGB", (224, 224))
+    made: Any = preprocessing
+    pixels = made.batch(torch.stack([made.image(image)] * 2))
+    return {"pixel_values": pixels}
+
+
+def graph(loaded: LoadedModel, artifact: Artifact, opset: int) -> Any:
+    """Return a network as an onnx.ModelProto whose quantized weights are still inputs.
+
+    They come after the network's own inputs, in their own shapes, called PREFIX and their
+    state-dict name; `fill` makes initializers of them. The batch and the sequence may have any
+    length; the size of images is that of the preprocessing.
+
+    Raises:
+        ExportError: a network that torch cannot export, or a weight that its graph does not hold
+            to the bit.
+    """
+    inputs = example(loaded)
+    free: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
+    if isinstance(loaded.preprocessing, TextPreprocessing):
+        free[1] = torch.export.Dim.DYNAMIC
+    wrapped = _Logits(loaded.model, tuple(inputs), loaded.spec.source != "transformers").eval()
+    use_cache = _set_cache(loaded.model, False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's remarks about itself
+            program = torch.onnx.export(
+                wrapped,
+                tuple(inputs.values()),
+                dynamo=True,
+                optimize=False,
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=["logits"],
+                dynamic_shapes=(tuple(free for _ in inputs),),
+                verbose=False,
+            )
+            kept = _hide_parameters(program, loaded.model, artifact)
+            cast(Any, program).optimize()
+    except ExportError:
+        raise
+    except Exception as error:  # tracing fails in as many ways as there are networks
+        raise ExportError(
+            f"torch.onnx.export cannot export {loaded.spec.name!r} "
+            f"({type(error).__name__}: {first_line(error)}); use another --to."
+        ) from error
+    finally:
+        _set_cache(loaded.model, use_cache)
+    model = cast(Any, program).model
+    for value in [value for value in model.graph.inputs if value.name in kept]:
+        model.graph.inputs.remove(value)
+        value.const_value = kept[value.name]
+        model.graph.initializers.add(value)
+    proto = cast(Any, program).model_proto
+    _name_axes(proto, len(inputs))
+    _strip(proto)
+    return proto
+
+
+def _set_cache(model: nn.Module, value: bool | None) -> bool | None:
+    """Set whether a language model returns keys and values too; return what it was."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = value
+    return before
+
+
+def _hide_parameters(program: Any, model: nn.Module, artifact: Artifact) -> dict[str, Any]:
+    """Make inputs of all parameters; return the values of the float ones by their names there.
+
+    Raises:
+        ExportError: a quantized weight that the graph does not hold to the bit.
+    """
+    values = program.model.graph.initializers
+    for name, weight in artifact.weights.items():
+        aliases = [name, *(key for key, first in artifact.shared.items() if first == name)]
+        found = [values[PREFIX + alias] for alias in aliases if PREFIX + alias in values]
+        dense = weight.dense()
+        if not found or not all(
+            torch.equal(torch.from_numpy(value.const_value.numpy().copy()), dense)
+            for value in found
+        ):
+            raise ExportError(
+                f"the exported graph does not hold the weight {name!r} as it is in the artifact, "
+                "so that it cannot be packed (the network transforms it or does not use it); "
+                "quantize without this layer (--exclude), or use another --to."
+            )
+        for value in found[1:]:
+            value.replace_all_uses_with(found[0])
+        found[0].name = PREFIX + name
+    kept = {}
+    for name in model.state_dict():
+        value = values.pop(PREFIX + name, None)
+        if value is None or not value.uses():
+            continue
+        if name not in artifact.weights:
+            kept[value.name] = value.const_value
+        value.const_value = None
+        program.model.graph.inputs.append(value)
+    return kept
+
+
+def _name_axes(model: Any, inputs: int) -> None:
+    """Call the axes of any length batch and sequence."""
+    model.graph.ClearField("value_info")  # they speak of the axes by torch's names
+    for value in [*model.graph.input[:inputs], *model.graph.output]:
+        axes = value.type.tensor_type.shape.dim
+        for axis, name in zip(axes, ("batch", "sequence"), strict=False):
+            if axis.dim_param:
+                axis.dim_param = name
+
+
+def _strip(model: Any) -> None:
+    """Take the exporter's notes out: stack traces with the paths of this machine, mostly."""
+    entries = [model, model.graph, *model.graph.node, *model.graph.initializer]
+    for entry in [*entries, *model.graph.input, *model.graph.output]:
+        entry.ClearField("metadata_props")
+        entry.ClearField("doc_string")
+
+
+def fill(model: Any, artifact: Artifact) -> Any:
+    """Return `graph`'s model with the packed weights in the place of its further inputs."""
+    import onnx
+
+    filled = onnx.ModelProto()
+    filled.CopyFrom(model)
+    packed = {PREFIX + name: weight for name, weight in artifact.weights.items()}
+    given = [value for value in filled.graph.input if value.name not in packed]
+    del filled.graph.input[:]
+    filled.graph.input.extend(given)
+    made = []
+    for name, weight in packed.items():
+        kept = storage(weight)
+        nodes, tensors = _dequantize(name, weight, kept, _take_transposes(filled.graph, name))
+        made += nodes
+        filled.graph.initializer.extend(tensors)
+        if kept.width == 2:
+            filled.ir_version = max(filled.ir_version, IR_INT2)
+    rest = list(filled.graph.node)
+    del filled.graph.node[:]
+    filled.graph.node.extend([*made, *rest])
+    return filled
+
+
+def _take_transposes(graph: Any, name: str) -> bool:
+    """Remove the transpositions of a matrix where there is no other use; tell whether it was so."""
+    users = [node for node in graph.node if name in node.input]
+    if not all(
+        node.op_type == "Transpose" and list(node.attribute[0].ints) == [1, 0] for node in users
+    ):
+        return False
+    gone = {node.output[0] for node in users}
+    for node in users:
+        graph.node.remove(node)
+    for node in graph.node:
+        for i, used in enumerate(node.input):
+            if used in gone:
+                node.input[i] = name
+    return True
+
+
+def _dequantize(
+    name: str, weight: PackedWeight, kept: Storage, transposed: bool
+) -> tuple[list[Any], list[Any]]:
+    """Return the nodes that compute a weight or its transpose, and their initializers."""
+    integers = _integers(weight, kept.form)
+    shape = weight.shape[::-1] if transposed else weight.shape
+    form = _units if kept.form == "units" else _levels
+    scale = weight.scale / 2 if kept.form == "doubled" else weight.scale
+    integers, scale, attributes = form(integers, scale, transposed)
+    codes = _tensor(f"{name}.codes", integers, kept.width)
+    tensors = [codes, _tensor(f"{name}.scale", scale)]
+    steps: list[tuple[str, str, Any]]
+    if kept.form == "units":
+        tensors += [
+            _tensor(f"{name}.one", torch.ones(())),
+            _tensor(f"{name}.half", torch.full((), 0.5)),
+        ]
+        steps = [("DequantizeLinear", "one", {}), ("Add", "half", {}), ("Mul", "scale", {})]
+    else:
+        steps = [("DequantizeLinear", "scale", attributes)]
+    if integers.shape != shape:
+        tensors.append(_tensor(f"{name}.shape", torch.tensor(shape)))
+        steps.append(("Reshape", "shape", {}))
+    return _chain(name, steps), tensors
+
+
+def _levels(
+    codes: Tensor, scale: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Return codes, scale and attributes for one DequantizeLinear: whole, by channel or blocked."""
+    out, groups = scale.shape
+    if groups > 1:
+        codes = codes.reshape(out, -1)
+        block = codes.shape[1] // groups
+        attributes = {"axis": 0 if transposed else 1, "block_size": block}
+    elif scale.numel() > 1:
+        scale, attributes = scale.reshape(-1), {"axis": 1 if transposed else 0}
+    else:
+        return _turn(codes, transposed), scale.reshape(()), {}
+    return _turn(codes, transposed), _turn(scale, transposed), attributes
+
+
+def _units(codes: Tensor, scale: Tensor, transposed: bool) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Return codes and a scale of as many dimensions, to multiply with."""
+    out, groups = scale.shape
+    if groups > 1:
+        codes = codes.reshape(out, groups, -1)
+        scale = scale.unsqueeze(2)
+    else:
+        scale = scale.reshape(-1, *[1] * (codes.dim() - 1))
+    return _turn(codes, transposed), _turn(scale, transposed), {}
+
+
+def _turn(tensor: Tensor, transposed: bool) -> Tensor:
+    """Move the output channels to the end where the graph wants the transpose."""
+    return tensor.movedim(0, -1) if transposed else tensor
+
+
+def _chain(name: str, steps: list[tuple[str, str, Any]]) -> list[Any]:
+    """Return nodes (type, second input, attributes), each fed by the last, ending in `name`."""
+    import onnx
+
+    nodes, before = [], f"{name}.codes"
+    for i, (kind, second, attributes) in enumerate(steps, start=1):
+        after = name if i == len(steps) else f"{name}.{kind}"
+        inputs = [before, f"{name}.{second}"]
+        nodes.append(
+            onnx.helper.make_node(kind, inputs, [after], name=f"{name}/{kind}", **attributes)
+        )
+        before = after
+    return nodes
+
+
+def _tensor(name: str, values: Tensor, width: int | None = None) -> Any:
+    """Return an initializer; int8 values are packed at `width` bits, the first lowest."""
+    import onnx
+
+    kinds = onnx.TensorProto
+    if width is not None:
+        kind = {2: kinds.INT2, 4: kinds.INT4, 8: kinds.INT8}[width]
+        codes = values.contiguous().view(torch.uint8) & (2**width - 1)
+        raw = pack(codes, cast(Bits, width))
+    else:
+        kind = kinds.FLOAT if values.is_floating_point() else kinds.INT64
+        raw = values.contiguous()
+    return onnx.helper.make_tensor(name, kind, values.shape, raw.numpy().tobytes(), raw=True)
+
+
+def read_back(folder: "str", inputs: "dict[str, Tensor]") -> "Tensor":
+    """Return the logits of onnxruntime on the CPU, activations in float32."""
+    from pathlib import Path
+
+    import onnxruntime
+    import torch
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    session = onnxruntime.InferenceSession(
+        str(Path(folder) / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    given = {taken.name: inputs[taken.name].numpy() for taken in session.get_inputs()}
+    return torch.from_numpy(session.run(["logits"], given)[0])
+
+
+TARGET = Target(
+    name="onnx",
+    needs=("onnx", "onnxscript", "onnxruntime"),
+    extra="onnx",
+    bound=lambda options: 1e-4,
+    refusals=refusals,
+    notes=notes,
+    write=write,
+    read_back=read_back,
+)
