@@ -44,7 +44,7 @@ def print_coverage(plan: Plan) -> None:
     console.print(
         f"plan: {len(plan.quantized)} layers, {plan.quantized_parameters:,} of "
         f"{plan.total_parameters:,} parameters ({share:.1%}) at "
-        f"{plan.bits_per_weight:.2f} bits a weight; packed about {_size(plan.predicted_bytes)}",
+        f"{plan.bits_per_weight:.2f} bits a weight; packed about {size_text(plan.predicted_bytes)}",
         markup=False,
     )
     for layer in plan.layers:
@@ -87,8 +87,8 @@ def print_artifact(spec: ModelSpec, packed: Artifact) -> None:
     rest = sum(tensor.nbytes for tensor in packed.tensors.values())
     console.print(
         f"{spec.name} ({spec.source}, {spec.task}): {len(packed.weights)} packed weights with "
-        f"{count:,} parameters in {_size(size)} ({8 * size / max(count, 1):.2f} bits a weight); "
-        f"everything else {_size(rest)}",
+        f"{count:,} parameters in {size_text(size)} ({8 * size / max(count, 1):.2f} bits a weight); "
+        f"everything else {size_text(rest)}",
         markup=False,
     )
 
@@ -123,11 +123,11 @@ def print_result(metrics: dict[str, Any], out: Path) -> None:
     table.add_column("size", justify="right")
     sizes = metrics["bytes"]
     rows = (
-        ("full precision", "full_precision", _size(sizes["full_precision"])),
+        ("full precision", "full_precision", size_text(sizes["full_precision"])),
         (f"rounded to {bits_name(metrics['bits'])}, no training", "rounded", ""),
         (f"{metrics['method']}, before the snap", "relaxed", ""),
         (f"{metrics['method']}, snapped", "snapped", ""),
-        ("reloaded from the packed file", "reloaded", _size(sizes["packed"])),
+        ("reloaded from the packed file", "reloaded", size_text(sizes["packed"])),
     )
     for name, key, size in rows:
         table.add_row(name, f"{metrics[key]:.2f}", size)
@@ -152,7 +152,7 @@ def print_export(result: dict[str, Any], output: Path) -> None:
         f"read back in a fresh process, {result['samples']} samples: largest difference of a "
         f"logit {result['max_difference']:.3g}, relative {result['relative_difference']:.3g} "
         f"(allowed {result['bound']:g})\n"
-        f"written to {output}/ ({_size(sum(result['files'].values()))})",
+        f"written to {output}/ ({size_text(sum(result['files'].values()))})",
         markup=False,
     )
 
@@ -197,8 +197,8 @@ model = {call}  # a plain {loaded.spec.source} network with dense float32 weight
 {rows}
 
 {metrics["parameters"]["share"]:.1%} of {metrics["parameters"]["total"]:,} parameters are packed at
-{metrics["bits_per_weight"]:.2f} bits a weight: {_size(sizes["packed"])} instead of
-{_size(sizes["full_precision"])}. The {metric} is that of the reloaded file.
+{metrics["bits_per_weight"]:.2f} bits a weight: {size_text(sizes["packed"])} instead of
+{size_text(sizes["full_precision"])}. The {metric} is that of the reloaded file.
 
 Fine-tuned by askewq with the method `{recipe.method}`{_source(recipe)}; the recipe:
 
@@ -220,5 +220,6 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return a number of bytes as a person reads it."""
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
