@@ -87,8 +87,8 @@ def print_artifact(spec: ModelSpec, packed: Artifact) -> None:
     rest = sum(tensor.nbytes for tensor in packed.tensors.values())
     console.print(
         f"{spec.name} ({spec.source}, {spec.task}): {len(packed.weights)} packed weights with "
-        f"{count:,} parameters in {size_text(size)} ({8 * size / max(count, 1):.2f} bits a weight); "
-        f"everything else {size_text(rest)}",
+        f"{count:,} parameters in {size_text(size)} ({8 * size / max(count, 1):.2f} bits a "
+        f"weight); everything else {size_text(rest)}",
         markup=False,
     )
 
