@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from askewq.anneal import Closing as Closing
-    from askewq.artifact import load_dense as load  # noqa: F401  # a public name of another name
+    from askewq.artifact import load as load
     from askewq.config import Recipe as Recipe
     from askewq.errors import AskewError as AskewError
     from askewq.grid import Grid as Grid
@@ -40,7 +40,7 @@ _HOMES = {
     "apply": "wrap.apply",
     "quantize": "wrap.quantize",
     "Recipe": "config.Recipe",
-    "load": "artifact.load_dense",
+    "load": "artifact.load",
     "finetune": "train.finetune",
 }
 

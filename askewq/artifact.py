@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from askewq import checkpoint
+from askewq import packed as packed_layers
 from askewq.errors import FormatError, ModelError
 from askewq.hf_models import load_processor, load_tokenizer
 from askewq.models import build
@@ -86,10 +87,13 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     return replace(spec, labels=tuple(labels)), content["preprocessing"]
 
 
-def load_artifact(folder: Path, *, factory: str | None = None) -> LoadedModel:
-    """Return the plain model of an artifact with its snapped dense weights, in eval mode.
+def load_artifact(
+    folder: Path, *, factory: str | None = None, keep_packed: bool = False
+) -> LoadedModel:
+    """Return the plain model of an artifact with its snapped weights, in eval mode.
 
     Args:
+        keep_packed: layers hold codes and unpack them on use, instead of dense weights.
         factory: ``path/to/file.py:factory`` for an artifact of a module of the user's own, whose
             code an artifact never carries or names on its own authority.
 
@@ -108,7 +112,7 @@ def load_artifact(folder: Path, *, factory: str | None = None) -> LoadedModel:
         spec = replace(spec, name=factory)
     artifact = checkpoint.read(folder / ARTIFACT)
     model = build(spec) if spec.source == "module" else _build_described(spec, folder)
-    checkpoint.load_into(model, artifact)
+    _fill(model, artifact, keep_packed)
     return LoadedModel(model.eval(), spec, _restore(spec, preprocessing, folder))
 
 
@@ -151,15 +155,26 @@ def _without_warnings() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_dense(
-    folder: str | Path, *, model: nn.Module | None = None, dtype: torch.dtype | None = None
+def _fill(model: nn.Module, content: checkpoint.Artifact, keep_packed: bool) -> None:
+    fill = packed_layers.load_packed_into if keep_packed else checkpoint.load_into
+    fill(model, content)
+
+
+def load(
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> nn.Module:
-    """Load an artifact as a plain model with snapped dense weights: `askewq.load`.
+    """Load an artifact as the network that was evaluated, weights snapped: `askewq.load`.
 
     Args:
         folder: what `askewq finetune --output` wrote.
         model: a fresh network to fill, needed for a module of your own; filled in place.
         dtype: of floating-point parameters and buffers; float32 as trained by default.
+        packed: layers keep their codes and unpack them whenever they are used: less memory and a
+            slower forward pass with the very same result. Such a model cannot be trained.
 
     Returns:
         The model in eval mode.
@@ -169,7 +184,7 @@ def load_dense(
     """
     folder = Path(folder)
     if model is None:
-        model = load_artifact(folder).model
+        model = load_artifact(folder, keep_packed=packed).model
     else:
-        checkpoint.load_into(model, checkpoint.read(folder / ARTIFACT))
+        _fill(model, checkpoint.read(folder / ARTIFACT), packed)
     return model.eval() if dtype is None else model.eval().to(dtype)

@@ -128,7 +128,9 @@ def unpack_values(packed: Tensor, grid: Grid, scale: Tensor, shape: tuple[int, .
         torch.index_select(table, 0, part.to(torch.int32), out=out)
     rows = levels.view(torch.float32).view(-1)[:count].view(scale.numel(), -1)
     height = max(1, CHUNK // rows.shape[1])
-    for part, part_scale in zip(pieces(rows, height), pieces(scale.view(-1, 1), height), strict=True):
+    for part, part_scale in zip(
+        pieces(rows, height), pieces(scale.view(-1, 1), height), strict=True
+    ):
         part.mul_(part_scale)
     return rows.view(shape)
 

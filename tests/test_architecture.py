@@ -22,7 +22,7 @@ FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal"),
     ("config", "grid", "pack", "methods"),
     ("layers", "kernels", "optim", "rivals"),
-    ("wrap", "checkpoint"),
+    ("wrap", "checkpoint", "packed"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate"),
