@@ -1,11 +1,14 @@
 """askewq: fine-tune pretrained models to 1- to 8-bit weights with AskewSGD, and pack them.
 
 The public names below are imported on first use, so that `import askewq` and `askewq --help` do
-not wait for torch, and the optimizer needs neither timm nor transformers.
+not wait for torch, and the optimizer needs neither timm nor transformers. The import also lets
+transformers know artifacts, now or when it is imported.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from askewq.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from askewq.anneal import Closing as Closing
@@ -45,6 +48,8 @@ _HOMES = {
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -25,20 +25,35 @@ from askewq.vocabulary import Task
 
 ARTIFACT = "model.safetensors"
 VERSION = 1
+LOAD_WITH = "import askewq, then AutoModelFor*.from_pretrained(folder) or askewq.load(folder)"
 
 
 def save_config(loaded: LoadedModel, folder: Path) -> None:
     """Write config.json and the preprocessing files beside an artifact."""
-    content = {
-        # An unknown model type makes transformers refuse the folder instead of returning a
-        # network with random weights; askewq.load and the exports are the ways to read it.
-        "model_type": "askewq",
-        "askewq_version": VERSION,
-        **asdict(loaded.spec),
-        "preprocessing": loaded.preprocessing.save(folder),
-    }
+    content = config_content(loaded.spec, loaded.preprocessing.save(folder))
     text = json.dumps(content, indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def config_content(spec: ModelSpec, preprocessing: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.json holds.
+
+    transformers without askewq must never return a network with random weights for it. Its Auto
+    classes refuse a model type that they do not know. A class of one architecture would only warn
+    of that and go on, with the config in `arguments` where that is its own; but it refuses a
+    quantization_config without a quant_method.
+    """
+    refused = {"library": "askewq", "load_with": LOAD_WITH}
+    content = asdict(spec)
+    if spec.source == "transformers":
+        content["arguments"] = {**spec.arguments, "quantization_config": refused}
+    return {
+        "model_type": "askewq",
+        "askewq_version": VERSION,
+        "quantization_config": refused,
+        **content,
+        "preprocessing": preprocessing,
+    }
 
 
 def is_artifact(folder: Path) -> bool:
@@ -63,6 +78,15 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from error
+    return check_config(content, str(path))
+
+
+def check_config(content: Any, path: str) -> tuple[ModelSpec, dict[str, Any]]:
+    """Return the spec and the preprocessing values in the content of a config.json.
+
+    Raises:
+        FormatError: another version, or a damaged file; `path` names it.
+    """
     version = content.get("askewq_version") if isinstance(content, dict) else None
     if type(version) is not int or version != VERSION:
         raise FormatError(
@@ -84,7 +108,8 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     if not isinstance(content["preprocessing"], dict):
         raise FormatError(f"{path}: preprocessing must be a mapping.")
     spec = ModelSpec(**{key: content[key] for key in keys[:-1]})
-    return replace(spec, labels=tuple(labels)), content["preprocessing"]
+    arguments = {key: value for key, value in arguments.items() if key != "quantization_config"}
+    return replace(spec, labels=tuple(labels), arguments=arguments), content["preprocessing"]
 
 
 def load_artifact(

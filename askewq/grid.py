@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from askewq import constraint
 from askewq.errors import RecipeError
 from askewq.vocabulary import Bits, GridKind, GroupSize
 

@@ -96,7 +96,7 @@ def load_transformers(
     preprocessing: Preprocessing = ImagePreprocessing()
     if task == "image-classification":
         preprocessing = load_processor(name, trust_remote_code)
-    spec = ModelSpec("transformers", name, task, labels, _json(model.config.to_dict()))
+    spec = ModelSpec("transformers", name, task, labels, plain_json(model.config.to_dict()))
     return LoadedModel(model, spec, preprocessing, tuple(notes))
 
 
@@ -152,7 +152,7 @@ def _part(auto: str, what: str, name: str, trust_remote_code: bool, advice: str)
         ) from error
 
 
-def _json(value: dict[str, Any]) -> dict[str, Any]:
+def plain_json(value: dict[str, Any]) -> dict[str, Any]:
     """Return a config as plain JSON values, as it will be read back."""
     return json.loads(json.dumps(value, default=str))  # type: ignore[no-any-return]
 

@@ -32,28 +32,25 @@ def pack(codes: Tensor, bits: Bits) -> Tensor:
     flat = codes.reshape(-1)
     if bits == 8:
         return flat.clone()
-    group, join = (5, _join_ternary) if bits == "ternary" else (8, _join)
+    group = 5 if bits == "ternary" else 8
     parts = pieces(flat, group * _WORDS)  # no codes are one empty part
-    packed = torch.cat([join(_pad(part, group).reshape(-1, group), bits) for part in parts])
+    packed = torch.cat([_join(_pad(part, group).reshape(-1, group), bits) for part in parts])
     size = packed_size(flat.numel(), bits)
     return packed if packed.numel() == size else packed[:size].clone()
 
 
-def _join(codes: Tensor, bits: int) -> Tensor:
-    """Return [n, 8] codes as 8 n codes of b bits each."""
+def _join(codes: Tensor, bits: Bits) -> Tensor:
+    """Return codes, [n, 8] or ternary [n, 5], as bytes."""
+    if bits == "ternary":
+        packed = codes[:, 0].clone()
+        for i, power in enumerate(_POWERS_OF_3[1:], 1):
+            packed.add_(codes[:, i], alpha=power)
+        return packed
     words = codes.view(torch.int64)
     for mask, shift in _steps(bits):
         low = words & mask
         words = low | ((words ^ low) >> shift)
     return words.view(torch.uint8)[:, :bits].reshape(-1)
-
-
-def _join_ternary(codes: Tensor, _: Bits) -> Tensor:
-    """Return [n, 5] ternary codes as n bytes."""
-    packed = codes[:, 0].clone()
-    for i, power in enumerate(_POWERS_OF_3[1:], 1):
-        packed.add_(codes[:, i], alpha=power)
-    return packed
 
 
 def unpack(packed: Tensor, bits: Bits, count: int) -> Tensor:

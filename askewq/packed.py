@@ -115,6 +115,14 @@ def seal_(layer: nn.Module) -> None:
     layer.__class__ = _packed_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
 
 
+def unseal_(layer: nn.Module) -> None:
+    """Give a packed layer its class and a dense Parameter back, in place."""
+    dense = nn.Parameter(cast(Tensor, layer.weight))
+    del layer._modules["weight"]
+    layer.__class__ = type(layer).__bases__[1]
+    layer.register_parameter("weight", dense)
+
+
 def load_packed_into(model: nn.Module, artifact: Artifact) -> None:
     """Fill a plain model, in place, and keep the artifact's weights packed in it.
 

@@ -27,7 +27,7 @@ FLOORS = [
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate"),
     ),
-    ("report", "output", "choices", "hub", "export"),
+    ("report", "output", "choices", "hub", "export", "registration", "hf_loading"),
     ("train", "demo", "inspection"),
     ("cli",),
     ("__main__",),

@@ -11,7 +11,7 @@ from conftest import GRIDS, grid_name
 from torch import nn
 
 import askewq
-from askewq import checkpoint, packed
+from askewq import checkpoint
 from askewq.errors import FormatError, PlanError
 from askewq.layers import quantize_layer_, snap_
 from askewq.packed import PackedLayer, PackedTensor, artifact_of, load_packed_into
