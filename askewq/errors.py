@@ -8,6 +8,7 @@ AskewError                what the command line turns into exit code 2
 ├── OutputError           the output folder, a checkpoint to resume from
 ├── FormatError           an artifact that is damaged or of another version
 ├── ExportError           a format that cannot hold the artifact, or whose library is missing
+├── HubError              a repository that cannot be written, a Hub out of reach
 ├── DivergenceError       a loss that is not finite
 └── ExactnessError        a reloaded artifact that is not the evaluated model (a bug in askewq)
 
@@ -48,6 +49,10 @@ class FormatError(AskewError):
 
 class ExportError(AskewError):
     """An artifact that a format cannot hold, or an export that did not give the same model."""
+
+
+class HubError(AskewError):
+    """A push that the Hugging Face Hub did not take."""
 
 
 class DivergenceError(AskewError):

@@ -144,6 +144,10 @@ class AskewQuantizer(HfQuantizer):
         for module in list(model.modules()):
             if isinstance(module._modules.get("weight"), PackedTensor):
                 seal_(module)
+        made_up = getattr(model, "generation_config", None)
+        if made_up is not None and made_up._from_model_config:
+            # Without a file of its own it was read from config.json, which is not the network's.
+            model.generation_config = type(made_up).from_model_config(model.config)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:

@@ -37,7 +37,12 @@ def auto_class(task: Task) -> Any:
     """Return the class of transformers that loads models for a task."""
     import transformers
 
-    return getattr(transformers, _AUTO_CLASS[task])
+    return getattr(transformers, auto_class_name(task))
+
+
+def auto_class_name(task: Task) -> str:
+    """Return the name of that class."""
+    return _AUTO_CLASS[task]
 
 
 def guess_hf_task(name: str, trust_remote_code: bool) -> Task:

@@ -121,6 +121,7 @@ class TestSave:
     def test_what_is_saved_is_an_artifact(self, tmp_path):
         """askewq reads what transformers saved."""
         load("bert").save_pretrained(tmp_path)
+        transformers.AutoTokenizer.from_pretrained(finished("bert")[0]).save_pretrained(tmp_path)
         loaded = askewq.load(tmp_path)
         assert torch.equal(logits(loaded, "bert"), logits(load("bert"), "bert"))
 
@@ -128,7 +129,9 @@ class TestSave:
     def test_copies_save_too(self, twin, tmp_path):
         """A copied or pickled model still writes an artifact."""
         twin(load("bert")).save_pretrained(tmp_path)
-        assert same_content(finished("bert")[0] / "model.safetensors", tmp_path / "model.safetensors")
+        assert same_content(
+            finished("bert")[0] / "model.safetensors", tmp_path / "model.safetensors"
+        )
         assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "askewq"
 
     def test_the_config_alone(self, tmp_path):
