@@ -59,7 +59,7 @@ def save(model: nn.Module, path: Path) -> None:
     Raises:
         DivergenceError: a quantized weight that is not finite.
     """
-    tensors, metadata = serialize(_artifact_of(model))
+    tensors, metadata = serialize(artifact_of(model))
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata)
@@ -81,7 +81,7 @@ def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {METADATA_KEY: json.dumps(manifest, sort_keys=True, separators=(",", ":"))}
 
 
-def _artifact_of(model: nn.Module) -> Artifact:
+def artifact_of(model: nn.Module) -> Artifact:
     """Return the content of the file for a model with quantized layers."""
     layers = {_key(name, "weight"): layer for name, layer in quantized_layers(model).items()}
     scales = {

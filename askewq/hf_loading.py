@@ -48,7 +48,7 @@ def config_from(content: dict[str, Any], **kwargs: Any) -> Any:
         )
     arguments = dict(spec.arguments)
     try:
-        plain = type(AutoConfig.for_model(arguments.pop("model_type")))
+        plain: Any = type(AutoConfig.for_model(arguments.pop("model_type")))
     except (KeyError, ValueError, TypeError) as error:
         raise FormatError(
             f"config.json of {where} describes no network of transformers ({error}); it is "
@@ -57,7 +57,7 @@ def config_from(content: dict[str, Any], **kwargs: Any) -> Any:
     arguments["quantization_config"] = AskewConfig(
         name=spec.name, task=spec.task, labels=list(spec.labels), preprocessing=preprocessing
     ).to_dict()
-    return _config_class(plain).from_dict(arguments, **kwargs)  # type: ignore[attr-defined]
+    return _config_class(plain).from_dict(arguments, **kwargs)
 
 
 class _WritesArtifact:
@@ -78,13 +78,13 @@ class _WritesArtifact:
 
 
 @functools.cache
-def _config_class(plain: type) -> type:
+def _config_class(plain: Any) -> Any:
     """Return a subclass of the same name, by which transformers finds the network's class."""
-    names = {"__module__": plain.__module__, "__init__": plain.__init__}  # type: ignore[misc]
+    names = {"__module__": plain.__module__, "__init__": plain.__init__}
     return type(plain.__name__, (_WritesArtifact, plain), names)
 
 
-def _empty_config(plain: type) -> Any:
+def _empty_config(plain: Any) -> Any:
     made = _config_class(plain)
     return made.__new__(made)
 

@@ -1,4 +1,4 @@
-"""`askewq push DIR REPO`: an artifact to the Hugging Face Hub, training's left-overs left behind."""
+"""`askewq push DIR REPO`: an artifact to the Hugging Face Hub, without training's left-overs."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def _message(folder: Path) -> str:
 
 def _check_name(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is there
 
     try:
         validate_repo_id(repo)

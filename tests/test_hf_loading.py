@@ -119,7 +119,7 @@ class TestSave:
         assert torch.equal(logits(load(kind, tmp_path), kind), logits(load(kind), kind))
 
     def test_what_is_saved_is_an_artifact(self, tmp_path):
-        """askewq reads what transformers saved."""
+        """The folder is one that askewq reads, given its tokenizer: what transformers saved."""
         load("bert").save_pretrained(tmp_path)
         transformers.AutoTokenizer.from_pretrained(finished("bert")[0]).save_pretrained(tmp_path)
         loaded = askewq.load(tmp_path)

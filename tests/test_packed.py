@@ -130,7 +130,7 @@ class TestCasts:
         grid = GRIDS[2]
         for layer in (model.embedding, model.head):
             quantize_layer_(layer, grid, torch.ones(9, 1))
-        contents = checkpoint._artifact_of(model)
+        contents = checkpoint.artifact_of(model)
         model = EveryLayer()
         load_packed_into(model, contents)
         model.half().to("meta")

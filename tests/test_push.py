@@ -38,9 +38,10 @@ class FakeHub:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Put a fake Hub in the place of the client."""
-    made = FakeHub()
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+    """Put a fake Hub in the place of the client's two calls."""
+    made, client = FakeHub(), huggingface_hub.HfApi
+    monkeypatch.setattr(client, "create_repo", lambda _, *args, **kw: made.create_repo(*args, **kw))
+    monkeypatch.setattr(client, "upload_folder", lambda _, **kw: made.upload_folder(**kw))
     return made
 
 
