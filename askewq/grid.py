@@ -63,7 +63,8 @@ class Grid:
         for part, part_scale, out in zip(*parts, strict=True):
             x = part / part_scale
             x -= self.first
-            x /= self.step
+            if self.step != 1:
+                x /= self.step
             # constraint.nearest: a code is not negative, so that the cast to uint8 is its floor.
             out.copy_(x.add_(0.5).clamp_(0, self.last + 0.5))
         return codes.reshape(weight.shape)

@@ -49,7 +49,7 @@ def _join(codes: Tensor, bits: Bits) -> Tensor:
     words = codes.view(torch.int64)
     for mask, shift in _steps(bits):
         low = words & mask
-        words = low | ((words ^ low) >> shift)
+        words = low.bitwise_or_((words ^ low).bitwise_right_shift_(shift))
     return words.view(torch.uint8)[:, :bits].reshape(-1)
 
 
@@ -80,7 +80,7 @@ def _part(packed: Tensor, bits: int) -> Tensor:
     words = padded.view(torch.int64)
     for mask, shift in reversed(_steps(bits)):
         low = words & mask
-        words = low | ((words ^ low) << shift)
+        words = low.bitwise_or_((words ^ low).bitwise_left_shift_(shift))
     return words.view(torch.uint8).reshape(-1)
 
 
@@ -174,5 +174,5 @@ def check_packed(packed: Tensor, bits: Bits, count: int) -> None:
 
 
 def _pad(flat: Tensor, multiple: int) -> Tensor:
-    """Return a 1-D tensor with zeros appended up to a multiple of `multiple` elements."""
+    """Return a copy of a 1-D tensor with zeros appended up to a multiple of `multiple` elements."""
     return torch.nn.functional.pad(flat, (0, -flat.numel() % multiple))

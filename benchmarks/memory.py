@@ -6,7 +6,7 @@ that what stays float are biases and norms. Bytes are those of all parameters an
 ones once. The slowdown is of a forward pass, medians of interleaved rounds, batch 1 and 8 images,
 1 and 128 tokens.
 
-    python benchmarks/memory.py [--rounds 5] [--threads 2]
+    python benchmarks/memory.py [--rounds 5] [--threads 2] [--models resnet50 llama]
 """
 
 import argparse
@@ -113,13 +113,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", nargs="+", choices=["resnet50", "llama"])
     arguments = parser.parse_args()
+    models = arguments.models or ["resnet50", "llama"]
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     images = {f"{n} images": torch.randn(n, 3, 224, 224) for n in (1, 8)}
     tokens = {f"{n} tokens": torch.randint(0, 16000, (1, n)) for n in (1, 128)}
-    compare("resnet50", resnet, images, arguments.rounds)
-    compare("Llama-shaped", llama, tokens, arguments.rounds)
+    if "resnet50" in models:
+        compare("resnet50", resnet, images, arguments.rounds)
+    if "llama" in models:
+        compare("Llama-shaped", llama, tokens, arguments.rounds)
 
 
 if __name__ == "__main__":
