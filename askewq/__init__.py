@@ -1,15 +1,18 @@
 """askewq: fine-tune pretrained models to 1- to 8-bit weights with AskewSGD, and pack them.
 
 The public names below are imported on first use, so that `import askewq` and `askewq --help` do
-not wait for torch, and the optimizer needs neither timm nor transformers.
+not wait for torch, and the optimizer needs neither timm nor transformers. The import also lets
+transformers know artifacts, now or when it is imported.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from askewq.registration import register_with_transformers
+
 if TYPE_CHECKING:
     from askewq.anneal import Closing as Closing
-    from askewq.artifact import load_dense as load  # noqa: F401  # a public name of another name
+    from askewq.artifact import load as load
     from askewq.config import Recipe as Recipe
     from askewq.errors import AskewError as AskewError
     from askewq.grid import Grid as Grid
@@ -40,11 +43,13 @@ _HOMES = {
     "apply": "wrap.apply",
     "quantize": "wrap.quantize",
     "Recipe": "config.Recipe",
-    "load": "artifact.load_dense",
+    "load": "artifact.load",
     "finetune": "train.finetune",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from askewq import checkpoint
+from askewq import packed as packed_layers
 from askewq.errors import FormatError, ModelError
 from askewq.hf_models import load_processor, load_tokenizer
 from askewq.models import build
@@ -24,20 +25,35 @@ from askewq.vocabulary import Task
 
 ARTIFACT = "model.safetensors"
 VERSION = 1
+LOAD_WITH = "import askewq, then AutoModelFor*.from_pretrained(folder) or askewq.load(folder)"
 
 
 def save_config(loaded: LoadedModel, folder: Path) -> None:
     """Write config.json and the preprocessing files beside an artifact."""
-    content = {
-        # An unknown model type makes transformers refuse the folder instead of returning a
-        # network with random weights; askewq.load and the exports are the ways to read it.
-        "model_type": "askewq",
-        "askewq_version": VERSION,
-        **asdict(loaded.spec),
-        "preprocessing": loaded.preprocessing.save(folder),
-    }
+    content = config_content(loaded.spec, loaded.preprocessing.save(folder))
     text = json.dumps(content, indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def config_content(spec: ModelSpec, preprocessing: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.json holds.
+
+    transformers without askewq must never return a network with random weights for it. Its Auto
+    classes refuse a model type that they do not know. A class of one architecture would only warn
+    of that and go on, with the config in `arguments` where that is its own; but it refuses a
+    quantization_config without a quant_method.
+    """
+    refused = {"library": "askewq", "load_with": LOAD_WITH}
+    content = asdict(spec)
+    if spec.source == "transformers":
+        content["arguments"] = {**spec.arguments, "quantization_config": refused}
+    return {
+        "model_type": "askewq",
+        "askewq_version": VERSION,
+        "quantization_config": refused,
+        **content,
+        "preprocessing": preprocessing,
+    }
 
 
 def is_artifact(folder: Path) -> bool:
@@ -62,6 +78,15 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from error
+    return check_config(content, str(path))
+
+
+def check_config(content: Any, path: str) -> tuple[ModelSpec, dict[str, Any]]:
+    """Return the spec and the preprocessing values in the content of a config.json.
+
+    Raises:
+        FormatError: another version, or a damaged file; `path` names it.
+    """
     version = content.get("askewq_version") if isinstance(content, dict) else None
     if type(version) is not int or version != VERSION:
         raise FormatError(
@@ -83,13 +108,17 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     if not isinstance(content["preprocessing"], dict):
         raise FormatError(f"{path}: preprocessing must be a mapping.")
     spec = ModelSpec(**{key: content[key] for key in keys[:-1]})
-    return replace(spec, labels=tuple(labels)), content["preprocessing"]
+    arguments = {key: value for key, value in arguments.items() if key != "quantization_config"}
+    return replace(spec, labels=tuple(labels), arguments=arguments), content["preprocessing"]
 
 
-def load_artifact(folder: Path, *, factory: str | None = None) -> LoadedModel:
-    """Return the plain model of an artifact with its snapped dense weights, in eval mode.
+def load_artifact(
+    folder: Path, *, factory: str | None = None, keep_packed: bool = False
+) -> LoadedModel:
+    """Return the plain model of an artifact with its snapped weights, in eval mode.
 
     Args:
+        keep_packed: layers hold codes and unpack them on use, instead of dense weights.
         factory: ``path/to/file.py:factory`` for an artifact of a module of the user's own, whose
             code an artifact never carries or names on its own authority.
 
@@ -108,7 +137,7 @@ def load_artifact(folder: Path, *, factory: str | None = None) -> LoadedModel:
         spec = replace(spec, name=factory)
     artifact = checkpoint.read(folder / ARTIFACT)
     model = build(spec) if spec.source == "module" else _build_described(spec, folder)
-    checkpoint.load_into(model, artifact)
+    _fill(model, artifact, keep_packed)
     return LoadedModel(model.eval(), spec, _restore(spec, preprocessing, folder))
 
 
@@ -151,15 +180,26 @@ def _without_warnings() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_dense(
-    folder: str | Path, *, model: nn.Module | None = None, dtype: torch.dtype | None = None
+def _fill(model: nn.Module, content: checkpoint.Artifact, keep_packed: bool) -> None:
+    fill = packed_layers.load_packed_into if keep_packed else checkpoint.load_into
+    fill(model, content)
+
+
+def load(
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> nn.Module:
-    """Load an artifact as a plain model with snapped dense weights: `askewq.load`.
+    """Load an artifact as the network that was evaluated, weights snapped: `askewq.load`.
 
     Args:
         folder: what `askewq finetune --output` wrote.
         model: a fresh network to fill, needed for a module of your own; filled in place.
         dtype: of floating-point parameters and buffers; float32 as trained by default.
+        packed: layers keep their codes and unpack them whenever they are used: less memory and a
+            slower forward pass with the very same result. Such a model cannot be trained.
 
     Returns:
         The model in eval mode.
@@ -169,7 +209,7 @@ def load_dense(
     """
     folder = Path(folder)
     if model is None:
-        model = load_artifact(folder).model
+        model = load_artifact(folder, keep_packed=packed).model
     else:
-        checkpoint.load_into(model, checkpoint.read(folder / ARTIFACT))
+        _fill(model, checkpoint.read(folder / ARTIFACT), packed)
     return model.eval() if dtype is None else model.eval().to(dtype)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from askewq.errors import FormatError, RecipeError, near
 from askewq.grid import Grid, make_grid
 from askewq.layers import QuantizedLayer, quantized_layers
-from askewq.pack import check_packed, pack, unpack
+from askewq.pack import check_packed, pack, unpack_values
 
 VERSION = 1
 METADATA_KEY = "askewq"
@@ -35,13 +35,8 @@ class PackedWeight:
     scale: Tensor
 
     def dense(self) -> Tensor:
-        """Return the snapped weight, float32, of its shape.
-
-        Raises:
-            FormatError: bytes that no codes pack to.
-        """
-        codes = unpack(self.codes, self.grid.bits, math.prod(self.shape))
-        return self.grid.values(codes.reshape(self.shape), self.scale)
+        """Return the snapped weight, float32, of its shape; the codes are known to be good."""
+        return unpack_values(self.codes, self.grid, self.scale, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,34 +59,52 @@ def save(model: nn.Module, path: Path) -> None:
     Raises:
         DivergenceError: a quantized weight that is not finite.
     """
-    layers = {_key(name, "weight"): layer for name, layer in quantized_layers(model).items()}
-    scales = {
-        _key(name, "weight_scale")
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantizedLayer)
-    }
-    shared = _shared_names(model)
-    tensors: dict[str, Tensor] = {}
-    manifest: dict[str, Any] = {"version": VERSION, "weights": {}, "shared": {}}
-    for name, tensor in model.state_dict().items():
-        if name in scales:
-            continue
-        if name in shared:
-            manifest["shared"][name] = shared[name]
-        elif name in layers:
-            layer = layers[name]
-            tensors[f"{name}.codes"] = pack(layer.codes(), layer.grid.bits).cpu()
-            tensors[f"{name}.scale"] = layer.weight_scale.float().cpu().contiguous()
-            manifest["weights"][name] = _describe(layer.grid, tuple(tensor.shape))
-        else:
-            tensors[name] = tensor.detach().cpu().contiguous()
-    metadata = {METADATA_KEY: json.dumps(manifest, sort_keys=True, separators=(",", ":"))}
+    tensors, metadata = serialize(artifact_of(model))
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the header entries that a file with this content holds."""
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in artifact.tensors.items()
+    }
+    manifest: dict[str, Any] = {"version": VERSION, "weights": {}, "shared": artifact.shared}
+    for name, weight in artifact.weights.items():
+        tensors[f"{name}.codes"] = weight.codes.cpu()
+        tensors[f"{name}.scale"] = weight.scale.detach().float().cpu().contiguous()
+        manifest["weights"][name] = _describe(weight.grid, weight.shape)
+    return tensors, {METADATA_KEY: json.dumps(manifest, sort_keys=True, separators=(",", ":"))}
+
+
+def artifact_of(model: nn.Module) -> Artifact:
+    """Return the content of the file for a model with quantized layers."""
+    layers = {_key(name, "weight"): layer for name, layer in quantized_layers(model).items()}
+    scales = {
+        _key(name, "weight_scale")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantizedLayer)
+    }
+    shared = shared_names(model)
+    artifact = Artifact({}, {}, {})
+    for name, tensor in model.state_dict().items():
+        if name in scales:
+            continue
+        if name in shared:
+            artifact.shared[name] = shared[name]
+        elif name in layers:
+            layer = layers[name]
+            codes = pack(layer.codes(), layer.grid.bits)
+            artifact.weights[name] = PackedWeight(
+                layer.grid, tuple(tensor.shape), codes, layer.weight_scale
+            )
+        else:
+            artifact.tensors[name] = tensor
+    return artifact
 
 
 def _key(module: str, leaf: str) -> str:
@@ -104,7 +117,7 @@ def _describe(grid: Grid, shape: tuple[int, ...]) -> dict[str, Any]:
     return {"bits": grid.bits, "grid": levels, "shape": list(shape)}
 
 
-def _shared_names(model: nn.Module) -> dict[str, str]:
+def shared_names(model: nn.Module) -> dict[str, str]:
     """Return, for every further name of a tensor that has several, its first name."""
     first: dict[int, str] = {}
     shared = {}
@@ -230,13 +243,18 @@ def _divides(scale: torch.Size, shape: list[int]) -> bool:
     return scale[0] == shape[0] and scale[1] > 0 and math.prod(shape[1:]) % scale[1] == 0
 
 
-def load_into(model: nn.Module, artifact: Artifact) -> None:
-    """Copy the artifact's dense state into a plain model with the same parameters, in place.
+def check_fit(model: nn.Module, artifact: Artifact) -> None:
+    """Check that a plain model has the names, shapes and types of an artifact.
 
     Raises:
-        FormatError: a key that is missing or left over, or a shape that differs.
+        FormatError: a key that is missing or left over, or a shape or type that differs.
     """
-    state, target = artifact.dense_state(), model.state_dict()
+    target = model.state_dict()
+    state: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        **{name: (tuple(t.shape), t.dtype) for name, t in artifact.tensors.items()},
+        **{name: (weight.shape, torch.float32) for name, weight in artifact.weights.items()},
+    }
+    state |= {name: state[source] for name, source in artifact.shared.items()}
     missing = [key for key in target if key not in state]
     extra = [key for key in state if key not in target]
     if missing or extra:
@@ -245,12 +263,33 @@ def load_into(model: nn.Module, artifact: Artifact) -> None:
             f"({len(missing)} keys), and the model does not know {extra[:5] or 'nothing'} "
             f"({len(extra)} keys){near(extra[0], missing) if extra else ''}."
         )
-    for key, tensor in state.items():
-        if (tensor.shape, tensor.dtype) != (target[key].shape, target[key].dtype):
+    for key, (shape, dtype) in state.items():
+        if (shape, dtype) != (target[key].shape, target[key].dtype):
             raise FormatError(
-                f"{key!r} is {tensor.dtype} {list(tensor.shape)} in the artifact and "
+                f"{key!r} is {dtype} {list(shape)} in the artifact and "
                 f"{target[key].dtype} {list(target[key].shape)} in the model."
             )
+
+
+def load_into(model: nn.Module, artifact: Artifact) -> None:
+    """Copy the artifact's dense state into a plain model with the same parameters, in place.
+
+    Raises:
+        FormatError: as `check_fit`.
+    """
+    check_fit(model, artifact)
+    target = model.state_dict()
+    names: dict[str, list[str]] = {}
+    for name, source in artifact.shared.items():
+        names.setdefault(source, []).append(name)
     with torch.no_grad():
-        for key, tensor in state.items():
-            target[key].copy_(tensor)
+        for key, tensor in artifact.tensors.items():
+            _copy(tensor, [target[name] for name in (key, *names.get(key, ()))])
+        for key, weight in artifact.weights.items():  # one dense weight at a time
+            _copy(weight.dense(), [target[name] for name in (key, *names.get(key, ()))])
+
+
+def _copy(source: Tensor, targets: list[Tensor]) -> None:
+    """Copy into tensors, once into those that are the same."""
+    for target in {tensor.data_ptr(): tensor for tensor in targets}.values():
+        target.copy_(source)

@@ -184,6 +184,22 @@ def export(
     formats.export(folder, to, output, Options(**given), factory=model)
 
 
+@app.command
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    private: Annotated[bool, Parameter(help="if the repository is made by this")] = False,
+    dry_run: Annotated[
+        bool, Parameter(help="print files and commit message, send nothing")
+    ] = False,
+) -> None:
+    """Upload an artifact to a repository of the Hugging Face Hub: owner/name."""
+    from askewq import hub
+
+    print("\n".join(hub.push(folder, repo, private=private, dry_run=dry_run)))
+
+
 @recipes.command(name="ls")
 def list_recipes() -> None:
     """List the recipes with what each is for."""

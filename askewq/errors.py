@@ -9,6 +9,7 @@ AskewError                what the command line turns into its exit code, 2
 ├── FormatError           an artifact that is damaged or of another version
 ├── ExportError           a format that cannot hold the artifact, or whose library is missing
 │   └── VerificationError an export that its own loader does not give back; exit code 1
+├── HubError              a repository that cannot be written, a Hub out of reach
 ├── DivergenceError       a loss that is not finite
 └── ExactnessError        a reloaded artifact that is not the evaluated model (a bug in askewq)
 
@@ -57,6 +58,10 @@ class VerificationError(ExportError):
     """An export that its own loader cannot read, or from which it makes another model."""
 
     exit_code = 1
+
+
+class HubError(AskewError):
+    """A push that the Hugging Face Hub did not take."""
 
 
 class DivergenceError(AskewError):

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from askewq import constraint
 from askewq.errors import RecipeError
 from askewq.vocabulary import Bits, GridKind, GroupSize
 
 # Code changes along a row's sweep up to which the exact sweep is made.
 SWEEP_UP_TO = 2**16
-# Numbers worked on at a time, so that they stay in the cache.
-CHUNK = 2**16
+# Numbers worked on at a time, so that they stay in the cache; torch does not split an operation of
+# this size over threads, whose waiting for each other would cost more than they bring.
+CHUNK = 2**15
 
 BITS: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 5, 6, 7, 8)
 
@@ -55,16 +55,34 @@ class Grid:
 
     def codes(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Return the code of the level nearest to each weight, uint8, weight's shape."""
-        return constraint.nearest(self.coordinate(weight, scale), self.last).to(torch.uint8)
+        rows = weight.reshape(scale.numel(), -1)
+        codes = torch.empty(rows.shape, dtype=torch.uint8, device=weight.device)
+        height = max(1, CHUNK // max(1, rows.shape[1]))
+        scales = scale.reshape(-1, 1)
+        parts = (pieces(tensor, height) for tensor in (rows, scales, codes))
+        for part, part_scale, out in zip(*parts, strict=True):
+            x = part / part_scale
+            x -= self.first
+            if self.step != 1:
+                x /= self.step
+            # constraint.nearest: a code is not negative, so that the cast to uint8 is its floor.
+            out.copy_(x.add_(0.5).clamp_(0, self.last + 0.5))
+        return codes.reshape(weight.shape)
 
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Return the weights that codes stand for, in scale's dtype and codes' shape."""
-        units = self.first + self.step * codes.reshape(scale.numel(), -1).to(scale.dtype)
-        return (units * scale.reshape(-1, 1)).reshape(codes.shape)
+        units = codes.reshape(scale.numel(), -1).to(scale.dtype)
+        units.mul_(self.step).add_(self.first)
+        return units.mul_(scale.reshape(-1, 1)).reshape(codes.shape)
 
     def snap(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Return every weight moved to its nearest level; snapping twice changes nothing."""
         return self.values(self.codes(weight, scale), scale)
+
+
+def pieces(tensor: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Return views of `size` rows each, or one of all rows where there is no cache to mind."""
+    return tensor.split(size if tensor.device.type == "cpu" else max(1, len(tensor)))
 
 
 def make_grid(bits: Bits, kind: GridKind = "integer") -> Grid:

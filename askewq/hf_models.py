@@ -37,7 +37,12 @@ def auto_class(task: Task) -> Any:
     """Return the class of transformers that loads models for a task."""
     import transformers
 
-    return getattr(transformers, _AUTO_CLASS[task])
+    return getattr(transformers, auto_class_name(task))
+
+
+def auto_class_name(task: Task) -> str:
+    """Return the name of that class."""
+    return _AUTO_CLASS[task]
 
 
 def guess_hf_task(name: str, trust_remote_code: bool) -> Task:
@@ -96,7 +101,7 @@ def load_transformers(
     preprocessing: Preprocessing = ImagePreprocessing()
     if task == "image-classification":
         preprocessing = load_processor(name, trust_remote_code)
-    spec = ModelSpec("transformers", name, task, labels, _json(model.config.to_dict()))
+    spec = ModelSpec("transformers", name, task, labels, plain_json(model.config.to_dict()))
     return LoadedModel(model, spec, preprocessing, tuple(notes))
 
 
@@ -152,7 +157,7 @@ def _part(auto: str, what: str, name: str, trust_remote_code: bool, advice: str)
         ) from error
 
 
-def _json(value: dict[str, Any]) -> dict[str, Any]:
+def plain_json(value: dict[str, Any]) -> dict[str, Any]:
     """Return a config as plain JSON values, as it will be read back."""
     return json.loads(json.dumps(value, default=str))  # type: ignore[no-any-return]
 

@@ -3,15 +3,23 @@
 Codes are laid end to end, the first in the lowest bits of the first byte (docs/format.md, section
 "Codes"); the bits that fill up the last byte are zero. ``unpack(pack(codes, b), b, n)`` gives
 back the codes for every width, length and shape.
+
+Eight codes are one 64-bit word, a byte each. Packing moves neighbours together in three steps
+(bytes to pairs, pairs to fours, fours to eight); unpacking takes the steps backwards.
 """
+
+import functools
 
 import torch
 from torch import Tensor
 
 from askewq.errors import FormatError
+from askewq.grid import CHUNK, Grid, pieces
 from askewq.vocabulary import Bits
 
 _POWERS_OF_3 = (1, 3, 9, 27, 81)
+# Words of eight codes (ternary: bytes of five) worked on at a time.
+_WORDS = CHUNK // 8
 
 
 def packed_size(count: int, bits: Bits) -> int:
@@ -24,15 +32,25 @@ def pack(codes: Tensor, bits: Bits) -> Tensor:
     flat = codes.reshape(-1)
     if bits == 8:
         return flat.clone()
+    group = 5 if bits == "ternary" else 8
+    parts = pieces(flat, group * _WORDS)  # no codes are one empty part
+    packed = torch.cat([_join(_pad(part, group).reshape(-1, group), bits) for part in parts])
+    size = packed_size(flat.numel(), bits)
+    return packed if packed.numel() == size else packed[:size].clone()
+
+
+def _join(codes: Tensor, bits: Bits) -> Tensor:
+    """Return codes, [n, 8] or ternary [n, 5], as bytes."""
     if bits == "ternary":
-        digits = _pad(flat, 5).reshape(-1, 5)
-        weights = torch.tensor(_POWERS_OF_3, dtype=torch.uint8, device=codes.device)
-        return (digits * weights).sum(dim=1, dtype=torch.uint8)
-    words = torch.zeros(-(-flat.numel() // 8), dtype=torch.int64, device=codes.device)
-    for i, column in enumerate(_pad(flat, 8).reshape(-1, 8).unbind(dim=1)):
-        words |= column.to(torch.int64) << (i * bits)
-    packed = words.view(torch.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
-    return packed[: packed_size(flat.numel(), bits)].clone()
+        packed = codes[:, 0].clone()
+        for i, power in enumerate(_POWERS_OF_3[1:], 1):
+            packed.add_(codes[:, i], alpha=power)
+        return packed
+    words = codes.view(torch.int64)
+    for mask, shift in _steps(bits):
+        low = words & mask
+        words = low.bitwise_or_((words ^ low).bitwise_right_shift_(shift))
+    return words.view(torch.uint8)[:, :bits].reshape(-1)
 
 
 def unpack(packed: Tensor, bits: Bits, count: int) -> Tensor:
@@ -42,16 +60,91 @@ def unpack(packed: Tensor, bits: Bits, count: int) -> Tensor:
         FormatError: as `check_packed`.
     """
     check_packed(packed, bits, count)
+    return _unpack(packed, bits, count)
+
+
+def _unpack(packed: Tensor, bits: Bits, count: int) -> Tensor:
     if bits == 8:
         return packed.clone()
     if bits == "ternary":
-        digits = torch.stack([(packed // power) % 3 for power in _POWERS_OF_3], dim=1)
-        return digits.reshape(-1)[:count]
-    padded = torch.zeros(-(-count // 8), 8, dtype=torch.uint8, device=packed.device)
-    padded[:, :bits] = _pad(packed, bits).reshape(-1, bits)
-    words = padded.view(torch.int64).reshape(-1)
-    codes = torch.stack([(words >> (i * bits)) & (2**bits - 1) for i in range(8)], dim=1)
-    return codes.to(torch.uint8).reshape(-1)[:count]
+        table = _ternary_table(packed.device)
+        return table.index_select(0, packed.to(torch.int32)).reshape(-1)[:count]
+    parts = pieces(_pad(packed, bits).reshape(-1, bits), _WORDS)
+    return torch.cat([_part(part, bits) for part in parts])[:count]
+
+
+def _part(packed: Tensor, bits: int) -> Tensor:
+    """Return the 8 n codes in [n, b] bytes."""
+    padded = torch.zeros(len(packed), 8, dtype=torch.uint8, device=packed.device)
+    padded[:, :bits] = packed
+    words = padded.view(torch.int64)
+    for mask, shift in reversed(_steps(bits)):
+        low = words & mask
+        words = low.bitwise_or_((words ^ low).bitwise_left_shift_(shift))
+    return words.view(torch.uint8).reshape(-1)
+
+
+@functools.cache
+def _steps(bits: int) -> tuple[tuple[int, int], ...]:
+    """Return mask and shift of the three steps of packing.
+
+    Before a step every lane of a word holds a field in its lowest bits, at first a byte with one
+    code; the mask selects the lower field of every two lanes, the shift brings the upper one to it.
+    """
+    steps = []
+    for lane in (8, 16, 32):
+        field = bits * lane // 8
+        mask = sum(((1 << field) - 1) << start for start in range(0, 64, 2 * lane))
+        steps.append((mask, lane - field))
+    return tuple(steps)
+
+
+@functools.cache
+def _ternary_table(device: torch.device) -> Tensor:
+    """Return the five codes in every byte, uint8 [256, 5]."""
+    every = torch.arange(256, device=device)
+    digits = torch.stack([every // power % 3 for power in _POWERS_OF_3], dim=1)
+    return digits.to(torch.uint8)
+
+
+def unpack_values(packed: Tensor, grid: Grid, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return ``grid.values`` of the codes in checked bytes: float32 of this shape.
+
+    Where every byte holds whole codes a table of bytes gives their levels at once.
+
+    Args:
+        packed: uint8, 1-D, as `check_packed` accepts it for the grid's bits and the shape.
+        scale: float32 [out, groups].
+    """
+    count = torch.Size(shape).numel()
+    if grid.bits in (3, 5, 6, 7):
+        return grid.values(_unpack(packed, grid.bits, count).reshape(shape), scale)
+    table = _level_table(grid, packed.device)
+    levels = table.new_empty((len(packed), *table.shape[1:]))
+    for part, out in zip(pieces(packed, _WORDS), pieces(levels, _WORDS), strict=True):
+        torch.index_select(table, 0, part.to(torch.int32), out=out)
+    rows = levels.view(torch.float32).view(-1)[:count].view(scale.numel(), -1)
+    height = max(1, CHUNK // rows.shape[1])
+    for part, part_scale in zip(
+        pieces(rows, height), pieces(scale.view(-1, 1), height), strict=True
+    ):
+        part.mul_(part_scale)
+    return rows.view(shape)
+
+
+@functools.cache
+def _level_table(grid: Grid, device: torch.device) -> Tensor:
+    """Return the levels, in units of the scale, of the codes in every byte: 256 rows of float32.
+
+    A row of four levels is one number of 16 bytes, of two one of 8: torch copies numbers faster
+    than rows.
+    """
+    every = torch.arange(256, dtype=torch.uint8)
+    each = 5 if grid.bits == "ternary" else 8 // int(grid.bits)
+    codes = _unpack(every, grid.bits, 256 * each).reshape(256, each)
+    table = grid.levels()[codes.clamp(max=grid.last).long()].to(device)
+    number = {1: torch.float32, 2: torch.complex64, 4: torch.complex128}
+    return table.view(number[each]).view(-1) if each in number else table
 
 
 def check_packed(packed: Tensor, bits: Bits, count: int) -> None:
@@ -81,5 +174,5 @@ def check_packed(packed: Tensor, bits: Bits, count: int) -> None:
 
 
 def _pad(flat: Tensor, multiple: int) -> Tensor:
-    """Return a 1-D tensor with zeros appended up to a multiple of `multiple` elements."""
+    """Return a copy of a 1-D tensor with zeros appended up to a multiple of `multiple` elements."""
     return torch.nn.functional.pad(flat, (0, -flat.numel() % multiple))

@@ -18,6 +18,7 @@ from askewq.checkpoint import Artifact
 from askewq.config import Recipe, to_yaml
 from askewq.evaluate import Evaluation
 from askewq.grid import Grid
+from askewq.hf_models import auto_class_name
 from askewq.spec import LoadedModel, ModelSpec
 from askewq.wrap import Plan, PlannedLayer
 
@@ -164,13 +165,16 @@ def bits_name(bits: Any) -> str:
     return f"{bits} bit{'' if bits == 1 else 's'}"
 
 
+_PIPELINE: dict[str, str] = {
+    "image-classification": "image-classification",
+    "text-classification": "text-classification",
+    "causal-lm": "text-generation",
+}
+
+
 def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> str:
     """Return README.md of an artifact: how to load it, what it measures, how it was made."""
-    own = loaded.spec.source == "module"
-    call = "askewq.load(folder, model=factory())" if own else "askewq.load(folder)"
-    header: dict[str, Any] = {"library_name": "askewq", "tags": ["askewq", "quantized", "low-bit"]}
-    if not own:
-        header["base_model"] = recipe.model
+    header = yaml.safe_dump(_metadata(metrics, recipe, loaded.spec), sort_keys=False)
     sizes, metric = metrics["bytes"], metrics["metric"]
     rows = "\n".join(
         f"| {name} | {metrics[key]:.2f} |"
@@ -181,16 +185,13 @@ def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> 
         )
     )
     return f"""---
-{yaml.safe_dump(header, sort_keys=False).strip()}
+{header.strip()}
 ---
 # {recipe.model} at {bits_name(recipe.bits)}
 
-**Load it with askewq.** The weights are packed; transformers and timm cannot read this folder.
+**Load it with askewq.** The weights are packed; without askewq, transformers and timm refuse them.
 
-```python
-import askewq
-model = {call}  # a plain {loaded.spec.source} network with dense float32 weights
-```
+{_how_to_load(loaded.spec)}
 
 | | {metric} on {recipe.dataset} |
 |---|---|
@@ -205,6 +206,51 @@ Fine-tuned by askewq with the method `{recipe.method}`{_source(recipe)}; the rec
 ```yaml
 {to_yaml(recipe)}```
 """
+
+
+def _metadata(metrics: dict[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
+    """Return what the Hub reads of a model card; paths of this machine are none of its business."""
+    header: dict[str, Any] = {
+        "library_name": "askewq",
+        "pipeline_tag": _PIPELINE[spec.task],
+        "tags": ["askewq", "quantized", "low-bit", bits_name(recipe.bits).replace(" ", "-")],
+    }
+    if spec.source != "module" and not Path(recipe.model).exists():
+        header["base_model"] = recipe.model
+        header["base_model_relation"] = "quantized"
+    public = not Path(recipe.dataset).exists()
+    if public:
+        header["datasets"] = [recipe.dataset]
+    header["metrics"] = [metrics["metric"]]
+    measured = {"type": metrics["metric"], "value": round(metrics["reloaded"], 4)}
+    dataset = {"name": Path(recipe.dataset).name, "type": recipe.dataset if public else "local"}
+    task = {"type": _PIPELINE[spec.task]}
+    result = {"task": task, "dataset": dataset, "metrics": [measured]}
+    name = f"{Path(recipe.model).name} at {bits_name(recipe.bits)}"
+    header["model-index"] = [{"name": name, "results": [result]}]
+    return header
+
+
+def _how_to_load(spec: ModelSpec) -> str:
+    """Return the calls that load an artifact, in every library that can."""
+    own = spec.source == "module"
+    call = "folder, model=factory()" if own else "folder"
+    text = f"""```python
+import askewq
+model = askewq.load({call})  # a plain {spec.source} network with dense float32 weights
+model = askewq.load({call}, packed=True)  # the same logits, weights unpacked on use
+```"""
+    if spec.source == "transformers":
+        text += f"""
+
+With transformers, packed:
+
+```python
+import askewq
+from transformers import {auto_class_name(spec.task)}
+model = {auto_class_name(spec.task)}.from_pretrained(folder_or_repo)
+```"""
+    return text
 
 
 def _source(recipe: Recipe) -> str:

@@ -22,13 +22,13 @@ FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal"),
     ("config", "grid", "pack", "methods"),
     ("layers", "kernels", "optim", "rivals"),
-    ("wrap", "checkpoint"),
+    ("wrap", "checkpoint", "packed"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
     ),
     (
-        *("report", "output", "choices", "hub"),
+        *("report", "output", "choices", "hub", "registration", "hf_loading"),
         *("export", "export_dense", "export_compressed_tensors"),
         *("export_onnx", "export_gguf", "gguf_types"),
     ),

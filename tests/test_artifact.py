@@ -140,8 +140,9 @@ class TestConfig:
             content = json.loads((finished(kind)[0] / "config.json").read_text())
             assert content.keys() == {
                 *("model_type", "askewq_version", "source", "name", "task", "labels"),
-                *("arguments", "preprocessing"),
+                *("arguments", "preprocessing", "quantization_config"),
             }
+            assert "quant_method" not in content["quantization_config"]
             assert content["model_type"] == "askewq"
             assert content["askewq_version"] == 1
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import bracket
 
+from askewq import constraint
 from askewq.errors import RecipeError
 from askewq.grid import BITS, Grid, fit_scale, make_grid, scale_shape
 
@@ -317,3 +318,21 @@ def test_type_of_the_scale(given_type, fitted_type):
     assert scale.dtype == fitted_type
     assert not scale.requires_grad
     assert torch.equal(weight, before)
+
+
+@given(grid=grids, data=st.data())
+def test_codes_are_those_of_the_nearest_level(grid, data):
+    """Codes are the constraint's own nearest level, half-way up, for every kind of row."""
+    weight, scale = data.draw(weights_and_scales(grid))
+    expected = constraint.nearest(grid.coordinate(weight, scale), grid.last)
+    assert torch.equal(grid.codes(weight, scale), expected.to(torch.uint8))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70_000])
+def test_codes_of_more_weights_than_a_piece(rows):
+    """The pieces that codes are made in do not show, whether rows are long or many."""
+    grid = make_grid(3)
+    weight = torch.randn(rows, 210_000 // rows)
+    scale = 0.2 + torch.rand(rows, 1)
+    expected = constraint.nearest(grid.coordinate(weight, scale), grid.last)
+    assert torch.equal(grid.codes(weight, scale), expected.to(torch.uint8))

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import bit_widths, seeds, shapes
+from conftest import bit_widths, grids, seeds, shapes, weights_and_scales
 from hypothesis import given
 from hypothesis import strategies as st
 
 from askewq.errors import FormatError
 from askewq.grid import BITS, make_grid
-from askewq.pack import pack, packed_size, unpack
+from askewq.pack import pack, packed_size, unpack, unpack_values
 
 every_width = pytest.mark.parametrize("bits", BITS)
 
@@ -149,3 +149,47 @@ def test_every_filling_bit_is_checked(bits, count):
         damaged[bit // 8] |= 1 << (bit % 8)
         with pytest.raises(FormatError, match="fill up the last byte"):
             unpack(damaged, bits, count)
+
+
+@given(grid=grids, data=st.data())
+def test_values_of_bytes_are_those_of_codes(grid, data):
+    """Bytes unpack to the very values of their codes, for every grid, shape and scale."""
+    weight, scale = data.draw(weights_and_scales(grid))
+    weight, scale = weight.float(), scale.float()
+    codes = grid.codes(weight, scale)
+    values = unpack_values(pack(codes, grid.bits), grid, scale, tuple(codes.shape))
+    assert torch.equal(values, grid.values(codes, scale))
+    assert (values.dtype, values.shape) == (torch.float32, codes.shape)
+
+
+@every_width
+@pytest.mark.parametrize("count", [2**15 - 1, 2**15, 2**15 + 1, 100_003])
+def test_the_pieces_do_not_show(bits, count):
+    """Codes of more than one piece survive, whatever is left over, and so do their values."""
+    grid, codes = make_grid(bits), random_codes(bits, 1, count)
+    packed = pack(codes, bits)
+    assert torch.equal(unpack(packed, bits, count), codes)
+    scale = torch.full((1, 1), 0.3)
+    values = unpack_values(packed, grid, scale, (1, count))
+    assert torch.equal(values, grid.values(codes.reshape(1, -1), scale))
+
+
+@every_width
+def test_packing_leaves_the_codes(bits):
+    """Neither direction writes into what it is given."""
+    codes = random_codes(bits, 2, 40)
+    before, packed = codes.clone(), pack(codes, bits)
+    kept = packed.clone()
+    unpack(packed, bits, 40)
+    assert torch.equal(codes, before)
+    assert torch.equal(packed, kept)
+
+
+@every_width
+def test_codes_that_start_anywhere_in_memory(bits):
+    """A view whose first byte is not aligned packs like its copy."""
+    codes = random_codes(bits, 3, 45)[5:]
+    assert torch.equal(pack(codes, bits), pack(codes.clone(), bits))
+    packed = pack(codes, bits)
+    shifted = torch.cat([packed.new_zeros(1), packed])[1:]
+    assert torch.equal(unpack(shifted, bits, 40), codes)

@@ -140,7 +140,16 @@ class TestModelCard:
         content = config.yaml.safe_load(header)
         assert content["library_name"] == "askewq"
         assert "askewq" in content["tags"]
-        assert ("base_model" in content) == (kind != "own")
+        assert ("base_model" in content) == (kind == "timm")  # the others are folders of ours
+        assert content.get("base_model_relation") == ("quantized" if kind == "timm" else None)
+        assert content["pipeline_tag"] in ("image-classification", "text-classification")
+        assert "datasets" not in content
+        (entry,) = content["model-index"]
+        (result,) = entry["results"]
+        (figure,) = result["metrics"]
+        metrics = finished(kind)[1]
+        assert figure == {"type": "accuracy", "value": round(metrics["reloaded"], 4)}
+        assert str(builders.ROOT) not in header
 
     @pytest.mark.parametrize("name", ["x: y", "a # b", "'quoted'", "- list"])
     def test_front_matter_of_any_name(self, name):

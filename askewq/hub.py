@@ -1,0 +1,101 @@
+"""`askewq push DIR REPO`: an artifact to the Hugging Face Hub, without training's left-overs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from askewq import checkpoint
+from askewq.artifact import ARTIFACT, read_spec
+from askewq.errors import FormatError, HubError
+from askewq.report import bits_name
+from askewq.spec import first_line
+
+METRICS, CARD = "metrics.json", "README.md"
+# What an artifact and the preprocessing beside it consist of; folders are never pushed.
+_SUFFIXES = (".json", ".jinja", ".md", ".model", ".txt", ".yaml")
+
+
+def push(folder: Path, repo: str, *, private: bool = False, dry_run: bool = False) -> list[str]:
+    """Upload an artifact in one commit; return what was done, or would be, as lines to print.
+
+    Args:
+        repo: ``owner/name`` or ``name``; made where it does not exist.
+        private: of a repository that is made.
+        dry_run: only say which files the commit would have, and its message; needs no network.
+
+    Raises:
+        FormatError: no artifact, or a damaged one.
+        HubError: a name that the Hub does not allow, no permission, or no way to reach it.
+    """
+    files = _files(folder)
+    message = _message(folder)
+    _check_name(repo)
+    size = sum((folder / name).stat().st_size for name in files)
+    listing = [f"  {name} ({(folder / name).stat().st_size:,} bytes)" for name in files]
+    lines = [*listing, f"{len(files)} files, {size:,} bytes; commit message: {message}"]
+    if dry_run:
+        return [f"dry run, nothing is sent; to {repo}:", *lines]
+    return [f"pushed to {_upload(folder, repo, files, message, private)}:", *lines]
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the names of the files to push, after a check that the artifact is whole."""
+    read_spec(folder)
+    checkpoint.read(folder / ARTIFACT)
+    missing = [name for name in (METRICS, CARD) if not (folder / name).is_file()]
+    if missing:
+        raise FormatError(
+            f"{folder} has no {' and no '.join(missing)}: a pushed model says what it measures. "
+            "Both are written at the end of `askewq finetune`."
+        )
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and (path.name == ARTIFACT or path.suffix in _SUFFIXES)
+    )
+
+
+def _message(folder: Path) -> str:
+    """Return the commit message: what the model is and what it measures."""
+    try:
+        metrics: dict[str, Any] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        return (
+            f"{metrics['model']} at {bits_name(metrics['bits'])}: {metrics['metric']} "
+            f"{metrics['reloaded']:.2f} (full precision {metrics['full_precision']:.2f})"
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{folder / METRICS} is damaged: {first_line(error)}") from error
+
+
+def _check_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is there
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise HubError(
+            f"{repo!r} is no name of a repository ({first_line(error)}); pass owner/name."
+        ) from error
+
+
+def _upload(folder: Path, repo: str, files: list[str], message: str, private: bool) -> str:
+    """Make the repository and the commit; return the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            allow_patterns=files,
+            commit_message=message,
+        )
+    except Exception as error:  # the client's errors share no class that its versions agree on
+        raise HubError(
+            f"the Hub did not take {repo!r} ({type(error).__name__}: {first_line(error)}). Without "
+            "a token or permission: `hf auth login`, with a token that may write there. Offline: "
+            "--dry-run shows what would be sent."
+        ) from error
+    return str(commit.commit_url)

@@ -1,0 +1,181 @@
+"""Layers that keep the packed codes and unpack them on use: `askewq.load(folder, packed=True)`.
+
+A layer becomes packed by a change of class, as in layers.py: its Parameter `weight` gives way to a
+submodule of the same name that holds the codes and the scale under the names that they have in
+the file, and to a property that unpacks them, so that every subclass keeps its own forward. The
+weight that a forward pass sees is that of the dense load, to the bit, in every type and on every
+device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from askewq.checkpoint import Artifact, PackedWeight, check_fit, shared_names
+from askewq.errors import FormatError
+from askewq.grid import Grid
+
+
+class PackedTensor(nn.Module):
+    """A weight as codes and scale; calling it unpacks. Layers that share a weight share this.
+
+    Attributes:
+        codes: buffer, uint8, 1-D.
+        scale: buffer, float32 [out, groups]; a cast of the model leaves it as it is.
+        grid: the levels, in units of the scale.
+        shape: of the weight.
+        dtype: of the weight that it unpacks to, rounded once from float32.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scale", weight.scale)
+        self.grid: Grid = weight.grid
+        self.shape = weight.shape
+        self.dtype = torch.float32
+
+    def content(self) -> PackedWeight:
+        """Return the codes and the scale with what they mean."""
+        return PackedWeight(self.grid, self.shape, self.codes, self.scale)
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        """Return the dense weight."""
+        return self.content().dense().to(self.dtype)
+
+    def extra_repr(self) -> str:
+        """Return what printing the model says of this weight."""
+        return f"{list(self.shape)}, bits={self.grid.bits}, {self.codes.nbytes:,} bytes of codes"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedTensor":
+        """Move the codes and the scale; a cast concerns the dense weight alone."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
+        return self
+
+
+class PackedLayer(nn.Module):
+    """Mixin of a layer whose `weight` is unpacked whenever it is read."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense snapped weight, made anew; it cannot be trained."""
+        return cast(Tensor, self.packed())
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The codes and the scale."""
+        return cast(PackedTensor, self._modules["weight"])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to replace the weight, which nn.Module would do by dropping the codes."""
+        if name == "weight":
+            raise AttributeError(
+                "a packed weight cannot be assigned; load the artifact without packed=True."
+            )
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle by the original class: a class made at run time has no name to import."""
+        return _empty_layer, (type(self).__bases__[1],), self.__dict__
+
+
+@functools.cache
+def _packed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Packed{cls.__name__}", (PackedLayer, cls), {"__module__": __name__})
+
+
+def _empty_layer(cls: type[nn.Module]) -> nn.Module:
+    """Return an instance for pickle and deepcopy to fill."""
+    packed = _packed_class(cls)  # type: ignore[arg-type]  # a class is hashable
+    return packed.__new__(packed)
+
+
+def attach_(layer: nn.Module, packed: PackedTensor) -> None:
+    """Let a packed weight take the place of a layer's Parameter, in place.
+
+    Until `seal_`, ``layer.weight`` is the `PackedTensor` itself, for a loader to fill by name.
+    """
+    del layer._parameters["weight"]
+    layer._modules["weight"] = packed
+
+
+def seal_(layer: nn.Module) -> None:
+    """Let ``layer.weight`` unpack the attached weight from now on, in place."""
+    layer.__class__ = _packed_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
+
+
+def unseal_(layer: nn.Module) -> None:
+    """Give a packed layer its class and a dense Parameter back, in place."""
+    dense = nn.Parameter(cast(Tensor, layer.weight))
+    del layer._modules["weight"]
+    layer.__class__ = type(layer).__bases__[1]
+    layer.register_parameter("weight", dense)
+
+
+def load_packed_into(model: nn.Module, artifact: Artifact) -> None:
+    """Fill a plain model, in place, and keep the artifact's weights packed in it.
+
+    Raises:
+        FormatError: as `checkpoint.check_fit`, or a packed weight that no layer calls `weight`.
+    """
+    check_fit(model, artifact)
+    packed = {name: PackedTensor(weight) for name, weight in artifact.weights.items()}
+    packed |= {n: packed[source] for n, source in artifact.shared.items() if source in packed}
+    layers = {name: layer_of(model, name) for name in packed}
+    for name, weight in packed.items():
+        weight.to(layers[name].get_parameter("weight").device)
+        attach_(layers[name], weight)
+        seal_(layers[name])
+    target = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in artifact.tensors.items():
+            target[name].copy_(tensor)
+        for name, source in artifact.shared.items():
+            if name not in packed:
+                target[name].copy_(artifact.tensors[source])
+
+
+def layer_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the layer whose Parameter `weight` has this name.
+
+    Raises:
+        FormatError: there is none.
+    """
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if leaf != "weight" or layer._parameters.get("weight") is None:
+        raise FormatError(
+            f"{name!r} of {type(layer).__name__} cannot stay packed: only a layer's parameter "
+            "'weight' can; load the artifact without packed=True."
+        )
+    return layer
+
+
+def artifact_of(model: nn.Module) -> Artifact:
+    """Return the content of the file for a model whose packed layers came from one."""
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    weights: dict[str, PackedWeight] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedTensor):
+            source = first.setdefault(id(module), name)
+            if source == name:
+                weights[name] = module.content()
+            else:
+                shared[name] = source
+    inside = {f"{name}.{leaf}" for name in (*weights, *shared) for leaf in ("codes", "scale")}
+    shared |= {name: source for name, source in shared_names(model).items() if name not in inside}
+    state = model.state_dict()
+    tensors = {n: t for n, t in state.items() if n not in inside and n not in shared}
+    return Artifact(weights, tensors, shared)

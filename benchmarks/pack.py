@@ -1,0 +1,95 @@
+"""Speed of packing and unpacking beside a memory copy, and of loading a packed resnet50.
+
+Packing is codes of float32 weights and their bytes; unpacking is bytes to float32 weights. One
+weight [2048, 2048] with a scale per row; rates are in GB of float32 weights a second, medians of
+interleaved rounds. The memory copy is `clone` of the same weight. Loading compares reading and
+filling a network that is there: safetensors with load_state_dict, and the packed file at 2 bits.
+
+    python benchmarks/pack.py [--rounds 15] [--threads 2]
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import askewq
+from askewq import checkpoint
+from askewq.grid import BITS, fit_scale, make_grid
+from askewq.pack import pack, unpack_values
+
+SHAPE = (2048, 2048)
+
+
+def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each task; every round runs all of them in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for i in range(rounds + 2):
+        for name, task in tasks.items():
+            began = time.perf_counter()
+            task()
+            if i >= 2:  # the first two rounds warm up
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def compare_packing(rounds: int) -> None:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    print("bits      pack GB/s  of copy   unpack GB/s  of copy   copy GB/s")
+    for bits in BITS:
+        grid = make_grid(bits)
+        scale = fit_scale(weight[:, :64], grid)
+        packed = pack(grid.codes(weight, scale), bits)
+        tasks = {
+            "copy": weight.clone,
+            "pack": lambda g=grid, s=scale: pack(g.codes(weight, s), g.bits),
+            "unpack": lambda g=grid, s=scale, p=packed: unpack_values(p, g, s, SHAPE),
+        }
+        rates = {n: weight.nbytes / t / 1e9 for n, t in interleaved(tasks, rounds).items()}
+        pack_rate, unpack_rate, copy = rates["pack"], rates["unpack"], rates["copy"]
+        print(
+            f"{bits!s:9} {pack_rate:9.2f} {pack_rate / copy:8.2f} {unpack_rate:13.2f} "
+            f"{unpack_rate / copy:8.2f} {copy:11.2f}"
+        )
+
+
+def compare_loading(rounds: int) -> None:
+    model = timm.create_model("resnet50", pretrained=False).eval()
+    askewq.quantize(model, 2)
+    askewq.snap_(model)
+    plain = timm.create_model("resnet50", pretrained=False).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        packed, dense = Path(folder) / "packed", Path(folder) / "dense"
+        checkpoint.save(model, packed)
+        save_file(checkpoint.read(packed).dense_state(), dense)
+        tasks = {
+            "safetensors": lambda: plain.load_state_dict(load_file(dense)),
+            "packed": lambda: checkpoint.load_into(plain, checkpoint.read(packed)),
+        }
+        seconds = interleaved(tasks, rounds)
+        sizes = {"safetensors": dense.stat().st_size, "packed": packed.stat().st_size}
+    print("\nresnet50 into a network that is there")
+    for name, time_ in seconds.items():
+        ratio = time_ / seconds["safetensors"]
+        print(f"{name:12} {sizes[name] / 1e6:7.1f} MB {1e3 * time_:8.1f} ms  ratio {ratio:.2f}")
+
+
+def main() -> None:
+    """Parse the flags and compare."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    compare_packing(arguments.rounds)
+    compare_loading(arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

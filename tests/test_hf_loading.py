@@ -1,0 +1,242 @@
+"""Artifacts in transformers: packed, exact, saved again as they were, complete or refused."""
+
+import copy
+import json
+import pickle
+
+import builders
+import pytest
+import torch
+import transformers
+from builders import copy_of, finished
+from conftest import GRIDS
+from safetensors.torch import save_file
+
+import askewq
+from askewq import artifact, checkpoint
+from askewq.errors import FormatError, ModelError
+from askewq.layers import quantize_layer_, snap_
+from askewq.packed import PackedLayer
+from askewq.preprocessing import TextPreprocessing
+from askewq.spec import LoadedModel, ModelSpec
+
+AUTO = {
+    "bert": "AutoModelForSequenceClassification",
+    "llama": "AutoModelForCausalLM",
+    "vit": "AutoModelForImageClassification",
+}
+TOKENS = torch.tensor([[2, 4, 5, 3]])
+every_kind = pytest.mark.parametrize("kind", AUTO)
+
+
+def load(kind, folder=None, **arguments):
+    """Load an artifact by its Auto class."""
+    auto = getattr(transformers, AUTO[kind])
+    return auto.from_pretrained(folder or finished(kind)[0], **arguments)
+
+
+@torch.no_grad()
+def logits(model, kind):
+    """Return the logits for fixed inputs."""
+    if kind == "vit":
+        pixels = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+        return model(pixel_values=pixels.to(model.dtype)).logits
+    return model(input_ids=TOKENS).logits
+
+
+def packed_layers(model):
+    """Return the names of the packed layers."""
+    return {name for name, m in model.named_modules() if isinstance(m, PackedLayer)}
+
+
+def same_content(one, two):
+    """Tell whether two packed files hold the same tensors under the same manifest."""
+    (a, manifest), (b, other) = (checkpoint.serialize(checkpoint.read(p)) for p in (one, two))
+    return manifest == other and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class TestLoad:
+    @every_kind
+    def test_logits_are_those_of_the_dense_load(self, kind):
+        """Weights stay packed, and the logits are those that were evaluated, to the bit."""
+        folder, _ = finished(kind)
+        model, dense = load(kind), askewq.load(folder)
+        stored = checkpoint.read(folder / "model.safetensors")
+        assert packed_layers(model) == {name.removesuffix(".weight") for name in stored.weights}
+        assert type(model) is type(dense)
+        assert torch.equal(logits(model, kind), logits(dense, kind))
+
+    @every_kind
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_other_types(self, kind, dtype):
+        """With a dtype each weight is rounded once, from float32."""
+        dense = askewq.load(finished(kind)[0], dtype=dtype)
+        assert torch.equal(logits(load(kind, dtype=dtype), kind), logits(dense, kind))
+
+    def test_the_base_model(self):
+        """AutoModel drops the prefix and the head."""
+        folder, _ = finished("bert")
+        model = transformers.AutoModel.from_pretrained(folder)
+        assert type(model).__name__ == "BertModel"
+        assert packed_layers(model)
+        with torch.no_grad():
+            expected = askewq.load(folder).bert(TOKENS).pooler_output
+            assert torch.equal(model(TOKENS).pooler_output, expected)
+
+    def test_nothing_is_missing_or_left_over(self):
+        """The loader's own report is clean."""
+        for kind in AUTO:
+            _, info = load(kind, output_loading_info=True)
+            assert not any(info.values()), kind
+
+    def test_generation_pipelines_and_tokenizers(self):
+        """What users build on a model works on a packed one."""
+        dense = askewq.load(finished("llama")[0])
+        texts = [m.generate(TOKENS, max_new_tokens=4) for m in (load("llama"), dense)]
+        assert torch.equal(*texts)
+        pipeline = transformers.pipeline("text-classification", model=str(finished("bert")[0]))
+        assert pipeline("good film")[0]["label"] in ("pos", "neg")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(finished("bert")[0])
+        assert tokenizer("good film")["input_ids"] == [2, 4, 6, 3]
+
+    def test_the_config_is_the_network_s(self):
+        """AutoConfig gives the network's own config, labels included, under its own name."""
+        config = transformers.AutoConfig.from_pretrained(finished("bert")[0])
+        assert isinstance(config, transformers.BertConfig)
+        assert config.model_type == "bert"
+        assert config.id2label == {0: "neg", 1: "pos"}
+
+
+class TestSave:
+    @every_kind
+    def test_saves_again_identically(self, kind, tmp_path):
+        """save_pretrained writes the same packed content and the same config.json."""
+        folder, _ = finished(kind)
+        load(kind).save_pretrained(tmp_path)
+        assert same_content(folder / "model.safetensors", tmp_path / "model.safetensors")
+        one, two = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path))
+        assert one == two
+        assert torch.equal(logits(load(kind, tmp_path), kind), logits(load(kind), kind))
+
+    def test_what_is_saved_is_an_artifact(self, tmp_path):
+        """The folder is one that askewq reads, given its tokenizer: what transformers saved."""
+        load("bert").save_pretrained(tmp_path)
+        transformers.AutoTokenizer.from_pretrained(finished("bert")[0]).save_pretrained(tmp_path)
+        loaded = askewq.load(tmp_path)
+        assert torch.equal(logits(loaded, "bert"), logits(load("bert"), "bert"))
+
+    @pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_save_too(self, twin, tmp_path):
+        """A copied or pickled model still writes an artifact."""
+        twin(load("bert")).save_pretrained(tmp_path)
+        assert same_content(
+            finished("bert")[0] / "model.safetensors", tmp_path / "model.safetensors"
+        )
+        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "askewq"
+
+    def test_the_config_alone(self, tmp_path):
+        """A config that is saved alone does not pass for a float network's either."""
+        transformers.AutoConfig.from_pretrained(finished("vit")[0]).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "askewq"
+
+    def test_dequantize(self):
+        """`dequantize` gives plain layers with the same logits."""
+        model = load("vit")
+        before = logits(model, "vit")
+        model.dequantize()
+        assert not packed_layers(model)
+        assert torch.equal(logits(model, "vit"), before)
+        assert all(type(m).__module__.split(".")[0] != "askewq" for m in model.modules())
+
+
+def by_hand(folder, network, names, grid):
+    """Write an artifact of a language model with the named layers on a grid; return it dense."""
+    for name in names:
+        layer = network.get_submodule(name)
+        scale = torch.rand(len(layer.weight), 1) + 0.1
+        quantize_layer_(layer, grid, scale)
+    snap_(network)
+    checkpoint.save(network, folder / "model.safetensors")
+    spec = ModelSpec("transformers", "by hand", "causal-lm", (), network.config.to_dict())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(builders.llama())
+    artifact.save_config(LoadedModel(network, spec, TextPreprocessing(tokenizer, 8)), folder)
+    return askewq.load(folder)
+
+
+class TestOtherLayers:
+    @pytest.mark.parametrize("grid", [GRIDS[1], GRIDS[2], GRIDS[4], GRIDS[-1]], ids=str)
+    def test_conv1d_and_tied_embedding(self, tmp_path, grid):
+        """GPT-2's Conv1D and an embedding that is the output matrix, too, are packed once."""
+        config = transformers.GPT2Config(
+            n_embd=16, n_layer=1, n_head=2, vocab_size=14, n_positions=16
+        )
+        network = transformers.GPT2LMHeadModel(config)
+        scale = torch.rand(14, 1) + 0.1
+        for layer in (network.transformer.wte, network.lm_head):
+            quantize_layer_(layer, grid, scale)
+        names = ["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_proj", "transformer.wpe"]
+        dense = by_hand(tmp_path, network, names, grid)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, output_loading_info=True
+        )
+        assert not any(info.values())
+        assert packed_layers(model) == {*names, "transformer.wte", "lm_head"}
+        assert model.lm_head.packed is model.transformer.wte.packed
+        assert torch.equal(logits(model, "gpt2"), logits(dense, "gpt2"))
+        (tmp_path / "again").mkdir()
+        model.save_pretrained(tmp_path / "again")
+        assert same_content(
+            tmp_path / "model.safetensors", tmp_path / "again" / "model.safetensors"
+        )
+
+
+class TestRefusals:
+    def test_another_task(self):
+        """A head that the artifact does not have is refused, not made up."""
+        with pytest.raises(FormatError, match="makes no weights up"):
+            transformers.AutoModelForSequenceClassification.from_pretrained(finished("llama")[0])
+
+    def test_a_lost_weight(self, tmp_path):
+        """A file that lacks a weight of the network is refused by name."""
+        folder = copy_of("bert", tmp_path)
+        stored = checkpoint.read(folder / "model.safetensors")
+        name = "classifier.bias"
+        del stored.tensors[name]
+        tensors, metadata = checkpoint.serialize(stored)
+        save_file(tensors, folder / "model.safetensors", metadata)
+        with pytest.raises(FormatError, match=name):
+            load("bert", folder)
+
+    def test_ordinary_weights(self, tmp_path):
+        """Dense weights beside an artifact's config.json are no artifact."""
+        folder = copy_of("bert", tmp_path)
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+        with pytest.raises(FormatError, match="ordinary safetensors"):
+            load("bert", folder)
+
+    def test_several_files(self, tmp_path):
+        """Weights in several files are refused with what to do."""
+        load("bert").save_pretrained(tmp_path, max_shard_size="3KB")
+        with pytest.raises(FormatError, match="max_shard_size"):
+            load("bert", tmp_path)
+
+    @pytest.mark.parametrize("kind", ["timm", "own"])
+    def test_other_sources(self, kind):
+        """An artifact of a timm network or of the user's own says how to load it."""
+        with pytest.raises(ModelError, match=r"askewq\.load\(folder\)"):
+            transformers.AutoModel.from_pretrained(finished(kind)[0])
+
+    @pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertModel"])
+    def test_a_class_of_one_architecture(self, name):
+        """Beside the Auto classes there is an error, not random weights."""
+        with pytest.raises(ValueError, match="quant_method"):
+            getattr(transformers, name).from_pretrained(finished("bert")[0])
+
+    @pytest.mark.parametrize("changes", [{"askewq_version": 2}, {"arguments": {"model_type": "x"}}])
+    def test_damaged_configs(self, tmp_path, changes):
+        """A newer version or an unknown network is refused as askewq itself refuses it."""
+        folder = copy_of("bert", tmp_path)
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**content, **changes}))
+        with pytest.raises(FormatError):
+            load("bert", folder)

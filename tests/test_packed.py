@@ -1,0 +1,236 @@
+"""Layers that keep their codes: the very weights of the dense load, in less memory."""
+
+import copy
+import pickle
+
+import builders
+import pytest
+import torch
+from builders import finished
+from conftest import GRIDS, grid_name
+from torch import nn
+
+import askewq
+from askewq import checkpoint
+from askewq.errors import FormatError, PlanError
+from askewq.layers import quantize_layer_, snap_
+from askewq.packed import PackedLayer, PackedTensor, artifact_of, load_packed_into
+
+INPUTS = {
+    "timm": lambda: {"x": torch.randn(2, 3, 32, 32)},
+    "timm-vit": lambda: {"x": torch.randn(2, 3, 32, 32)},
+    "bert": lambda: {"input_ids": torch.tensor([[2, 4, 5, 3], [2, 7, 6, 3]])},
+    "llama": lambda: {"input_ids": torch.tensor([[2, 4, 5, 6]])},
+    "vit": lambda: {"pixel_values": torch.randn(2, 3, 16, 16)},
+}
+CASTS = (None, torch.bfloat16, torch.float16, torch.float64)
+
+
+def logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a model's logits, the inputs cast to the type of its parameters."""
+    dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
+    inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
+    with torch.no_grad():
+        result = model(*inputs.values()) if "x" in inputs else model(**inputs)
+    return result if isinstance(result, torch.Tensor) else result.logits
+
+
+def packed_weights(model: nn.Module) -> list[PackedTensor]:
+    """Return the packed weights of a model, each once."""
+    return [module for module in model.modules() if isinstance(module, PackedTensor)]
+
+
+class EveryLayer(nn.Module):
+    """One layer of every kind that can be packed, two of which share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.embedding = nn.Embedding(9, 8)
+        self.conv1 = nn.Conv1d(8, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(1, 3, 3)
+        self.conv3 = nn.Conv3d(1, 2, 1)
+        self.gpt = Conv1D(6, 18)
+        self.linear = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 9, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.conv1(self.embedding(tokens).transpose(1, 2)).unsqueeze(1)
+        x = self.conv3(self.conv2(x).unsqueeze(1)).mean((1, 2, 4))
+        x = nn.functional.adaptive_avg_pool1d(x.unsqueeze(1), 18).squeeze(1)
+        return self.head(self.linear(self.gpt(x)))
+
+
+def saved_network(path, grid):
+    """Write a network of every kind of layer on a grid; return it, snapped, in plain layers."""
+    network = EveryLayer()
+    for name, layer in network.named_children():
+        if name != "head":
+            out = layer.weight.shape[0]
+            quantize_layer_(layer, grid, torch.rand(out, 1) + 0.1)
+    quantize_layer_(network.head, grid, network.embedding.weight_scale)
+    snap_(network)
+    checkpoint.save(network, path)
+    dense = EveryLayer()
+    checkpoint.load_into(dense, checkpoint.read(path))
+    return dense
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_every_kind_of_layer_on_every_grid(tmp_path, grid):
+    """Linear, Conv, Embedding and Conv1D give the dense network's logits to the bit."""
+    dense = saved_network(tmp_path / "file", grid)
+    model = EveryLayer()
+    load_packed_into(model, checkpoint.read(tmp_path / "file"))
+    tokens = torch.randint(0, 9, (2, 5))
+    assert torch.equal(model(tokens), dense(tokens))
+    assert all(isinstance(layer, PackedLayer) for layer in model.children())
+    assert model.head.packed is model.embedding.packed
+    for name, layer in model.named_children():
+        assert torch.equal(layer.weight, dense.get_submodule(name).weight)
+        assert not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", CASTS, ids=str)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_logits_equal_the_dense_load(kind, dtype):
+    """Every kind of artifact gives the same logits packed and dense, in every type."""
+    folder, inputs = finished(kind)[0], INPUTS[kind]()
+    dense, model = (askewq.load(folder, packed=p, dtype=dtype) for p in (False, True))
+    assert packed_weights(model)
+    assert not model.training
+    assert torch.equal(logits(model, inputs), logits(dense, inputs))
+
+
+def test_own_modules_are_filled_in_place():
+    """A network of the user's own keeps its identity; tied layers hold one weight."""
+    network = builders.own_network("small")
+    assert askewq.load(finished("own")[0], model=network, packed=True) is network
+    assert packed_weights(network)
+
+
+class TestCasts:
+    def test_a_cast_never_touches_the_scale(self):
+        """Through bfloat16 and back the weight is what it was; the scale stays float32."""
+        model = askewq.load(finished("timm")[0], packed=True)
+        before = [w() for w in packed_weights(model)]
+        model.to(torch.bfloat16)
+        for weight, dense in zip(packed_weights(model), before, strict=True):
+            assert weight.scale.dtype == torch.float32
+            assert weight.codes.dtype == torch.uint8
+            assert torch.equal(weight(), dense.to(torch.bfloat16))
+        model.to("cpu").float()
+        assert all(torch.equal(w(), b) for w, b in zip(packed_weights(model), before, strict=True))
+
+    def test_moves_keep_the_type(self):
+        """A move without a type leaves the type; a shared weight is still one."""
+        model = EveryLayer()
+        grid = GRIDS[2]
+        for layer in (model.embedding, model.head):
+            quantize_layer_(layer, grid, torch.ones(9, 1))
+        contents = checkpoint.artifact_of(model)
+        model = EveryLayer()
+        load_packed_into(model, contents)
+        model.half().to("meta")
+        assert model.head.weight.device.type == "meta"
+        assert model.head.weight.dtype == torch.float16
+        assert model.head.packed is model.embedding.packed
+
+
+class TestState:
+    def test_state_dict_holds_the_file_s_names(self):
+        """The state dict is what the file stores, and loads strictly into another packed model."""
+        folder, _ = finished("timm")
+        first, second = (askewq.load(folder, packed=True) for _ in "ab")
+        stored, _ = checkpoint.serialize(checkpoint.read(folder / "model.safetensors"))
+        state = first.state_dict()
+        assert state.keys() == stored.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+        second.load_state_dict({name: torch.zeros_like(t) for name, t in state.items()})
+        second.load_state_dict(state)
+        x = torch.randn(1, 3, 32, 32)
+        assert torch.equal(logits(first, {"x": x}), logits(second, {"x": x}))
+
+    @pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies(self, twin):
+        """A deep copy and a pickled model are packed and equal; their tensors are their own."""
+        model = askewq.load(finished("llama")[0], packed=True)
+        other, inputs = twin(model), INPUTS["llama"]()
+        assert torch.equal(logits(model, inputs), logits(other, inputs))
+        for one, two in zip(packed_weights(model), packed_weights(other), strict=True):
+            assert one.codes.data_ptr() != two.codes.data_ptr()
+
+    @pytest.mark.parametrize("kind", ["timm", "bert", "llama", "vit"])
+    def test_the_content_is_the_file_s(self, kind):
+        """What a packed model is written as again is the file that it came from."""
+        folder, _ = finished(kind)
+        stored = checkpoint.read(folder / "model.safetensors")
+        tensors, header = checkpoint.serialize(stored)
+        again, same_header = checkpoint.serialize(artifact_of(askewq.load(folder, packed=True)))
+        assert header == same_header
+        assert tensors.keys() == again.keys()
+        assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+    def test_shared_weights_are_written_once(self, tmp_path):
+        """A packed weight of two layers is in the content once, under its first name."""
+        saved_network(tmp_path / "file", GRIDS[2])
+        model = EveryLayer()
+        load_packed_into(model, checkpoint.read(tmp_path / "file"))
+        content = artifact_of(model)
+        assert content.shared == {"head.weight": "embedding.weight"}
+        assert "head.weight" not in content.weights
+
+
+class TestRefusals:
+    def test_assigning_a_weight(self):
+        """A packed weight cannot be replaced unnoticed."""
+        model = askewq.load(finished("timm")[0], packed=True)
+        layer = next(m for m in model.modules() if isinstance(m, PackedLayer))
+        before = layer.weight
+        for value in (nn.Parameter(torch.zeros_like(before)), torch.zeros_like(before)):
+            with pytest.raises(AttributeError, match="cannot be assigned"):
+                layer.weight = value
+        assert torch.equal(layer.weight, before)
+
+    def test_another_network(self):
+        """A network of other shapes is refused before it is touched."""
+        network = builders.own_network("ten_classes")
+        before = copy.deepcopy(network.state_dict())
+        with pytest.raises(FormatError, match="'8"):
+            askewq.load(finished("own")[0], model=network, packed=True)
+        assert all(torch.equal(network.state_dict()[k], v) for k, v in before.items())
+
+    def test_a_packed_parameter_of_another_name(self):
+        """A manifest may name a parameter that no layer calls weight; that stays a refusal."""
+
+        class Odd(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Parameter(torch.zeros(2, 2))
+
+        grid = GRIDS[2]
+        codes = checkpoint.pack(torch.zeros(2, 2, dtype=torch.uint8), grid.bits)
+        weight = checkpoint.PackedWeight(grid, (2, 2), codes, torch.ones(2, 1))
+        with pytest.raises(FormatError, match="'table' of Odd cannot stay packed"):
+            load_packed_into(Odd(), checkpoint.Artifact({"table": weight}, {}, {}))
+
+    def test_quantizing_again(self):
+        """A packed model has nothing to train, and the plan says so."""
+        with pytest.raises(PlanError):
+            askewq.quantize(askewq.load(finished("bert")[0], packed=True), 2)
+
+
+def test_memory_is_that_of_the_file():
+    """Parameters and buffers of a packed model take what the file stores."""
+    folder, _ = finished("timm")
+    model = askewq.load(folder, packed=True)
+    held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    stored, _ = checkpoint.serialize(checkpoint.read(folder / "model.safetensors"))
+    assert held == sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_printing_names_the_bits():
+    """The printed model shows the packed weights with their shapes and bits."""
+    assert "bits=2" in repr(askewq.load(finished("bert")[0], packed=True))
