@@ -30,10 +30,10 @@ def packed_size(count: int, bits: Bits) -> int:
 def pack(codes: Tensor, bits: Bits) -> Tensor:
     """Return codes (uint8, any shape) as uint8 bytes, 1-D, on the same device."""
     flat = codes.reshape(-1)
-    if bits == 8:
+    if bits == 8 or not len(flat):
         return flat.clone()
     group = 5 if bits == "ternary" else 8
-    parts = pieces(flat, group * _WORDS)  # no codes are one empty part
+    parts = pieces(flat, group * _WORDS)
     packed = torch.cat([_join(_pad(part, group).reshape(-1, group), bits) for part in parts])
     size = packed_size(flat.numel(), bits)
     return packed if packed.numel() == size else packed[:size].clone()
@@ -64,7 +64,7 @@ def unpack(packed: Tensor, bits: Bits, count: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: Bits, count: int) -> Tensor:
-    if bits == 8:
+    if bits == 8 or not len(packed):
         return packed.clone()
     if bits == "ternary":
         table = _ternary_table(packed.device)
