@@ -2,6 +2,9 @@
 
 from typing import Literal
 
+# What config.json of an artifact says that it is, to transformers.
+MODEL_TYPE = "askewq"
+
 Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 GridKind = Literal["integer", "half-integer"]
 GroupSize = int | Literal["channel", "tensor"]

@@ -58,7 +58,7 @@ def public_names() -> dict[str, tuple[str, str]]:
     declared = {}
     for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("askewq."):
-            for alias in node.names:
+            for alias in filter(lambda alias: alias.asname, node.names):
                 declared[alias.asname] = node.module.removeprefix("askewq."), alias.name
     return declared
 
