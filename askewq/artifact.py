@@ -21,7 +21,7 @@ from askewq.models import build
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source
 from askewq.timm_models import check_arguments
-from askewq.vocabulary import Task
+from askewq.vocabulary import MODEL_TYPE, Task
 
 ARTIFACT = "model.safetensors"
 VERSION = 1
@@ -48,7 +48,7 @@ def config_content(spec: ModelSpec, preprocessing: dict[str, Any]) -> dict[str, 
     if spec.source == "transformers":
         content["arguments"] = {**spec.arguments, "quantization_config": refused}
     return {
-        "model_type": "askewq",
+        "model_type": MODEL_TYPE,
         "askewq_version": VERSION,
         "quantization_config": refused,
         **content,

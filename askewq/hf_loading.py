@@ -24,8 +24,8 @@ from askewq.artifact import check_config, config_content
 from askewq.errors import FormatError, ModelError
 from askewq.hf_models import plain_json
 from askewq.packed import PackedLayer, PackedTensor, artifact_of, attach_, layer_of, seal_, unseal_
-from askewq.registration import MODEL_TYPE
 from askewq.spec import ModelSpec
+from askewq.vocabulary import MODEL_TYPE
 
 
 def config_from(content: dict[str, Any], **kwargs: Any) -> Any:

@@ -107,7 +107,13 @@ def _ternary_table(device: torch.device) -> Tensor:
     return digits.to(torch.uint8)
 
 
-def unpack_values(packed: Tensor, grid: Grid, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+def unpack_values(
+    packed: Tensor,
+    grid: Grid,
+    scale: Tensor,
+    shape: tuple[int, ...],
+    out: Tensor | None = None,
+) -> Tensor:
     """Return ``grid.values`` of the codes in checked bytes: float32 of this shape.
 
     Where every byte holds whole codes a table of bytes gives their levels at once.
@@ -115,21 +121,23 @@ def unpack_values(packed: Tensor, grid: Grid, scale: Tensor, shape: tuple[int, .
     Args:
         packed: uint8, 1-D, as `check_packed` accepts it for the grid's bits and the shape.
         scale: float32 [out, groups].
+        out: where to write the weight, contiguous float32 of its shape; a new tensor by default.
     """
     count = torch.Size(shape).numel()
     if grid.bits in (3, 5, 6, 7):
-        return grid.values(_unpack(packed, grid.bits, count).reshape(shape), scale)
+        values = grid.values(_unpack(packed, grid.bits, count).reshape(shape), scale)
+        return values if out is None else out.copy_(values)
     table = _level_table(grid, packed.device)
     levels = table.new_empty((len(packed), *table.shape[1:]))
-    for part, out in zip(pieces(packed, _WORDS), pieces(levels, _WORDS), strict=True):
-        torch.index_select(table, 0, part.to(torch.int32), out=out)
+    for part, found in zip(pieces(packed, _WORDS), pieces(levels, _WORDS), strict=True):
+        torch.index_select(table, 0, part.to(torch.int32), out=found)
     rows = levels.view(torch.float32).view(-1)[:count].view(scale.numel(), -1)
+    result = rows if out is None else out.view(rows.shape)
     height = max(1, CHUNK // rows.shape[1])
-    for part, part_scale in zip(
-        pieces(rows, height), pieces(scale.view(-1, 1), height), strict=True
-    ):
-        part.mul_(part_scale)
-    return rows.view(shape)
+    parts = (pieces(tensor, height) for tensor in (rows, scale.view(-1, 1), result))
+    for part, part_scale, part_result in zip(*parts, strict=True):
+        torch.mul(part, part_scale, out=part_result)
+    return result.view(shape)
 
 
 @functools.cache

@@ -14,8 +14,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from askewq.vocabulary import MODEL_TYPE
+
 REGISTER = "transformers.models.auto.configuration_auto"
-MODEL_TYPE = "askewq"
 
 
 class ArtifactConfig:

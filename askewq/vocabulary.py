@@ -2,6 +2,9 @@
 
 from typing import Literal
 
+# In an artifact's config.json, where transformers looks for the kind of network.
+MODEL_TYPE = "askewq"
+
 Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 GridKind = Literal["integer", "half-integer"]
 GroupSize = int | Literal["channel", "tensor"]
