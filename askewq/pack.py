@@ -9,6 +9,7 @@ Eight codes are one 64-bit word, a byte each. Packing moves neighbours together 
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -127,17 +128,22 @@ def unpack_values(
     if grid.bits in (3, 5, 6, 7):
         values = grid.values(_unpack(packed, grid.bits, count).reshape(shape), scale)
         return values if out is None else out.copy_(values)
-    table = _level_table(grid, packed.device)
-    levels = table.new_empty((len(packed), *table.shape[1:]))
-    for part, found in zip(pieces(packed, _WORDS), pieces(levels, _WORDS), strict=True):
-        torch.index_select(table, 0, part.to(torch.int32), out=found)
-    rows = levels.view(torch.float32).view(-1)[:count].view(scale.numel(), -1)
-    result = rows if out is None else out.view(rows.shape)
-    height = max(1, CHUNK // rows.shape[1])
-    parts = (pieces(tensor, height) for tensor in (rows, scale.view(-1, 1), result))
-    for part, part_scale, part_result in zip(*parts, strict=True):
-        torch.mul(part, part_scale, out=part_result)
-    return result.view(shape)
+    table, each = _level_table(grid, packed.device), _codes_a_byte(grid)
+    result = scale.new_empty(shape) if out is None else out
+    rows = result.view(scale.numel(), -1)
+    # So many rows at a time that they begin with a whole byte and stay in the cache.
+    whole = each // math.gcd(each, rows.shape[1])
+    height = max(1, CHUNK // rows.shape[1] // whole) * whole
+    parts = (pieces(tensor, height) for tensor in (rows, scale.view(-1, 1)))
+    found = pieces(packed, height * rows.shape[1] // each)
+    for part, part_scale, part_bytes in zip(*parts, found, strict=True):
+        levels = table.index_select(0, part_bytes.to(torch.int32)).view(torch.float32)
+        torch.mul(levels.view(-1)[: part.numel()].view(part.shape), part_scale, out=part)
+    return result
+
+
+def _codes_a_byte(grid: Grid) -> int:
+    return 5 if grid.bits == "ternary" else 8 // int(grid.bits)
 
 
 @functools.cache
@@ -148,7 +154,7 @@ def _level_table(grid: Grid, device: torch.device) -> Tensor:
     than rows.
     """
     every = torch.arange(256, dtype=torch.uint8)
-    each = 5 if grid.bits == "ternary" else 8 // int(grid.bits)
+    each = _codes_a_byte(grid)
     codes = _unpack(every, grid.bits, 256 * each).reshape(256, each)
     table = grid.levels()[codes.clamp(max=grid.last).long()].to(device)
     number = {1: torch.float32, 2: torch.complex64, 4: torch.complex128}
