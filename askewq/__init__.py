@@ -8,7 +8,7 @@ transformers know artifacts, now or when it is imported.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from askewq.registration import register_with_transformers
+from askewq import registration
 
 if TYPE_CHECKING:
     from askewq.anneal import Closing as Closing
@@ -49,7 +49,7 @@ _HOMES = {
 
 __all__ = ["__version__", *sorted(_HOMES)]
 
-register_with_transformers()
+registration.register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -34,9 +34,9 @@ class PackedWeight:
     codes: Tensor
     scale: Tensor
 
-    def dense(self) -> Tensor:
-        """Return the snapped weight, float32, of its shape; the codes are known to be good."""
-        return unpack_values(self.codes, self.grid, self.scale, self.shape)
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        """Return the snapped weight, float32, of its shape; `out`: contiguous, to be written to."""
+        return unpack_values(self.codes, self.grid, self.scale, self.shape, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,17 +279,14 @@ def load_into(model: nn.Module, artifact: Artifact) -> None:
     """
     check_fit(model, artifact)
     target = model.state_dict()
-    names: dict[str, list[str]] = {}
-    for name, source in artifact.shared.items():
-        names.setdefault(source, []).append(name)
     with torch.no_grad():
         for key, tensor in artifact.tensors.items():
-            _copy(tensor, [target[name] for name in (key, *names.get(key, ()))])
-        for key, weight in artifact.weights.items():  # one dense weight at a time
-            _copy(weight.dense(), [target[name] for name in (key, *names.get(key, ()))])
-
-
-def _copy(source: Tensor, targets: list[Tensor]) -> None:
-    """Copy into tensors, once into those that are the same."""
-    for target in {tensor.data_ptr(): tensor for tensor in targets}.values():
-        target.copy_(source)
+            target[key].copy_(tensor)
+        for key, weight in artifact.weights.items():
+            if target[key].is_contiguous() and target[key].device == weight.codes.device:
+                weight.dense(target[key])
+            else:
+                target[key].copy_(weight.dense())
+        for key, source in artifact.shared.items():
+            if target[key].data_ptr() != target[source].data_ptr():
+                target[key].copy_(target[source])

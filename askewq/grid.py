@@ -65,8 +65,9 @@ class Grid:
             x -= self.first
             if self.step != 1:
                 x /= self.step
-            # constraint.nearest: a code is not negative, so that the cast to uint8 is its floor.
-            out.copy_(x.add_(0.5).clamp_(0, self.last + 0.5))
+            # constraint.nearest: no code is negative, so that a cast is its floor. Two casts take
+            # a quarter of the time that torch takes for one from float to uint8.
+            out.copy_(x.add_(0.5).clamp_(0, self.last + 0.5).to(torch.int32))
         return codes.reshape(weight.shape)
 
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Eight codes are one 64-bit word, a byte each. Packing moves neighbours together 
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from askewq.vocabulary import Bits
 _POWERS_OF_3 = (1, 3, 9, 27, 81)
 # Words of eight codes (ternary: bytes of five) worked on at a time.
 _WORDS = CHUNK // 8
+# The type of b bytes, where there is one.
+_WHOLE: dict[Bits, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def packed_size(count: int, bits: Bits) -> int:
@@ -50,6 +53,8 @@ def _join(codes: Tensor, bits: Bits) -> Tensor:
     for mask, shift in _steps(bits):
         low = words & mask
         words = low.bitwise_or_((words ^ low).bitwise_right_shift_(shift))
+    if bits in _WHOLE:  # a cast is faster than picking bytes
+        return words.to(_WHOLE[bits]).view(torch.uint8).view(-1)
     return words.view(torch.uint8)[:, :bits].reshape(-1)
 
 
@@ -107,7 +112,13 @@ def _ternary_table(device: torch.device) -> Tensor:
     return digits.to(torch.uint8)
 
 
-def unpack_values(packed: Tensor, grid: Grid, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+def unpack_values(
+    packed: Tensor,
+    grid: Grid,
+    scale: Tensor,
+    shape: tuple[int, ...],
+    out: Tensor | None = None,
+) -> Tensor:
     """Return ``grid.values`` of the codes in checked bytes: float32 of this shape.
 
     Where every byte holds whole codes a table of bytes gives their levels at once.
@@ -115,21 +126,28 @@ def unpack_values(packed: Tensor, grid: Grid, scale: Tensor, shape: tuple[int, .
     Args:
         packed: uint8, 1-D, as `check_packed` accepts it for the grid's bits and the shape.
         scale: float32 [out, groups].
+        out: where to write the weight, contiguous float32 of its shape; a new tensor by default.
     """
     count = torch.Size(shape).numel()
     if grid.bits in (3, 5, 6, 7):
-        return grid.values(_unpack(packed, grid.bits, count).reshape(shape), scale)
-    table = _level_table(grid, packed.device)
-    levels = table.new_empty((len(packed), *table.shape[1:]))
-    for part, out in zip(pieces(packed, _WORDS), pieces(levels, _WORDS), strict=True):
-        torch.index_select(table, 0, part.to(torch.int32), out=out)
-    rows = levels.view(torch.float32).view(-1)[:count].view(scale.numel(), -1)
-    height = max(1, CHUNK // rows.shape[1])
-    for part, part_scale in zip(
-        pieces(rows, height), pieces(scale.view(-1, 1), height), strict=True
-    ):
-        part.mul_(part_scale)
-    return rows.view(shape)
+        values = grid.values(_unpack(packed, grid.bits, count).reshape(shape), scale)
+        return values if out is None else out.copy_(values)
+    table, each = _level_table(grid, packed.device), _codes_a_byte(grid)
+    result = scale.new_empty(shape) if out is None else out
+    rows = result.view(scale.numel(), -1)
+    # So many rows at a time that they begin with a whole byte and stay in the cache.
+    whole = each // math.gcd(each, rows.shape[1])
+    height = max(1, CHUNK // rows.shape[1] // whole) * whole
+    parts = (pieces(tensor, height) for tensor in (rows, scale.view(-1, 1)))
+    found = pieces(packed, height * rows.shape[1] // each)
+    for part, part_scale, part_bytes in zip(*parts, found, strict=True):
+        levels = table.index_select(0, part_bytes.to(torch.int32)).view(torch.float32)
+        torch.mul(levels.view(-1)[: part.numel()].view(part.shape), part_scale, out=part)
+    return result
+
+
+def _codes_a_byte(grid: Grid) -> int:
+    return 5 if grid.bits == "ternary" else 8 // int(grid.bits)
 
 
 @functools.cache
@@ -140,7 +158,7 @@ def _level_table(grid: Grid, device: torch.device) -> Tensor:
     than rows.
     """
     every = torch.arange(256, dtype=torch.uint8)
-    each = 5 if grid.bits == "ternary" else 8 // int(grid.bits)
+    each = _codes_a_byte(grid)
     codes = _unpack(every, grid.bits, 256 * each).reshape(256, each)
     table = grid.levels()[codes.clamp(max=grid.last).long()].to(device)
     number = {1: torch.float32, 2: torch.complex64, 4: torch.complex128}

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-# What config.json of an artifact says that it is, to transformers.
+# In an artifact's config.json, where transformers looks for the kind of network.
 MODEL_TYPE = "askewq"
 
 Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, "ternary"]

@@ -526,3 +526,14 @@ def test_dense_state_gives_independent_names():
     assert state["c"].tolist() == [[-1.0] * 4, [-2.0] * 4]
     assert state["d"].tolist() == [1.0]
     assert state.keys() == {"a", "b", "c", "d"}
+
+
+def test_a_network_in_channels_last(tmp_path):
+    """A network whose weights lie otherwise in memory is filled with the same values."""
+    checkpoint.save(snapped_net(), tmp_path / "file")
+    stored = checkpoint.read(tmp_path / "file")
+    first, second = Net(), Net().to(memory_format=torch.channels_last)
+    for network in (first, second):
+        checkpoint.load_into(network, stored)
+    assert not second.conv.weight.is_contiguous()
+    assert torch.equal(first.conv.weight, second.conv.weight)

@@ -160,6 +160,9 @@ def test_values_of_bytes_are_those_of_codes(grid, data):
     values = unpack_values(pack(codes, grid.bits), grid, scale, tuple(codes.shape))
     assert torch.equal(values, grid.values(codes, scale))
     assert (values.dtype, values.shape) == (torch.float32, codes.shape)
+    out = torch.full(codes.shape, torch.nan)
+    unpack_values(pack(codes, grid.bits), grid, scale, tuple(codes.shape), out)
+    assert torch.equal(out, values)
 
 
 @every_width
