@@ -21,7 +21,7 @@ _PAPER = {"close_start": 0.5, "close_end": 1.0, "close_power": 1.0}
 _DECOUPLED = {"alpha": 0.5, "clip": 0.1}
 _COUPLED = {"alpha": 5.0, "clip": 5.0}
 # Of the quantized weights at 1 bit and ternary, in level spacings; beta2 goes with it.
-LEVEL_LR, LEVEL_BETA2 = 0.015, 0.99
+LEVEL_LR, LEVEL_BETA2 = 0.01, 0.99
 
 
 class Pacer(Protocol):

@@ -85,7 +85,7 @@ class Recipe(BaseModel):
     level_lr: float | None = _key(
         None,
         TRAIN,
-        "lr of the quantized weights in level spacings (adamw), beside lr for the rest; 0.015 "
+        "lr of the quantized weights in level spacings (adamw), beside lr for the rest; 0.01 "
         "for models with batch norm at 1 bit and ternary, else not used",
         gt=0,
     )

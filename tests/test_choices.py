@@ -83,14 +83,14 @@ def test_few_levels_and_batch_norm_ask_for_steps_in_levels(bits):
     recipe = config.build({**ESSENTIALS, "bits": bits})
     chosen = choices.resolve(recipe, "image-classification", CONV)
     coarse = bits != 2
-    assert (chosen.optimizer, chosen.level_lr) == (("adamw", 0.015) if coarse else ("sgd", None))
+    assert (chosen.optimizer, chosen.level_lr) == (("adamw", 0.01) if coarse else ("sgd", None))
     assert chosen.lr == (3e-3 if coarse else 0.02)
     for given in ({"optimizer": "sgd"}, {"lr": 0.1}, {"optimizer": "adamw"}, {"method": "lsq"}):
         other = config.build({**ESSENTIALS, "bits": bits, **given})
         assert choices.resolve(other, "image-classification", CONV).level_lr is None
-    own = config.build({**ESSENTIALS, "bits": bits, "level_lr": 0.01})
+    own = config.build({**ESSENTIALS, "bits": bits, "level_lr": 0.02})
     own = choices.resolve(own, "image-classification", CONV)
-    assert (own.optimizer, own.lr, own.level_lr) == ("adamw", 3e-3, 0.01)
+    assert (own.optimizer, own.lr, own.level_lr) == ("adamw", 3e-3, 0.02)
 
 
 @pytest.mark.parametrize(
