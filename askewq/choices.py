@@ -46,15 +46,15 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
     check_bits(recipe.method, recipe.bits)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     # Few levels and a normalised network: steps of the same length, in levels, for every weight.
-    chosen = {recipe.optimizer, recipe.lr, recipe.level_lr} != {None}
+    told = {recipe.optimizer, recipe.lr, recipe.level_lr} != {None}
     coarse = batch_norm and recipe.bits in (1, "ternary") and recipe.method == "askewsgd"
-    level_lr = LEVEL_LR if coarse and not chosen else recipe.level_lr
+    level_lr = LEVEL_LR if coarse and not told else recipe.level_lr
     adamw = not batch_norm or level_lr is not None
     optimizer = recipe.optimizer or ("adamw" if adamw else "sgd")
     lr = 0.02 if optimizer == "sgd" else 1e-4 if level_lr is None else 3e-3
     made: dict[str, Any] = {"task": task, "optimizer": optimizer, "lr": lr, "level_lr": level_lr}
     if recipe.full_precision_steps:
-        made["full_precision_lr"] = recipe.lr or lr
+        made["full_precision_lr"] = 1e-4 if level_lr is not None else recipe.lr or lr
     if recipe.method not in RIVALS:
         paper = recipe.method == "askewsgd-paper"
         closing = recipe.closing or ("single" if paper else "lazy")

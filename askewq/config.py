@@ -99,7 +99,9 @@ class Recipe(BaseModel):
     full_precision_steps: int = _key(
         0, TRAIN, "steps of ordinary fine-tuning first, for a model new to the task", ge=0
     )
-    full_precision_lr: float | None = _key(None, TRAIN, "lr of those steps; lr by default", gt=0)
+    full_precision_lr: float | None = _key(
+        None, TRAIN, "lr of those steps; lr by default, 1e-4 beside level_lr", gt=0
+    )
     batch_size: int = _key(64, TRAIN, "samples per process and micro-step", ge=1)
     grad_accumulation: int = _key(1, TRAIN, "micro-steps per optimizer step", ge=1)
     mixed_precision: Literal["no", "bf16"] = _key("no", TRAIN, "autocast of the forward pass")

@@ -211,7 +211,7 @@ def write(source: Source, options: Options, folder: Path) -> None:
     loaded, artifact = source.loaded, source.artifact
     writer = gguf.GGUFWriter(folder / FILE, _architecture(loaded))
     planned = plan(source, options)
-    _add_settings(writer, loaded)
+    _add_settings(writer, loaded, source.title)
     writer.add_file_type(_file_type(source, planned))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_tokenizer(writer, loaded)
@@ -236,7 +236,7 @@ def write(source: Source, options: Options, folder: Path) -> None:
     loaded.preprocessing.save(folder)
 
 
-def _add_settings(writer: Any, loaded: LoadedModel) -> None:
+def _add_settings(writer: Any, loaded: LoadedModel, name: str) -> None:
     """Add what llama.cpp builds the network from."""
     import gguf
 
@@ -244,7 +244,7 @@ def _add_settings(writer: Any, loaded: LoadedModel) -> None:
     heads = settings["num_attention_heads"]
     head = settings.get("head_dim") or settings["hidden_size"] // heads
     rope = _rope(settings)
-    writer.add_name(loaded.spec.name)
+    writer.add_name(name)
     writer.add_vocab_size(settings["vocab_size"])
     writer.add_context_length(settings["max_position_embeddings"])
     writer.add_embedding_length(settings["hidden_size"])

@@ -2,9 +2,9 @@
 
 A layer becomes quantization-aware by a change of class to a subclass of its own: same object,
 same Parameter, same state-dict keys (plus ``weight_scale``), same hooks and the same forward, so
-that every subclass of Linear and Conv that uses its weight linearly keeps working. AskewSGD trains
-the Parameter itself, so the forward pass sees the relaxed weight; after the snap, the snapped one.
-Under another method (`follow_`) the forward pass sees what that method makes of the Parameter.
+that every subclass of Linear and Conv that uses its weight linearly keeps working. The forward
+pass sees the Parameter itself, or what a rule (`follow_`) makes of it: AskewSGD's lazy closing, or
+another method; after the snap, the snapped weight.
 """
 
 import functools

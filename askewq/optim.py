@@ -1,9 +1,10 @@
-"""AskewSGD and AskewAdamW: torch's optimizers whose final update obeys the interval constraint.
+"""AskewSGD and AskewAdamW: torch's optimizers under the annealed interval constraint.
 
-The base update (momentum, preconditioning and weight decay included) is computed as torch does;
-where it would leave the constraint set it is replaced by the paper's drift. Update and constraint
-are one pass over memory, without a copy of the weights (`kernels`). Parameters that are not on a
-grid are left to torch's own step.
+The base update (momentum, preconditioning and weight decay included) is computed as torch does.
+Under lazy closing the forward pass sees the projection of the weights on the intervals; under the
+others, an update that would leave the constraint set is replaced by the paper's drift. Update and
+constraint are one pass over memory (`kernels`). Parameters that are not on a grid are left to
+torch's own step.
 """
 
 import functools
@@ -40,11 +41,20 @@ class _Skewed(torch.optim.Optimizer):
         self,
         model: nn.Module,
         closing: Closing,
-        alpha: float,
-        clip: float,
-        pull: Pull,
+        alpha: float | None,
+        clip: float | None,
+        pull: Pull | None,
         compile: bool | None,
     ) -> None:
+        if closing.kind == "lazy" and (alpha, clip, pull) != (None, None, None):
+            raise RecipeError(
+                f"alpha = {alpha}, clip = {clip} and pull = {pull} decide nothing with "
+                "closing = 'lazy', which pulls no weight; leave them out, or use 'staggered' or "
+                "'single'."
+            )
+        alpha = 0.5 if alpha is None else alpha
+        clip = 0.1 if clip is None else clip
+        pull = "decoupled" if pull is None else pull
         if not (alpha > 0 and clip > 0):
             raise RecipeError(f"alpha = {alpha} and clip = {clip} must both be above 0.")
         if pull not in ("decoupled", "coupled"):
@@ -198,6 +208,12 @@ class AskewSGD(_Skewed, torch.optim.SGD):
 
         buf   <- momentum * buf + grad + weight_decay * w
         v     <- -lr * buf                                (what torch.optim.SGD would add)
+
+    Lazy closing: w + v limited to the range of the grid; what a layer multiplies by is the point
+    of the intervals nearest to w. Staggered and single closing, where layers multiply by w itself:
+
+    .. code-block:: text
+
         w     <- level                                    where eps_i = 0 (closed)
         w     <- w + v                                    where psi > 0, or v * psi' >= -pull * psi
         w     <- w + clip(-pull * psi / psi', clip)       elsewhere
@@ -211,10 +227,11 @@ class AskewSGD(_Skewed, torch.optim.SGD):
         params: parameters or parameter groups to train; all of the model's by default.
         closing: the schedule of the intervals.
         alpha: strength of the pull on infeasible weights: the share of a Newton step made in one
-            update (decoupled, in (0, 1]), or the paper's alpha, multiplied by lr (coupled).
+            update (decoupled, in (0, 1]), or the paper's alpha, multiplied by lr (coupled). 0.5 by
+            default; it, clip and pull do not go with lazy closing.
         clip: the longest pull in one update, in level spacings; multiplied by lr if coupled (the
-            paper's M).
-        pull: "decoupled" from the learning rate, or "coupled" to it as in the paper.
+            paper's M). 0.1 by default.
+        pull: "decoupled" from the learning rate (default), or "coupled" to it as in the paper.
         compile: compile the step; by default from 1,000,000 quantized weights on.
 
     Example:
@@ -239,9 +256,9 @@ class AskewSGD(_Skewed, torch.optim.SGD):
         nesterov: bool = False,
         params: Iterable[Any] | None = None,
         closing: Closing = Closing(),  # noqa: B008  # frozen
-        alpha: float = 0.5,
-        clip: float = 0.1,
-        pull: Pull = "decoupled",
+        alpha: float | None = None,
+        clip: float | None = None,
+        pull: Pull | None = None,
         compile: bool | None = None,
     ) -> None:
         super().__init__(
@@ -298,9 +315,9 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
         weight_decay: float = 1e-2,
         params: Iterable[Any] | None = None,
         closing: Closing = Closing(),  # noqa: B008  # frozen
-        alpha: float = 0.5,
-        clip: float = 0.1,
-        pull: Pull = "decoupled",
+        alpha: float | None = None,
+        clip: float | None = None,
+        pull: Pull | None = None,
         compile: bool | None = None,
     ) -> None:
         if level_lr is not None:

@@ -85,6 +85,9 @@ def test_few_levels_and_batch_norm_ask_for_steps_in_levels(bits):
     coarse = bits != 2
     assert (chosen.optimizer, chosen.level_lr) == (("adamw", 0.01) if coarse else ("sgd", None))
     assert chosen.lr == (3e-3 if coarse else 0.02)
+    warmed = recipe.model_copy(update={"full_precision_steps": 2})
+    warmed = choices.resolve(warmed, "image-classification", CONV)
+    assert warmed.full_precision_lr == (1e-4 if coarse else 0.02)
     for given in ({"optimizer": "sgd"}, {"lr": 0.1}, {"optimizer": "adamw"}, {"method": "lsq"}):
         other = config.build({**ESSENTIALS, "bits": bits, **given})
         assert choices.resolve(other, "image-classification", CONV).level_lr is None

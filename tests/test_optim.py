@@ -744,7 +744,7 @@ def test_settings_that_do_not_exist(kind, settings, fragment):
     """The error says what was given, what is allowed and what to do."""
     _, twin = network()
     with pytest.raises(RecipeError) as error:
-        kind(twin, lr=0.1, **settings)
+        kind(twin, lr=0.1, closing=STAGGERED, **settings)
     assert fragment in str(error.value)
 
 
@@ -752,7 +752,7 @@ def test_settings_that_do_not_exist(kind, settings, fragment):
 def test_coupled_takes_the_papers_alpha(kind):
     """With the pull coupled to the learning rate alpha may be above 1, as in the paper."""
     _, twin = network()
-    kind(twin, lr=0.1, alpha=4.0, pull="coupled")
+    kind(twin, lr=0.1, closing=STAGGERED, alpha=4.0, pull="coupled")
 
 
 @pytest.mark.parametrize("kind", [AskewSGD, AskewAdamW])
@@ -975,3 +975,13 @@ def test_level_lr_goes_without_groups_of_ones_own():
     layer = spread(nn.Linear(4, 2), make_grid(2))
     with pytest.raises(RecipeError, match="level_lr makes the parameter groups itself"):
         AskewAdamW(layer, level_lr=0.01, params=[layer.bias])
+
+
+@pytest.mark.parametrize("setting", [{"alpha": 0.2}, {"clip": 0.2}, {"pull": "coupled"}])
+@pytest.mark.parametrize("make", [AskewSGD, AskewAdamW])
+def test_a_pull_does_not_go_with_lazy_closing(make, setting):
+    """Nothing is pulled there, so that a setting of the pull is refused by name."""
+    layer = spread(nn.Linear(4, 2), make_grid(2))
+    with pytest.raises(RecipeError, match="decide nothing with closing = 'lazy'"):
+        make(layer, lr=0.1, closing=LAZY, **setting)
+    make(layer, lr=0.1, closing=STAGGERED, **setting)
