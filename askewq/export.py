@@ -30,7 +30,7 @@ from askewq.artifact import ARTIFACT, load_artifact
 from askewq.errors import AskewError, ExportError, VerificationError, near
 from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
 from askewq.spec import LoadedModel, first_line
-from askewq.target import Options, Source, Target
+from askewq.target import ExportSource, Options, Target
 from askewq.tasks import logits_of
 
 # The file of every format, and the options that decide something in it.
@@ -170,7 +170,7 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _open(folder: Path, factory: str | None) -> Source:
+def _open(folder: Path, factory: str | None) -> ExportSource:
     """Return an artifact with its plain network."""
     loaded = load_artifact(folder, factory=factory)
     if factory is not None and loaded.spec.source != "module":
@@ -178,7 +178,7 @@ def _open(folder: Path, factory: str | None) -> Source:
             f"--model goes with an artifact of a module of your own; {folder} is of "
             f"{loaded.spec.name} from {loaded.spec.source}: leave it out."
         )
-    return Source(folder, loaded, checkpoint.read(folder / ARTIFACT))
+    return ExportSource(folder, loaded, checkpoint.read(folder / ARTIFACT))
 
 
 def sample_inputs(loaded: LoadedModel) -> dict[str, Tensor]:

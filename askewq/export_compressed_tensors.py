@@ -20,7 +20,7 @@ from askewq.checkpoint import PackedWeight
 from askewq.grid import Grid
 from askewq.pack import pack, unpack
 from askewq.report import bits_name
-from askewq.target import Options, Source, Target
+from askewq.target import ExportSource, Options, Target
 
 WEIGHTS = "model.safetensors"
 WIDEST = 8
@@ -76,7 +76,7 @@ def _module(weight: str) -> str:
     return weight.rpartition(".")[0]
 
 
-def _reason(source: Source, name: str, weight: PackedWeight) -> str:
+def _reason(source: ExportSource, name: str, weight: PackedWeight) -> str:
     """Return why the format cannot hold a weight, or an empty string."""
     layer, code = source.loaded.model.get_submodule(_module(name)), coding(weight.grid)
     if not isinstance(layer, nn.Linear):
@@ -91,19 +91,19 @@ def _reason(source: Source, name: str, weight: PackedWeight) -> str:
     return ""
 
 
-def _left_dense(source: Source) -> dict[str, str]:
+def _left_dense(source: ExportSource) -> dict[str, str]:
     """Return the quantized weights that the format cannot hold, each with the reason."""
     reasons = {name: _reason(source, name, w) for name, w in source.artifact.weights.items()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _packed(source: Source) -> dict[str, PackedWeight]:
+def _packed(source: ExportSource) -> dict[str, PackedWeight]:
     """Return the quantized weights that the format holds."""
     dense = _left_dense(source)
     return {name: w for name, w in source.artifact.weights.items() if name not in dense}
 
 
-def _refusals(source: Source, options: Options) -> list[str]:
+def _refusals(source: ExportSource, options: Options) -> list[str]:
     spec = source.loaded.spec
     if spec.source != "transformers":
         return [
@@ -124,7 +124,7 @@ def _refusals(source: Source, options: Options) -> list[str]:
     return []
 
 
-def _notes(source: Source, options: Options) -> list[str]:
+def _notes(source: ExportSource, options: Options) -> list[str]:
     notes = [
         f"{_module(name)} {reason}: it is written dense in float32."
         for name, reason in _left_dense(source).items()
@@ -148,7 +148,7 @@ def _layers(count: int) -> str:
     return "1 layer" if count == 1 else f"{count} layers"
 
 
-def _write(source: Source, options: Options, folder: Path) -> None:
+def _write(source: ExportSource, options: Options, folder: Path) -> None:
     model, artifact = cast(Any, source.loaded.model), source.artifact
     tensors = dict(artifact.tensors)
     tensors |= {name: artifact.weights[name].dense() for name in _left_dense(source)}
@@ -167,7 +167,7 @@ def _write(source: Source, options: Options, folder: Path) -> None:
     (folder / "README.md").write_text(_readme(source), encoding="utf-8")
 
 
-def _quantization_config(source: Source) -> dict[str, Any]:
+def _quantization_config(source: ExportSource) -> dict[str, Any]:
     """Return the format's own description: one group of modules for each kind of weight."""
     model, packed = source.loaded.model, _packed(source)
     prefix = str(getattr(model, "base_model_prefix", ""))
@@ -219,7 +219,7 @@ def _pattern(module: str, prefix: str) -> str:
     return rf"re:^({re.escape(prefix)}\.)?{re.escape(base)}$"
 
 
-def _readme(source: Source) -> str:
+def _readme(source: ExportSource) -> str:
     name = type(source.loaded.model).__name__
     return f"""# {source.title}, weights packed by compressed-tensors
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import CONFIG
-from askewq.target import Options, Source, Target
+from askewq.target import ExportSource, Options, Target
 from askewq.vocabulary import DenseType
 
 WEIGHTS = "model.safetensors"
@@ -34,7 +34,7 @@ def _bound(options: Options) -> float:
     return BOUNDS[options.dtype]
 
 
-def _refusals(source: Source, options: Options) -> list[str]:
+def _refusals(source: ExportSource, options: Options) -> list[str]:
     """Name the tensors with values beyond the type's range."""
     dtype = DTYPES[options.dtype]
     if options.dtype == "fp32":
@@ -51,7 +51,7 @@ def _overflows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).isinf() & ~tensor.isinf()
 
 
-def _notes(source: Source, options: Options) -> list[str]:
+def _notes(source: ExportSource, options: Options) -> list[str]:
     notes = []
     if options.dtype != "fp32":
         notes.append(f"every floating-point value is rounded to {options.dtype}.")
@@ -63,7 +63,7 @@ def _notes(source: Source, options: Options) -> list[str]:
     return notes
 
 
-def _write(source: Source, options: Options, folder: Path) -> None:
+def _write(source: ExportSource, options: Options, folder: Path) -> None:
     loaded, dtype = source.loaded, DTYPES[options.dtype]
     if loaded.spec.source == "transformers":
         # save_pretrained writes the weights' type into config.json; the artifact's own network
@@ -79,14 +79,14 @@ def _write(source: Source, options: Options, folder: Path) -> None:
     (folder / "README.md").write_text(_readme(source, options), encoding="utf-8")
 
 
-def _state(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
+def _state(source: ExportSource, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the dense state; every name has memory of its own, as safetensors demands."""
     state = source.artifact.dense_state()
     cast_ = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     return {k: v.clone() if k in source.artifact.shared else v for k, v in cast_.items()}
 
 
-def _timm_config(source: Source) -> dict[str, Any]:
+def _timm_config(source: ExportSource) -> dict[str, Any]:
     """Return a config.json as timm reads it from a folder or the Hub."""
     loaded = source.loaded
     arguments = dict(loaded.spec.arguments)
@@ -114,7 +114,7 @@ def _timm_config(source: Source) -> dict[str, Any]:
     }
 
 
-def _readme(source: Source, options: Options) -> str:
+def _readme(source: ExportSource, options: Options) -> str:
     spec = source.loaded.spec
     labels = (
         f"\nLabels, in the order of the logits: {', '.join(spec.labels)}.\n" if spec.labels else ""
@@ -131,7 +131,7 @@ export.json holds the measured difference from the packed artifact.
 """
 
 
-def _input(source: Source) -> str:
+def _input(source: ExportSource) -> str:
     images = source.loaded.preprocessing
     if not isinstance(images, ImagePreprocessing):
         return ""
@@ -142,7 +142,7 @@ def _input(source: Source) -> str:
     )
 
 
-def _load_with_timm(source: Source) -> str:
+def _load_with_timm(source: ExportSource) -> str:
     arguments = dict(source.loaded.spec.arguments)
     words = [repr(str(arguments.pop("model_name")).split(".")[0])]
     words += [f"checkpoint_path='{WEIGHTS}'"]
@@ -153,12 +153,12 @@ def _load_with_timm(source: Source) -> str:
     )
 
 
-def _load_with_transformers(source: Source) -> str:
+def _load_with_transformers(source: ExportSource) -> str:
     name = type(source.loaded.model).__name__
     return f"from transformers import {name}\nmodel = {name}.from_pretrained('FOLDER')"
 
 
-def _load_with_torch(source: Source) -> str:
+def _load_with_torch(source: ExportSource) -> str:
     return (
         f"from safetensors.torch import load_file\nmodel = ...  # your own network\n"
         f"model.load_state_dict(load_file('{WEIGHTS}'))\nmodel.eval()"

@@ -5,7 +5,6 @@ scales in fp16, so what a file gives back is measured by dequantizing it with th
 before anything is written, and refused where it is not the artifact's to the bit.
 """
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,26 +15,16 @@ import torch
 from torch import Tensor
 
 from askewq.checkpoint import PackedWeight
+from askewq.gguf_tokenizer import add_tokenizer, vocabulary
 from askewq.gguf_types import LARGEST, BlockType, choose, encode
-from askewq.preprocessing import TextPreprocessing
 from askewq.spec import LoadedModel
-from askewq.target import Options, Source, Target
+from askewq.target import ExportSource, Options, Target
 
 FILE = "model.gguf"
 # llama.cpp's names of the architectures of transformers that are written correctly here.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# The regular expressions with which byte-level tokenizers split texts, and llama.cpp's names.
-_WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {
-    f"{_WORD}\\p{{N}}{{1,3}}{_REST}": "llama-bpe",
-    f"{_WORD}\\p{{N}}{_REST}": "qwen2",
-}
 # Relative difference of logits: rope frequencies are rounded once more; scales rounded to fp16.
 BOUND, LOSSY_BOUND = 1e-5, 2e-2
-
-# gguf.TokenType
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +35,7 @@ class Written:
     error: float = 0.0
 
 
-def refusals(source: Source, options: Options) -> list[str]:
+def refusals(source: ExportSource, options: Options) -> list[str]:
     """Return why the model, or some of its weights, cannot be written."""
     if unknown := _unknown_model(source.loaded):
         return [unknown]
@@ -83,7 +72,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + more
 
 
-def notes(source: Source, options: Options) -> list[str]:
+def notes(source: ExportSource, options: Options) -> list[str]:
     """Return the type of every weight with its measured error, and what is not carried."""
     kinds: dict[str, list[float]] = defaultdict(list)
     for written in plan(source, options).values():
@@ -94,7 +83,7 @@ def notes(source: Source, options: Options) -> list[str]:
         for name, errors in kinds.items()
     ]
     found.append("everything else is float32")
-    if _vocabulary(source.loaded) is None:
+    if vocabulary(source.loaded) is None:
         found.append(
             "llama.cpp has no such tokenizer as this model's: the file takes and gives token ids; "
             "tokenizer.json lies beside it"
@@ -102,7 +91,7 @@ def notes(source: Source, options: Options) -> list[str]:
     return [*found, "the file is read back with the gguf package: llama.cpp itself is not run"]
 
 
-def plan(source: Source, options: Options) -> dict[str, Written]:
+def plan(source: ExportSource, options: Options) -> dict[str, Written]:
     """Return how each quantized weight is written."""
     planned = {}
     for name, weight in source.artifact.weights.items():
@@ -175,7 +164,7 @@ def _rope(settings: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": settings.get("rope_theta"), **scaling, "rope_type": kind}
 
 
-def _names(source: Source) -> dict[str, str]:
+def _names(source: ExportSource) -> dict[str, str]:
     """Return GGUF's name of every key that is stored, of tied ones the first; "": it has none."""
     import gguf
 
@@ -204,7 +193,7 @@ def _rows(loaded: LoadedModel, key: str, count: int) -> Tensor:
     return order.reshape(heads[projection], 2, -1).transpose(1, 2).reshape(-1)
 
 
-def write(source: Source, options: Options, folder: Path) -> None:
+def write(source: ExportSource, options: Options, folder: Path) -> None:
     """Write model.gguf, and the tokenizer's own files beside it."""
     import gguf
 
@@ -214,7 +203,7 @@ def write(source: Source, options: Options, folder: Path) -> None:
     _add_settings(writer, loaded, source.title)
     writer.add_file_type(_file_type(source, planned))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_tokenizer(writer, loaded)
+    add_tokenizer(writer, loaded)
     if (factors := _rope_factors(loaded)) is not None:
         writer.add_tensor("rope_freqs.weight", factors.numpy())
     state = loaded.model.state_dict()
@@ -274,7 +263,7 @@ def _rope_factors(loaded: LoadedModel) -> Tensor | None:
     return (float(rope["rope_theta"]) ** -exponents / scaled).float()
 
 
-def _file_type(source: Source, planned: dict[str, Written]) -> int:
+def _file_type(source: ExportSource, planned: dict[str, Written]) -> int:
     """Return the file type of the type that holds most weights."""
     import gguf
 
@@ -287,72 +276,6 @@ def _file_type(source: Source, planned: dict[str, Written]) -> int:
     name = max(counts, key=lambda key: counts[key])
     small = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # all their layers in one type
     return int(gguf.LlamaFileType[f"MOSTLY_{small.get(name, name)}"])
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """A tokenizer that llama.cpp has, too: byte-level BPE, split as `split` says."""
-
-    tokenizer: Any
-    parts: dict[str, Any]
-    split: str
-
-
-def _vocabulary(loaded: LoadedModel) -> Vocabulary | None:
-    """Return the tokenizer in llama.cpp's terms; None where it would split texts otherwise."""
-    text = loaded.preprocessing
-    if not isinstance(text, TextPreprocessing) or not text.tokenizer.is_fast:
-        return None
-    if len(text.tokenizer) > _settings(loaded)["vocab_size"]:
-        return None
-    parts = json.loads(text.tokenizer.backend_tokenizer.to_str())
-    if parts["model"]["type"] != "BPE" or parts["pre_tokenizer"] is None:
-        return None
-    *first, last = parts["pre_tokenizer"].get("pretokenizers", [parts["pre_tokenizer"]])
-    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
-        return None
-    split = None
-    if not first and last["use_regex"]:
-        split = "gpt-2"
-    elif len(first) == 1 and first[0]["type"] == "Split" and not last["use_regex"]:
-        split = SPLITS.get(first[0]["pattern"].get("Regex", ""))
-    return None if split is None else Vocabulary(text.tokenizer, parts, split)
-
-
-def _add_tokenizer(writer: Any, loaded: LoadedModel) -> None:
-    """Add the tokenizer where llama.cpp has the same one; else say that there is none."""
-    found = _vocabulary(loaded)
-    if found is None:
-        writer.add_tokenizer_model("none")
-        return
-    tokenizer, model = found.tokenizer, found.parts["model"]
-    size = _settings(loaded)["vocab_size"]
-    tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
-    for token, i in model["vocab"].items():
-        tokens[i], types[i] = token, NORMAL
-    for added in found.parts["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(found.split)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    # tokenizers writes a merge as a pair, older versions as one text
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    writer.add_token_merges(merges)
-    for number, add in (
-        (tokenizer.bos_token_id, writer.add_bos_token_id),
-        (tokenizer.eos_token_id, writer.add_eos_token_id),
-        (tokenizer.unk_token_id, writer.add_unk_token_id),
-        (tokenizer.pad_token_id, writer.add_pad_token_id),
-    ):
-        if number is not None:
-            add(number)
-    ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
 
 
 def read_back(folder: "str", inputs: "dict[str, Tensor]") -> "Tensor":

@@ -7,10 +7,9 @@ pass sees the Parameter itself, or what a rule (`follow_`) makes of it: AskewSGD
 another method; after the snap, the snapped weight.
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 from askewq.errors import DivergenceError
 from askewq.grid import Grid
 from askewq.methods import Rule
+from askewq.mixed import Mixin, mix_
 
 SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(Mixin):
     """Mixin of a layer whose weight belongs on a grid.
 
     Attributes:
@@ -32,6 +32,7 @@ class QuantizedLayer(nn.Module):
         strength: the present coefficient of that rule.
     """
 
+    prefix = "Quantized"
     grid: Grid
     weight_scale: Tensor
     rule: Rule | None = None
@@ -65,10 +66,6 @@ class QuantizedLayer(nn.Module):
             )
         return self.grid.codes(weight, self.weight_scale.detach())
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle by the original class: a class made at run time has no name to import."""
-        return _empty_layer, (type(self).__bases__[1],), self.__dict__
-
     @torch.no_grad()
     def snap_(self) -> None:
         """Move every weight to its nearest level, in place."""
@@ -90,21 +87,10 @@ class QuantizedLayer(nn.Module):
             self.latent.copy_(settled.view(self.latent.shape))
 
 
-@functools.cache
-def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": __name__})
-
-
-def _empty_layer(cls: type[nn.Module]) -> nn.Module:
-    """Return an instance for pickle and deepcopy to fill."""
-    quantized = _quantized_class(cls)  # type: ignore[arg-type]  # a class is hashable
-    return quantized.__new__(quantized)
-
-
 def quantize_layer_(layer: nn.Module, grid: Grid, scale: Tensor) -> None:
     """Make a Linear or Conv quantization-aware, in place; `scale` is [out, groups]."""
     layer.register_buffer("weight_scale", scale)
-    layer.__class__ = _quantized_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
+    mix_(layer, QuantizedLayer)
     layer.grid = grid  # type: ignore[assignment]  # a plain attribute, not a submodule
 
 

@@ -7,7 +7,6 @@ weight that a forward pass sees is that of the dense load, to the bit, in every 
 device.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from askewq.checkpoint import Artifact, PackedWeight, check_fit, shared_names
 from askewq.errors import FormatError
 from askewq.grid import Grid
+from askewq.mixed import Mixin, mix_, unmix_
 
 
 class PackedTensor(nn.Module):
@@ -64,8 +64,10 @@ class PackedTensor(nn.Module):
         return self
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(Mixin):
     """Mixin of a layer whose `weight` is unpacked whenever it is read."""
+
+    prefix = "Packed"
 
     @property
     def weight(self) -> Tensor:
@@ -85,21 +87,6 @@ class PackedLayer(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle by the original class: a class made at run time has no name to import."""
-        return _empty_layer, (type(self).__bases__[1],), self.__dict__
-
-
-@functools.cache
-def _packed_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Packed{cls.__name__}", (PackedLayer, cls), {"__module__": __name__})
-
-
-def _empty_layer(cls: type[nn.Module]) -> nn.Module:
-    """Return an instance for pickle and deepcopy to fill."""
-    packed = _packed_class(cls)  # type: ignore[arg-type]  # a class is hashable
-    return packed.__new__(packed)
-
 
 def attach_(layer: nn.Module, packed: PackedTensor) -> None:
     """Let a packed weight take the place of a layer's Parameter, in place.
@@ -112,14 +99,14 @@ def attach_(layer: nn.Module, packed: PackedTensor) -> None:
 
 def seal_(layer: nn.Module) -> None:
     """Let ``layer.weight`` unpack the attached weight from now on, in place."""
-    layer.__class__ = _packed_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
+    mix_(layer, PackedLayer)
 
 
 def unseal_(layer: nn.Module) -> None:
     """Give a packed layer its class and a dense Parameter back, in place."""
     dense = nn.Parameter(cast(Tensor, layer.weight))
     del layer._modules["weight"]
-    layer.__class__ = type(layer).__bases__[1]
+    unmix_(layer)
     layer.register_parameter("weight", dense)
 
 

@@ -16,7 +16,7 @@ from askewq.vocabulary import DenseType
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ExportSource:
     """An artifact to export: its folder, its plain network (snapped, float32, eval), its codes."""
 
     folder: Path
@@ -68,7 +68,7 @@ class Target:
     needs: tuple[str, ...]
     extra: str
     bound: Callable[[Options], float]
-    refusals: Callable[[Source, Options], list[str]]
-    notes: Callable[[Source, Options], list[str]]
-    write: Callable[[Source, Options, Path], None]
+    refusals: Callable[[ExportSource, Options], list[str]]
+    notes: Callable[[ExportSource, Options], list[str]]
+    write: Callable[[ExportSource, Options, Path], None]
     read_back: Callable[[str, dict[str, Tensor]], Tensor]

@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Iterator
 
 import torch
+from paper_logistic import FORMS, PAPER
 from sklearn.datasets import make_moons
 from torch import Tensor, nn
 
@@ -24,12 +25,6 @@ from askewq.rivals import Follower
 
 LR, EPOCHS, BATCH = 0.1, 50, 100
 PUBLISHED = {"full precision": 2.045, "askewsgd-paper": 2.11, "binaryconnect": 2.32, "adaste": 2.24}
-PAPER = askewq.Closing("single", start=0.5, end=1.0, power=1.0)
-FORMS = {
-    "askewsgd": askewq.Closing(),
-    "askewsgd, staggered": askewq.Closing("staggered"),
-    "askewsgd-paper": PAPER,
-}
 METHODS = [
     *PUBLISHED,
     "askewsgd",

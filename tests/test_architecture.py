@@ -20,7 +20,7 @@ PACKAGE = Path(askewq.__file__).parent
 # A file imports from floors below, or from its own floor as long as no cycle arises.
 FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal"),
-    ("config", "grid", "pack", "methods"),
+    ("config", "grid", "pack", "methods", "mixed"),
     ("layers", "kernels", "optim", "rivals"),
     ("wrap", "checkpoint", "packed"),
     (
@@ -30,7 +30,7 @@ FLOORS = [
     (
         *("report", "output", "choices", "hub", "registration", "hf_loading"),
         *("export", "export_dense", "export_compressed_tensors"),
-        *("export_onnx", "export_gguf", "gguf_types"),
+        *("export_onnx", "onnx_weights", "export_gguf", "gguf_types", "gguf_tokenizer"),
     ),
     ("train", "demo", "inspection"),
     ("cli",),

@@ -20,7 +20,7 @@ from askewq.hf_models import load_tokenizer
 from askewq.pack import pack
 from askewq.preprocessing import TextPreprocessing
 from askewq.spec import LoadedModel, ModelSpec
-from askewq.target import Options, Source
+from askewq.target import ExportSource, Options
 
 SIZES = {
     "vocab_size": 14,
@@ -68,7 +68,9 @@ def plain(kind: str) -> nn.Module:
     return model
 
 
-def source(kind="llama", bits=4, grid="integer", group="channel", model=None, fp16=True) -> Source:
+def source(
+    kind="llama", bits=4, grid="integer", group="channel", model=None, fp16=True
+) -> ExportSource:
     """Return a source with the matrices of the blocks on a grid; its scales fit fp16 or do not."""
     model = copy.deepcopy(model or plain(kind))
     weights, made = {}, make_grid(bits, grid)
@@ -86,7 +88,7 @@ def source(kind="llama", bits=4, grid="integer", group="channel", model=None, fp
     spec = ModelSpec("transformers", "tiny", "causal-lm", (), {})
     preprocessing = load_tokenizer(str(builders.llama()), False, 16)
     stored = Artifact(weights, {}, shared if tied else {})
-    return Source(None, LoadedModel(model, spec, preprocessing), stored)
+    return ExportSource(None, LoadedModel(model, spec, preprocessing), stored)
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -96,7 +98,7 @@ def inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(4, 14, (3, 9)), "attention_mask": mask}
 
 
-def difference(made: Source, folder, given=None) -> float:
+def difference(made: ExportSource, folder, given=None) -> float:
     """Return the largest difference of a logit, relative to the largest logit."""
     given = given or inputs()
     with torch.no_grad():
@@ -157,7 +159,7 @@ class TestExact:
         """read_back needs none of askewq, and gives the same logits."""
         folder, _ = builders.finished("llama")
         full = artifact.load_artifact(folder)
-        made = Source(folder, full, checkpoint.read(folder / "model.safetensors"))
+        made = ExportSource(folder, full, checkpoint.read(folder / "model.safetensors"))
         TARGET.write(made, Options(dense_rest=True), tmp_path)
         given = inputs()
         torch.save(given, tmp_path / "inputs.pt")
@@ -234,7 +236,7 @@ class TestLossy:
             assert TARGET.refusals(made, Options(dense_rest=True)) == []
 
 
-def made_of(folder, made: Source, name: str) -> torch.Tensor:
+def made_of(folder, made: ExportSource, name: str) -> torch.Tensor:
     """Return a weight as the file holds it."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     wanted = names.get_name(name, try_suffixes=(".weight",))
@@ -269,7 +271,7 @@ class TestRefused:
         """An image model is refused by its name and task."""
         spec = ModelSpec("timm", "resnet50", "image-classification", ("a",), {})
         full = LoadedModel(nn.Linear(2, 2), spec, None)
-        (refusal,) = TARGET.refusals(Source(None, full, Artifact({}, {}, {})), Options())
+        (refusal,) = TARGET.refusals(ExportSource(None, full, Artifact({}, {}, {})), Options())
         assert refusal.startswith("'resnet50' is a model for image-classification; GGUF is written")
 
 
@@ -339,7 +341,7 @@ def byte_level(split: str | None):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from askewq.export_gguf import SPLITS
+    from askewq.gguf_tokenizer import SPLITS
 
     tokenizer = Tokenizer(models.BPE())
     patterns = {name: pattern for pattern, name in SPLITS.items()}

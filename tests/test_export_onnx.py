@@ -21,13 +21,14 @@ from torch import nn
 from askewq import artifact, checkpoint, export_onnx
 from askewq.checkpoint import Artifact, PackedWeight
 from askewq.errors import ExportError
-from askewq.export_onnx import PREFIX, TARGET, Storage, example, fill, graph, storage
+from askewq.export_onnx import PREFIX, TARGET, example, fill, graph
 from askewq.grid import make_grid, scale_shape
 from askewq.hf_models import load_processor, load_tokenizer
+from askewq.onnx_weights import Storage, storage
 from askewq.pack import pack, packed_size
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import LoadedModel, ModelSpec
-from askewq.target import Options, Source
+from askewq.target import ExportSource, Options
 from askewq.wrap import plan
 
 KINDS = ["efficientnet", "vit", "bert", "llama", "gpt2"]
@@ -70,7 +71,7 @@ def loaded(model, source, task, preprocessing) -> LoadedModel:
     return LoadedModel(model.eval(), ModelSpec(source, "tiny", task, labels, {}), preprocessing)
 
 
-def source(full: LoadedModel, bits, kind="integer", group="channel", names=()) -> Source:
+def source(full: LoadedModel, bits, kind="integer", group="channel", names=()) -> ExportSource:
     """Return a source with weights of a network on a grid, at scales that reach the largest."""
     model, weights, grid = copy.deepcopy(full.model), {}, make_grid(bits, kind)
     for name in names or quantizable(model):
@@ -82,7 +83,7 @@ def source(full: LoadedModel, bits, kind="integer", group="channel", names=()) -
         codes = pack(grid.codes(weight.detach(), scale), bits)
         weights[name] = PackedWeight(grid, tuple(weight.shape), codes, scale)
         weight.data.copy_(weights[name].dense())
-    return Source(
+    return ExportSource(
         None, LoadedModel(model, full.spec, full.preprocessing), Artifact(weights, {}, {})
     )
 
@@ -115,7 +116,7 @@ def inputs_of(kind: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def logits(made: Source, inputs) -> torch.Tensor:
+def logits(made: ExportSource, inputs) -> torch.Tensor:
     """Return the artifact's own logits."""
     with torch.no_grad():
         if made.loaded.spec.source != "transformers":
@@ -244,7 +245,7 @@ class TestStorage:
         assert storage(weight) == Storage(4, "units")
 
 
-def own(factory: str, bits=2, kind="integer", names=()) -> Source:
+def own(factory: str, bits=2, kind="integer", names=()) -> ExportSource:
     """Return a source of one of the user's own networks."""
     preprocessing = ImagePreprocessing(size=(32, 32))
     full = loaded(builders.own_network(factory), "module", "image-classification", preprocessing)
@@ -272,10 +273,10 @@ class TestWrite:
         """A finished run becomes a network with labels; a new process computes its logits."""
         folder, _ = builders.finished("own")
         full = artifact.load_artifact(folder, factory=builders.own("small"))
-        unsized = Source(folder, full, Artifact({}, {}, {}))
+        unsized = ExportSource(folder, full, Artifact({}, {}, {}))
         assert "set preprocessing.size" in TARGET.refusals(unsized, Options())[0]
         full.preprocessing = replace(full.preprocessing, size=(32, 28))
-        made = Source(folder, full, checkpoint.read(folder / "model.safetensors"))
+        made = ExportSource(folder, full, checkpoint.read(folder / "model.safetensors"))
         out = tmp_path / "out"
         out.mkdir()
         assert TARGET.refusals(made, Options()) == []
@@ -367,7 +368,7 @@ class TestWrite:
             weights["2.weight"].codes,
             2 * weights["2.weight"].scale,
         )
-        other = Source(tmp_path, made.loaded, Artifact(weights, {}, {}))
+        other = ExportSource(tmp_path, made.loaded, Artifact(weights, {}, {}))
         with pytest.raises(ExportError, match=r"does not hold the weight '2\.weight'"):
             TARGET.write(other, Options(), tmp_path)
 

@@ -1,0 +1,140 @@
+"""How ONNX holds a quantized weight: INT2, INT4 or INT8 codes and the nodes that dequantize them.
+
+What the nodes compute is, bit for bit, the artifact's weight.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from askewq.checkpoint import PackedWeight
+from askewq.pack import pack, unpack
+from askewq.vocabulary import Bits
+
+Form = Literal["levels", "doubled", "units"]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How one weight is written.
+
+    Attributes:
+        width: bits of the ONNX integer type, 2, 4 or 8.
+        form: levels: the integer levels at the scale; doubled: twice the half-integer levels at
+            half the scale; units: the levels less one half, then an addition of one half and a
+            multiplication by the scale, which rounds once, as the artifact does.
+    """
+
+    width: int
+    form: Form
+
+
+def storage(weight: PackedWeight) -> Storage:
+    """Return the smallest ONNX type that holds a weight exactly, and how."""
+    grid = weight.grid
+    width = next(w for w in (2, 4, 8) if grid.size <= 2**w and grid.first >= -(2 ** (w - 1)))
+    if grid.first % 1 == 0:
+        return Storage(width, "levels")
+    halved = weight.scale / 2
+    fits = 2 * -grid.first <= 2 ** (width - 1) - 1 and torch.equal(2 * halved, weight.scale)
+    return Storage(width, "doubled" if fits else "units")
+
+
+def _integers(weight: PackedWeight, form: Form) -> Tensor:
+    """Return the integers that the file holds, int8, the weight's shape."""
+    grid = weight.grid
+    codes = unpack(weight.codes, grid.bits, math.prod(weight.shape)).to(torch.int16)
+    factor = 2 if form == "doubled" else 1
+    first = math.floor(factor * grid.first)
+    return (first + int(factor * grid.step) * codes).to(torch.int8).reshape(weight.shape)
+
+
+def dequantize(
+    name: str, weight: PackedWeight, kept: Storage, transposed: bool
+) -> tuple[list[Any], list[Any]]:
+    """Return the nodes that compute a weight or its transpose, and their initializers."""
+    integers = _integers(weight, kept.form)
+    shape = weight.shape[::-1] if transposed else weight.shape
+    form = _units if kept.form == "units" else _levels
+    scale = weight.scale / 2 if kept.form == "doubled" else weight.scale
+    integers, scale, attributes = form(integers, scale, transposed)
+    codes = _tensor(f"{name}.codes", integers, kept.width)
+    tensors = [codes, _tensor(f"{name}.scale", scale)]
+    steps: list[tuple[str, str, Any]]
+    if kept.form == "units":
+        tensors += [
+            _tensor(f"{name}.one", torch.ones(())),
+            _tensor(f"{name}.half", torch.full((), 0.5)),
+        ]
+        steps = [("DequantizeLinear", "one", {}), ("Add", "half", {}), ("Mul", "scale", {})]
+    else:
+        steps = [("DequantizeLinear", "scale", attributes)]
+    if integers.shape != shape:
+        tensors.append(_tensor(f"{name}.shape", torch.tensor(shape)))
+        steps.append(("Reshape", "shape", {}))
+    return _chain(name, steps), tensors
+
+
+def _levels(
+    codes: Tensor, scale: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Return codes, scale and attributes for one DequantizeLinear: whole, by channel or blocked."""
+    out, groups = scale.shape
+    if groups > 1:
+        codes = codes.reshape(out, -1)
+        block = codes.shape[1] // groups
+        attributes = {"axis": 0 if transposed else 1, "block_size": block}
+    elif scale.numel() > 1:
+        scale, attributes = scale.reshape(-1), {"axis": 1 if transposed else 0}
+    else:
+        return _turn(codes, transposed), scale.reshape(()), {}
+    return _turn(codes, transposed), _turn(scale, transposed), attributes
+
+
+def _units(codes: Tensor, scale: Tensor, transposed: bool) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Return codes and a scale of as many dimensions, to multiply with."""
+    out, groups = scale.shape
+    if groups > 1:
+        codes = codes.reshape(out, groups, -1)
+        scale = scale.unsqueeze(2)
+    else:
+        scale = scale.reshape(-1, *[1] * (codes.dim() - 1))
+    return _turn(codes, transposed), _turn(scale, transposed), {}
+
+
+def _turn(tensor: Tensor, transposed: bool) -> Tensor:
+    """Move the output channels to the end where the graph wants the transpose."""
+    return tensor.movedim(0, -1) if transposed else tensor
+
+
+def _chain(name: str, steps: list[tuple[str, str, Any]]) -> list[Any]:
+    """Return nodes (type, second input, attributes), each fed by the last, ending in `name`."""
+    import onnx
+
+    nodes, before = [], f"{name}.codes"
+    for i, (kind, second, attributes) in enumerate(steps, start=1):
+        after = name if i == len(steps) else f"{name}.{kind}"
+        inputs = [before, f"{name}.{second}"]
+        nodes.append(
+            onnx.helper.make_node(kind, inputs, [after], name=f"{name}/{kind}", **attributes)
+        )
+        before = after
+    return nodes
+
+
+def _tensor(name: str, values: Tensor, width: int | None = None) -> Any:
+    """Return an initializer; int8 values are packed at `width` bits, the first lowest."""
+    import onnx
+
+    kinds = onnx.TensorProto
+    if width is not None:
+        kind = {2: kinds.INT2, 4: kinds.INT4, 8: kinds.INT8}[width]
+        codes = values.contiguous().view(torch.uint8) & (2**width - 1)
+        raw = pack(codes, cast(Bits, width))
+    else:
+        kind = kinds.FLOAT if values.is_floating_point() else kinds.INT64
+        raw = values.contiguous()
+    return onnx.helper.make_tensor(name, kind, values.shape, raw.numpy().tobytes(), raw=True)
