@@ -98,7 +98,6 @@ def export(
     check_settings(to, changed)
     target = find_target(to)
     _check_libraries(target)
-    output = output.absolute()
     _check_output(output)
     source = _open(folder, factory)
     if refusals := target.refusals(source, options):
@@ -107,7 +106,7 @@ def export(
     notes = target.notes(source, options)
     report.print_export_notes(notes, to)
     inputs, expected = _expected(source.loaded)
-    with _appearing(output) as partial:
+    with _appearing(output.absolute()) as partial:
         target.write(source, options, partial)
         logits = _read_back(target, partial, inputs, factory)
         comparison = _compare(logits, expected, target.bound(options), to)
