@@ -105,6 +105,9 @@ class Recipe(BaseModel):
     batch_size: int = _key(64, TRAIN, "samples per process and micro-step", ge=1)
     grad_accumulation: int = _key(1, TRAIN, "micro-steps per optimizer step", ge=1)
     mixed_precision: Literal["no", "bf16"] = _key("no", TRAIN, "autocast of the forward pass")
+    compile: bool = _key(
+        False, TRAIN, "compile the network: faster steps, after the time that compiling takes"
+    )
     seed: int = _key(
         0, TRAIN, "of data order, augmentation, dropout and new layers", ge=0, lt=2**32
     )

@@ -7,6 +7,7 @@ pass sees the Parameter itself, or what a rule (`follow_`) makes of it: AskewSGD
 another method; after the snap, the snapped weight.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -30,6 +31,7 @@ class QuantizedLayer(Mixin):
         weight_scale: buffer [out, groups], written in place only; a Parameter where it is learned.
         rule: how the forward pass sees the weight; None: as it is.
         strength: the present coefficient of that rule.
+        seen: the weight that the forward pass sees, where it was made beforehand (`prepared`).
     """
 
     prefix = "Quantized"
@@ -37,6 +39,7 @@ class QuantizedLayer(Mixin):
     weight_scale: Tensor
     rule: Rule | None = None
     strength: float = 0.0
+    seen: Tensor | None = None
 
     @property
     def latent(self) -> nn.Parameter:
@@ -46,6 +49,8 @@ class QuantizedLayer(Mixin):
     @property
     def weight(self) -> Tensor:
         """The weight that the forward pass sees."""
+        if self.seen is not None:
+            return self.seen
         if self.rule is None or self.rule.view is None:
             return self.latent
         rows = self.latent.reshape(self.weight_scale.numel(), -1)
@@ -121,6 +126,28 @@ def follow_(model: nn.Module, rule: Rule | None) -> None:
             module.register_parameter("weight_scale", scale)
         else:
             module.register_buffer("weight_scale", scale)
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Within the block every layer uses the weight that it saw at the beginning.
+
+    A compiled network takes these weights as inputs: what a rule does, and a coefficient that
+    changes at every step, are then no part of it, so nothing is compiled twice.
+    """
+    made = []
+    for module in quantized_modules(model):
+        if (weight := module.weight) is not module.latent:
+            module.seen = weight
+            made.append(module)
+    try:
+        with warnings.catch_warnings():
+            # The compiler looks at the .grad of its inputs, these weights among them.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            yield
+    finally:
+        for module in made:
+            module.seen = None
 
 
 def snap_(model: nn.Module) -> None:

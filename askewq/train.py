@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,8 +34,9 @@ from askewq import (
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData, open_data
-from askewq.errors import DataError, DivergenceError, ModelError, OutputError
+from askewq.errors import DataError, DivergenceError, ModelError, OutputError, RecipeError
 from askewq.evaluate import Evaluation, evaluate
+from askewq.kernels import can_compile
 from askewq.output import Progress
 from askewq.spec import LoadedModel
 from askewq.tasks import check_logits, logits_and_labels, score
@@ -76,6 +78,7 @@ class _Run:
         self.out = recipe.output
         self.accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision,
+            dynamo_backend="inductor" if recipe.compile else "no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=recipe.grad_accumulation, sync_with_dataloader=False
             ),
@@ -85,6 +88,10 @@ class _Run:
             log_with=None if recipe.report_to == "none" else recipe.report_to,
             project_config=ProjectConfiguration(str(self.out), logging_dir=str(self.out / "logs")),
         )
+        if recipe.compile and not can_compile(self.accelerator.device.type):
+            raise RecipeError(
+                "compile: torch.compile does not work here, see the warning; leave it out."
+            )
         train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing)
         self.train_loader, self.eval_loader = self.accelerator.prepare(train, evaluation)
         self.model: nn.Module = self.loaded.model.to(self.accelerator.device)
@@ -261,7 +268,7 @@ class _Run:
         for raw in micro:
             with self.accelerator.accumulate(model):
                 batch = prepare_batch(raw, self.loaded.preprocessing, self.recipe.augment)
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), self._prepared_weights():
                     logits, labels = logits_and_labels(model, self.loaded.spec, batch)
                 scores = score(logits, labels)
                 loss = scores.loss.sum() / scores.count.sum()
@@ -278,6 +285,9 @@ class _Run:
                 optimizer.zero_grad()
             total += value
         return total / len(micro)
+
+    def _prepared_weights(self) -> AbstractContextManager[None]:
+        return layers.prepared(self.model) if self.recipe.compile else nullcontext()
 
     def _diverged(self, loss: float, step: int) -> NoReturn:
         """Drop the checkpoint of the very weights that gave this loss, and say what is left."""

@@ -43,7 +43,7 @@ FORMS = {
 METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
-LEVEL_LRS = (0.01, 0.015, 0.02)
+LEVEL_LRS = (0.005, 0.007, 0.01)
 MEASURED = ("accuracy", "relaxed", "step_seconds", "peak_memory_bytes")
 WEIGHTS = "checkpoints/teacher.safetensors"  # what a run in full precision leaves
 
@@ -68,7 +68,7 @@ TASKS = {
     "resnet20": Task(
         "cifar10",
         "test",
-        ("--augment", "crop-flip", "--batch-size", "128"),
+        ("--augment", "crop-flip", "--batch-size", "128", "--compile"),
         (0.01, 0.02, 0.05),
         (0.005, 0.01, 0.02),
         0,

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from askewq.errors import DivergenceError
 from askewq.grid import fit_scale, make_grid
 from askewq.layers import (
     QuantizedLayer,
+    follow_,
+    prepared,
     quantize_layer_,
     quantized_layers,
     snap_,
     snapped,
 )
+from askewq.methods import RIVALS
 
 
 class DoublingLinear(nn.Linear):
@@ -167,6 +171,25 @@ def test_snapped_restores_bit_for_bit():
             assert torch.equal(layer.weight, layer.grid.snap(weight, layer.weight_scale))
             assert not torch.equal(layer.weight, weight)
     assert all(torch.equal(m.weight, w) for m, w in zip(model, before, strict=True))
+
+
+def test_prepared_weights_are_made_once_and_get_the_same_gradients():
+    """Weights that are made beforehand serve every call; outputs and gradients are the same."""
+    results = []
+    for beforehand in (False, True):
+        torch.manual_seed(0)
+        layer = quantized(nn.Linear(6, 6))
+        follow_(layer, RIVALS["lsq"])
+        x = torch.randn(3, 6)
+        with prepared(layer) if beforehand else nullcontext():
+            assert (layer.weight is layer.weight) == beforehand
+            y = layer(layer(x))
+        y.square().sum().backward()
+        results.append((y.detach(), layer.latent.grad, layer.weight_scale.grad))
+        assert layer.weight is not layer.weight
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        assert one.abs().sum() > 0
 
 
 def test_snapped_restores_when_the_body_raises():

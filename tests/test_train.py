@@ -16,6 +16,7 @@ import askewq
 from askewq import checkpoint, config, train, wrap
 from askewq.errors import DivergenceError, ExactnessError, OutputError, RecipeError
 from askewq.evaluate import evaluate_artifact
+from askewq.kernels import can_compile
 
 KINDS = sorted(builders.SETTINGS)
 ALWAYS = {"model.safetensors", "config.json", "recipe.yaml", "metrics.json", "README.md"}
@@ -400,6 +401,28 @@ class TestSettings:
         dense = packed(tmp_path).dense_state()
         assert {t.dtype for t in dense.values() if t.is_floating_point()} == {torch.float32}
 
+    @pytest.mark.parametrize("method", ["askewsgd", "lsq", "proxquant"])
+    def test_a_compiled_network_is_compiled_once(self, tmp_path, method):
+        """No step compiles again, whatever coefficient changes; the weights are the eager ones."""
+        settings = {"method": method, "max_steps": 6, "bits": 4}
+        assert can_compile("cpu"), "without a compiler this test compares nothing"
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        finetune("own", tmp_path / "compiled", **settings, compile=True)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        finetune("own", tmp_path / "eager", **settings)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        compiled, eager = (packed(tmp_path / name) for name in ("compiled", "eager"))
+        for name, tensor in eager.tensors.items():
+            torch.testing.assert_close(compiled.tensors[name], tensor, rtol=1e-3, atol=1e-4)
+
+    def test_compiling_without_a_compiler(self, tmp_path, monkeypatch):
+        """Where torch.compile fails, --compile is an error before anything is written."""
+        monkeypatch.setattr(train, "can_compile", lambda device: False)
+        with pytest.raises(RecipeError, match=r"torch\.compile does not work here"):
+            finetune("own", tmp_path / "out", compile=True)
+        assert not (tmp_path / "out").exists()
+
     def test_a_process_can_run_more_than_one_precision(self, tmp_path):
         """A notebook may fine-tune with bf16 after a run without, and back."""
         for i, precision in enumerate(("no", "bf16", "no")):
@@ -449,6 +472,7 @@ RESUMED = {
     "tied language model": ("llama", {}),
     "batch norm": ("timm", {}),
     "text": ("bert", {}),
+    "compiled": ("own", {"compile": True}),
 }
 PHASES = {"full_precision_steps": 4, "max_steps": 6, "save_every": 2}
 
