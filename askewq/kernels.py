@@ -1,18 +1,20 @@
-"""The constrained step of one layer as pure tensor functions: base update and constraint together.
+"""The constrained step of one layer, and its lazy view of the weight, as pure tensor functions.
 
-One pass over memory when compiled with torch.compile; eager, with the same result, where no
-compiler is found.
+Base update and constraint are made together: one pass over memory when compiled with torch.compile;
+eager, with the same result, where no compiler is found.
 """
 
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from askewq import constraint
+from askewq import constraint, methods
+from askewq.grid import Grid
 from askewq.vocabulary import Closing
 
 # Resolution at which the closing threshold is found, in bins between a level and half-way.
@@ -101,6 +103,18 @@ def adamw_(
     length = knobs["step_size"] * scale * interval.step if in_levels else knobs["step_size"]
     plain = weight * knobs["keep"] - length * (exp_avg / denominator)
     weight.copy_(constrain(weight, plain, scale, interval, closing))
+
+
+def lazy_projection(weight: Tensor, scale: Tensor, grid: Grid, radius: float) -> Tensor:
+    """Return what `methods.lazy_projection` does, to the bit, in one pass over memory."""
+    number = functools.partial(torch.tensor, dtype=weight.dtype)
+    numbers = (number(float(n)) for n in (grid.first, grid.step, grid.last, radius))
+    point = compiled(methods.nearest_point, weight.device.type)(weight.detach(), scale, *numbers)
+    return methods.straight(weight, point)
+
+
+# The rule of lazy closing for weights that are worth compiling for.
+LAZY = replace(methods.LAZY, view=lazy_projection)
 
 
 def distance_bins(weight: Tensor, scale: Tensor, interval: Interval) -> Tensor:

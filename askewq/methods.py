@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from askewq import constraint
+from askewq.constraint import Scalar
 from askewq.errors import RecipeError
 from askewq.grid import BITS, Grid
 from askewq.vocabulary import Bits, Method
@@ -80,14 +82,28 @@ def clip(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
     return torch.minimum(torch.maximum(weight, lowest * scale), highest * scale)
 
 
-def lazy_projection(weight: Tensor, scale: Tensor, grid: Grid, radius: float) -> Tensor:
+def nearest_point(
+    weight: Tensor, scale: Tensor, first: Scalar, step: Scalar, last: Scalar, radius: Scalar
+) -> Tensor:
     """Return the nearest point of AskewSGD's intervals, `radius` level spacings around the levels.
 
-    The intervals do not reach beyond the outermost levels. With radius 0 this is binaryconnect.
+    The intervals do not reach beyond the outermost levels. With radius 0 it is the nearest level,
+    to the bits of `Grid.snap`.
+
+    Args:
+        weight, scale: [rows, columns], [rows, 1].
+        first, step, last: of the grid; like `radius`, numbers or 0-d tensors.
     """
-    level, reach = grid.snap(weight.detach(), scale), radius * scale * grid.step
-    inside = torch.minimum(torch.maximum(weight.detach(), level - reach), level + reach)
-    return straight(weight, clip(inside, scale, grid, 0.0) if radius else level)
+    level = (constraint.nearest((weight / scale - first) / step, last) * step + first) * scale
+    reach = radius * scale * step
+    inside = torch.minimum(torch.maximum(weight, level - reach), level + reach)
+    return constraint.clamp(inside, first * scale, (first + step * last) * scale)
+
+
+def lazy_projection(weight: Tensor, scale: Tensor, grid: Grid, radius: float) -> Tensor:
+    """Return the nearest point of the intervals; with radius 0 this is binaryconnect."""
+    point = nearest_point(weight.detach(), scale, grid.first, grid.step, grid.last, radius)
+    return straight(weight, point)
 
 
 class _LearnedStep(torch.autograd.Function):

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from askewq import constraint
+from askewq import constraint, kernels, methods
 from askewq.anneal import Closing
 from askewq.errors import ModelError, RecipeError
 from askewq.grid import Grid
 from askewq.kernels import DISTANCE_BINS, Interval, adamw_, compiled, distance_bins, sgd_
 from askewq.layers import QuantizedLayer, follow_, quantized_layers, quantized_modules
-from askewq.methods import LAZY
 from askewq.vocabulary import Pull
 
 # Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
@@ -77,12 +76,13 @@ class _Skewed(torch.optim.Optimizer):
         self._decoupled = pull == "decoupled"
         self.closing = closing
         self._modules = quantized_modules(model)
-        follow_(model, LAZY if closing.kind == "lazy" else None)
+        weights = sum(layer.latent.numel() for layer in self._layers)
+        self._compile = weights >= COMPILE_FROM if compile is None else compile
+        lazy = kernels.LAZY if self._compile else methods.LAZY
+        follow_(model, lazy if closing.kind == "lazy" else None)
         for layer in self._layers:
             layer.settle_()
         self.anneal(0.0)
-        weights = sum(layer.latent.numel() for layer in self._layers)
-        self._compile = weights >= COMPILE_FROM if compile is None else compile
 
     def anneal(self, progress: float) -> None:
         """Set the intervals for the next step.

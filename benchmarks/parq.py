@@ -9,6 +9,7 @@ counts is the accuracy `relaxed` of metrics.json. The artifact that is written a
 askewq's grid, is not PARQ's model.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,42 +18,53 @@ from torch import nn
 from askewq import choices, cli
 from askewq.config import Recipe
 from askewq.layers import quantized_layers
+from askewq.vocabulary import Bits
+
+
+def parq_optimizer(
+    model: nn.Module, bits: Bits, steps: int, base: Callable[[Any], torch.optim.Optimizer]
+) -> Any:
+    """Return PARQ over the quantized layers of a model; `base` makes the optimizer beneath it."""
+    from torchao.prototype.parq import (
+        ProxPARQ,
+        QuantOptimizer,
+        TernaryUnifQuantizer,
+        UnifQuantizer,
+    )
+
+    weights = [layer.latent for layer in quantized_layers(model).values()]
+    if not all(weight.is_contiguous() for weight in weights):
+        raise SystemExit("PARQ leaves channels_last weights unquantized without a word")
+    chosen = {id(weight) for weight in weights}
+    ternary = bits == "ternary"
+    groups = [
+        {"params": weights, "quant_bits": 0 if ternary else int(bits)},
+        {"params": [p for p in model.parameters() if id(p) not in chosen]},
+    ]
+    return QuantOptimizer(
+        base(groups),
+        TernaryUnifQuantizer() if ternary else UnifQuantizer(),
+        ProxPARQ(anneal_start=0, anneal_end=int(0.9 * steps), steepness=20),
+        quant_per_channel=True,
+        quant_period=10,
+    )
 
 
 class Parq:
-    """torchao's optimizer over the quantized layers of a model, with the pacer's interface."""
+    """PARQ's optimizer with the pacer's interface."""
 
     def __init__(self, recipe: Recipe, model: nn.Module, lr: float) -> None:
-        from torchao.prototype.parq import (
-            ProxPARQ,
-            QuantOptimizer,
-            TernaryUnifQuantizer,
-            UnifQuantizer,
-        )
-
         if recipe.max_steps is None:
             raise SystemExit("PARQ's annealing counts steps: give --max-steps")
+
+        def base(groups: Any) -> torch.optim.Optimizer:
+            decay = recipe.weight_decay
+            if recipe.optimizer == "sgd":
+                return torch.optim.SGD(groups, lr, recipe.momentum, weight_decay=decay)
+            return torch.optim.AdamW(groups, lr, weight_decay=decay)
+
+        self.optimizer = parq_optimizer(model, recipe.bits, recipe.max_steps, base)
         self._weights = [layer.latent for layer in quantized_layers(model).values()]
-        if not all(weight.is_contiguous() for weight in self._weights):
-            raise SystemExit("PARQ leaves channels_last weights unquantized without a word")
-        chosen = {id(weight) for weight in self._weights}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        ternary = recipe.bits == "ternary"
-        groups = [
-            {"params": self._weights, "quant_bits": 0 if ternary else int(recipe.bits)},
-            {"params": rest},
-        ]
-        decay = recipe.weight_decay
-        base: torch.optim.Optimizer = torch.optim.AdamW(groups, lr, weight_decay=decay)
-        if recipe.optimizer == "sgd":
-            base = torch.optim.SGD(groups, lr, recipe.momentum, weight_decay=decay)
-        self.optimizer = QuantOptimizer(
-            base,
-            TernaryUnifQuantizer() if ternary else UnifQuantizer(),
-            ProxPARQ(anneal_start=0, anneal_end=int(0.9 * recipe.max_steps), steepness=20),
-            quant_per_channel=True,
-            quant_period=10,
-        )
 
     def anneal(self, progress: float) -> None:
         """Do nothing: PARQ counts its steps itself."""

@@ -8,19 +8,22 @@ optimizer state, the most that one update allocates on top, and the peak of a pr
 that makes three steps (the compiler is loaded in all of them).
 
     python benchmarks/step_overhead.py [--rounds 15] [--threads 2] [--models resnet50 ...]
-        [--methods binaryconnect lsq ...]
+        [--methods binaryconnect lsq parq ...]
 """
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from parq import parq_optimizer
 from timm.data.config import resolve_data_config
 from torch import nn
 
@@ -30,14 +33,24 @@ from askewq.rivals import Follower
 
 STAGGERED = askewq.Closing("staggered")
 
+# torchao's, through its own package (pip install torchao), annealing over this many steps.
+PARQ, PARQ_STEPS = "parq", 100
+
 Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def plain(base: str, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    """Return torch's optimizer over parameters or parameter groups."""
+    if base == "sgd":
+        return torch.optim.SGD(parameters, 1e-3, momentum=0.9)
+    return torch.optim.AdamW(parameters, 1e-4)
 
 
 def contestants(base: str) -> dict[str, Make]:
     """Return what builds each optimizer over a model; another name is a method beside the first."""
     if base == "sgd":
         return {
-            "torch SGD": lambda m: torch.optim.SGD(m.parameters(), 1e-3, momentum=0.9),
+            "torch SGD": lambda m: plain(base, m.parameters()),
             "torch SGD fused": lambda m: torch.optim.SGD(
                 m.parameters(), 1e-3, momentum=0.9, fused=True
             ),
@@ -48,7 +61,7 @@ def contestants(base: str) -> dict[str, Make]:
             "AskewAdamW, level_lr": lambda m: askewq.AskewAdamW(m, 1e-3, level_lr=1e-3),
         }
     return {
-        "torch AdamW": lambda m: torch.optim.AdamW(m.parameters(), 1e-4),
+        "torch AdamW": lambda m: plain(base, m.parameters()),
         "torch AdamW fused": lambda m: torch.optim.AdamW(m.parameters(), 1e-4, fused=True),
         "AskewAdamW": lambda m: askewq.AskewAdamW(m, 1e-4),
         "AskewAdamW, staggered": lambda m: askewq.AskewAdamW(m, 1e-4, closing=STAGGERED),
@@ -66,7 +79,9 @@ class Contestant:
             binary = name in RIVALS and 2 not in RIVALS[name].bits
             askewq.quantize(self.model, 1 if binary else 2)
         self.follower = Follower(self.model, name) if name in RIVALS else None
-        makes = contestants(base_of(model_name))
+        base = base_of(model_name)
+        makes = contestants(base)
+        makes[PARQ] = lambda m: parq_optimizer(m, 2, PARQ_STEPS, functools.partial(plain, base))
         self.optimizer = makes.get(name, next(iter(makes.values())))(self.model)
         if self.follower is not None:
             self.follower.attach(self.optimizer)
@@ -171,7 +186,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak-of", help="only print this contestant's process peak")
     parser.add_argument("--models", nargs="+", default=["resnet50", "vit_small_patch16_224"])
-    parser.add_argument("--methods", nargs="*", choices=RIVALS, default=["binaryconnect"])
+    parser.add_argument("--methods", nargs="*", choices=[*RIVALS, PARQ], default=["binaryconnect"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak_of:

@@ -7,11 +7,12 @@ import builders
 import pytest
 import torch
 from builders import finetune
+from conftest import grid_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import askewq
-from askewq import config, layers, methods, rivals
+from askewq import config, kernels, layers, methods, rivals
 from askewq.errors import ModelError, RecipeError
 from askewq.grid import fit_scale, make_grid
 from askewq.methods import RIVALS
@@ -138,12 +139,28 @@ def test_the_lazy_form_sees_the_projection_on_the_intervals(seed, grid, radius):
         assert abs(x - w) <= (feasible - w).abs().min().item() + 1e-3
 
 
-def test_a_lazy_interval_of_no_width_is_its_level():
-    """With radius 0 the forward pass sees the levels, to the bit."""
-    weight, scale = rows(1)
-    grid = make_grid(2)
-    seen = methods.lazy_projection(weight, scale, grid, 0.0)
-    assert torch.equal(seen, grid.snap(weight, scale))
+@pytest.mark.parametrize("project", [methods.lazy_projection, kernels.lazy_projection])
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_a_lazy_interval_of_no_width_is_its_level(grid, project):
+    """With radius 0 the forward pass sees the levels, to the bit, compiled or not."""
+    weight, scale = rows(1, (40, 50))
+    for factor in (1.0, 1e-3, 3.7e5):
+        seen = project(factor * weight, factor * scale, grid, 0.0)
+        assert torch.equal(seen, grid.snap(factor * weight, factor * scale))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_the_compiled_projection_is_the_eager_one(grid):
+    """One pass over memory gives the same points, to the bit, and the same gradient."""
+    assert kernels.can_compile("cpu"), "without a compiler this test compares nothing"
+    weight, scale = rows(2, (30, 70))
+    for radius in (0.5, 0.3, 0.011, 0.0):
+        eager, compiled = (
+            gradient(project, weight, scale, grid, radius)
+            for project in (methods.lazy_projection, kernels.lazy_projection)
+        )
+        for one, other in zip(eager[:2], compiled[:2], strict=True):
+            assert torch.equal(one, other)
 
 
 def test_binaryrelax_ends_on_the_levels():
