@@ -1,7 +1,7 @@
 """The commands. `askewq --help` imports neither torch nor timm: each command loads what it needs.
 
 A bad input ends with one clear message on standard error and exit code 2; an export that is not
-the artifact's model, with 1.
+the artifact's model, with 1; a run that SIGTERM or Ctrl-C ended, after saving, with 143 or 130.
 """
 
 import json
@@ -16,6 +16,7 @@ from cyclopts import App, Group, Parameter
 
 from askewq import config
 from askewq.errors import AskewError, OutputError
+from askewq.text import printable
 from askewq.vocabulary import DenseType
 
 app = App(
@@ -133,8 +134,8 @@ def evaluate(
     result = evaluate_artifact(folder, recipe, factory=model)
     if not json_only:
         print(
-            f"{folder}: {result.metric} {result.value:.2f}, loss {result.loss:.4f}, "
-            f"{result.samples} samples"
+            f"{printable(str(folder))}: {result.metric} {result.value:.2f}, "
+            f"loss {result.loss:.4f}, {result.samples} samples"
         )
     print(json.dumps({result.metric: result.value, "loss": result.loss, "samples": result.samples}))
 
@@ -197,7 +198,8 @@ def push(
     """Upload an artifact to a repository of the Hugging Face Hub: owner/name."""
     from askewq import hub
 
-    print("\n".join(hub.push(folder, repo, private=private, dry_run=dry_run)))
+    for line in hub.push(folder, repo, private=private, dry_run=dry_run):
+        print(printable(line))
 
 
 @recipes.command(name="ls")
@@ -247,8 +249,10 @@ def main() -> None:
         sys.exit(_fail(f"{error} (askewq --help)"))
     except AskewError as error:
         sys.exit(_fail(str(error), error.exit_code))
+    except KeyboardInterrupt:  # before training began, or in another command
+        sys.exit(_fail("interrupted.", 130))
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"askewq: {message}", file=sys.stderr)
+    print(f"askewq: {printable(message, lines=True)}", file=sys.stderr)
     return code

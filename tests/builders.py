@@ -478,9 +478,9 @@ class PowerCutError(Exception):
 @contextlib.contextmanager
 def power_cut(monkeypatch: Any, at_step: int) -> Iterator[None]:
     """Within the block, a run ends with PowerCutError when it is about to make step `at_step`."""
-    from askewq import train
+    from askewq import loop
 
-    original = train._Run._step
+    original = loop.Loop._step
 
     def step(self: Any, model: Any, optimizer: Any, batches: Any, number: int) -> float:
         if number == at_step:
@@ -488,7 +488,7 @@ def power_cut(monkeypatch: Any, at_step: int) -> Iterator[None]:
         return original(self, model, optimizer, batches, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "_step", step)
+        patch.setattr(loop.Loop, "_step", step)
         yield
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import finished
 
-from askewq import checkpoint, config, report, wrap
+from askewq import checkpoint, config, report, text, wrap
 from askewq.spec import LoadedModel, ModelSpec
 
 
@@ -50,7 +50,7 @@ def test_bits_name(bits, name):
 def test_the_table_of_results(printed, tmp_path):
     """Five rows: full precision, rounding, relaxed, snapped, reloaded; and both sizes."""
     report.print_result(METRICS, tmp_path)
-    text = printed()
+    shown = printed()
     for row in (
         "full precision 93.12 4.00 MB",
         "rounded to 2 bits, no training 10.00",
@@ -58,18 +58,18 @@ def test_the_table_of_results(printed, tmp_path):
         "askewsgd, snapped 92.40",
         "reloaded from the packed file 92.40 0.65 MB",
     ):
-        assert row in text.splitlines()
-    assert "2.12 bits a weight on 90.0% of the parameters" in text
-    assert str(tmp_path) in text
+        assert row in shown.splitlines()
+    assert "2.12 bits a weight on 90.0% of the parameters" in shown
+    assert str(tmp_path) in shown
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(999, "1.0 kB"), (12_345, "12.3 kB"), (123_456, "0.12 MB")]
+    ("count", "shown"), [(999, "1.0 kB"), (12_345, "12.3 kB"), (123_456, "0.12 MB")]
 )
-def test_sizes(printed, tmp_path, count, text):
+def test_sizes(printed, tmp_path, count, shown):
     """Small files are given in kB, others in MB."""
     report.print_result({**METRICS, "bytes": {"full_precision": 1, "packed": count}}, tmp_path)
-    assert f"reloaded from the packed file 92.40 {text}" in printed()
+    assert f"reloaded from the packed file 92.40 {shown}" in printed()
 
 
 def test_the_plan(printed):
@@ -92,8 +92,8 @@ def test_names_with_brackets_are_printed_as_they_are(printed):
     for name in ("[red]a", "[bold]b", "[link]c"):
         network.add_module(name, torch.nn.Linear(3, 3))
     report.print_plan(wrap.plan(network, 2))
-    text = printed()
-    assert all(name in text for name in ("[red]a", "[bold]b", "[link]c"))
+    shown = printed()
+    assert all(name in shown for name in ("[red]a", "[bold]b", "[link]c"))
 
 
 @pytest.mark.parametrize("kind", ["own", "llama"])
@@ -127,7 +127,8 @@ class TestModelCard:
             assert f"| {name} | {metrics[key]:.2f} |" in card
         (recipe,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
         assert config.yaml.safe_load(recipe) == config.read_yaml(folder / "recipe.yaml")
-        assert f"{metrics['metric']} on {builders.SETTINGS[kind]()['dataset']}" in card
+        dataset = text.markdown(builders.SETTINGS[kind]()["dataset"])
+        assert f"{metrics['metric']} on {dataset} |" in card
         assert ("askewq.load(folder, model=factory())" in card) == (kind == "own")
         assert f"The {metrics['metric']} is that of the reloaded file." in card
         assert card.startswith("---\nlibrary_name: askewq\n")
