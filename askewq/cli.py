@@ -144,6 +144,9 @@ def evaluate(
 def inspect(
     model_or_folder: str,
     *,
+    verify: Annotated[
+        bool, Parameter(help="of an artifact: check its digests, and that it fits its network")
+    ] = False,
     flags: Annotated[_InspectFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
 ) -> None:
     """Print every layer of a model with its grid or why it stays float, or an artifact's."""
@@ -151,7 +154,7 @@ def inspect(
     recipe = config.build({**values, **dict(flags)}, "the command line")
     from askewq import inspection
 
-    inspection.inspect(recipe)
+    inspection.inspect(recipe, verify=verify)
 
 
 @app.command

@@ -86,6 +86,10 @@ class ExactnessError(AskewError):
     """The reloaded model does not give the very logits of the evaluated one."""
 
 
+class UnverifiedWarning(UserWarning):
+    """An artifact without a digest: whether it is damaged cannot be told."""
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """Return ``' (did you mean a, b?)'`` with the known names closest to `word`, or ``''``."""
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)

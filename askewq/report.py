@@ -41,6 +41,12 @@ def note(text: str) -> None:
     _say(f"note: {text}")
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines as they are."""
+    for line in lines:
+        _say(line)
+
+
 def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> None:
     """Say what the run will do."""
     for text in loaded.notes:

@@ -412,6 +412,22 @@ def copy_of(kind: str, folder: Path) -> Path:
     return target
 
 
+def edit_config(folder: Path, *, seal: bool = True, **changes: Any) -> None:
+    """Change keys of an artifact's config.json; None removes a key.
+
+    Args:
+        seal: give it the digest of what it says now, as who changes it on purpose would.
+    """
+    from askewq import artifact, digest
+
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text()), **changes}
+    content = {key: value for key, value in content.items() if value is not None}
+    if seal and "digest" not in changes and set(artifact._SEALED) <= content.keys():
+        content["digest"] = digest.of_config({key: content[key] for key in artifact._SEALED})
+    path.write_text(json.dumps(content))
+
+
 def untrained(kind: str) -> Any:
     """Return a tiny LoadedModel of `PLAIN` with its first random weights."""
     from askewq import models

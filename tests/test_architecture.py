@@ -20,11 +20,11 @@ PACKAGE = Path(askewq.__file__).parent
 # A file imports from floors below, or from its own floor as long as no cycle arises.
 FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal", "text"),
-    ("disk", "signals", "divergence", "config", "grid", "pack", "methods", "mixed"),
+    ("disk", "digest", "signals", "divergence", "config", "grid", "pack", "methods", "mixed"),
     ("layers", "kernels", "optim", "rivals"),
     ("wrap", "checkpoint", "packed"),
     (
-        *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
+        *("trust", "preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
     ),
     (
