@@ -22,6 +22,7 @@ from askewq.vocabulary import DenseType
 app = App(
     name="askewq",
     help="Fine-tune pretrained models to 1- to 8-bit weights with AskewSGD, and pack them.",
+    suppress_keyboard_interrupt=False,  # `main` says so
 )
 recipes = App(name="recipes", help="The recipes that come with askewq.")
 app.command(recipes)

@@ -28,8 +28,9 @@ from askewq.wrap import Plan, PlannedLayer
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
-def _say(text: str) -> None:
-    console.print(printable(text, lines=True), markup=False)
+def _say(*lines: str) -> None:
+    for line in lines:
+        console.print(printable(line), markup=False)
 
 
 def _row(table: Table, *cells: str) -> None:
@@ -43,8 +44,7 @@ def note(text: str) -> None:
 
 def print_lines(lines: Sequence[str]) -> None:
     """Print lines as they are."""
-    for line in lines:
-        _say(line)
+    _say(*lines)
 
 
 def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> None:
@@ -153,7 +153,7 @@ def print_result(metrics: dict[str, Any], out: Path) -> None:
     console.print(table)
     _say(
         f"{metrics['bits_per_weight']:.2f} bits a weight on {metrics['parameters']['share']:.1%} "
-        f"of the parameters; the reloaded logits equal the evaluated ones to the bit.\n"
+        f"of the parameters; the reloaded logits equal the evaluated ones to the bit.",
         f"written to {out}/ (model.safetensors, config.json, metrics.json, recipe.yaml, README.md)",
     )
 
@@ -169,7 +169,7 @@ def print_export(result: dict[str, Any], output: Path) -> None:
     _say(
         f"read back in a fresh process, {result['samples']} samples: largest difference of a "
         f"logit {result['max_difference']:.3g}, relative {result['relative_difference']:.3g} "
-        f"(allowed {result['bound']:g})\n"
+        f"(allowed {result['bound']:g})",
         f"written to {output}/ ({size_text(sum(result['files'].values()))})",
     )
 

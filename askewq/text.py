@@ -8,14 +8,14 @@ import html
 import re
 import unicodedata
 
-# Control and format characters, surrogates, and the two separators that end a line: escape
-# sequences, overwritten lines, text that runs backwards.
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
 
 def printable(text: str, *, lines: bool = False) -> str:
     """Return a text with every character that a terminal would obey written as its number.
+
+    That is what starts an escape sequence, ends or overwrites a line, runs text backwards, or has
+    no shape at all.
 
     Args:
         text: of any origin.
@@ -24,7 +24,7 @@ def printable(text: str, *, lines: bool = False) -> str:
     kept = "\n\t" if lines else ""
     return "".join(
         character
-        if character in kept or unicodedata.category(character) not in _UNPRINTABLE
+        if character in kept or character.isprintable() or unicodedata.category(character) == "Zs"
         else character.encode("unicode_escape", "backslashreplace").decode()
         for character in text
     )

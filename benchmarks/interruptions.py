@@ -34,8 +34,10 @@ def network():
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(32, 3),
     )
 """
-RUN = "--full-precision-steps 4 --max-steps 8 --save-every 1 --eval-every 3 --batch-size 8".split()
-RUN += "--distill 0.5 --augment crop-flip --optimizer sgd --lr 0.05".split()
+RUN = """
+    --full-precision-steps 4 --max-steps 8 --save-every 1 --eval-every 3 --batch-size 8
+    --distill 0.5 --augment crop-flip --optimizer sgd --lr 0.05
+"""
 # A run that takes so many times as long as the uncut one hangs.
 PATIENCE = 60
 
@@ -133,7 +135,7 @@ def survive(kills: int, seed: int, folder: Path) -> dict[str, int]:
     write_data(data)
     draw = random.Random(seed)
     command = ["finetune", "--model", f"{data / 'network.py'}:network", "--dataset", str(data)]
-    command += RUN
+    command += RUN.split()
     log, uncut = folder / "log", folder / "uncut"
     began = time.monotonic()
     watch = Changes(uncut, None, folder / "changes")

@@ -46,6 +46,10 @@ WORDS = ["good", "bad", "film", "plot", "actor", "song", "day", "night", "very",
 OWN_MODULE = '''
 """Networks as users write them."""
 
+import random
+
+import numpy as np
+import torch
 from torch import nn
 
 
@@ -82,6 +86,30 @@ def only_one_layer():
 def with_dropout():
     layers = _layers(3, 3)
     return nn.Sequential(*layers[:-1], nn.Dropout(0.2), layers[-1])
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * (1 + 0.1 * random.random() + 0.1 * float(np.random.rand()))
+
+
+def noisy():
+    layers = _layers(3, 3)
+    return nn.Sequential(*layers[:-1], Noise(), layers[-1])
+
+
+class Trap(nn.Module):  # gives NaN for a batch with an all-white image in it
+
+    def forward(self, x):
+        white = (x.flatten(1) > 2).all(1).any()
+        return torch.where(white, float("nan"), 1.0) * x
+
+
+def trapped():
+    layers = _layers(3, 3)
+    return nn.Sequential(Trap(), layers[0], nn.BatchNorm2d(8), *layers[1:])
 
 
 class Tied(nn.Module):

@@ -444,6 +444,8 @@ RESUMED = {
         {"model": builders.own("with_dropout"), "augment": "crop-flip", "max_train_samples": 40},
     ),
     "adamw, one radius": ("own", {"optimizer": "adamw", "lr": 0.01, "closing": "single"}),
+    "random numbers of Python and numpy": ("own", {"model": builders.own("noisy")}),
+    "distillation": ("own", {"distill": 0.5}),
     "accumulation": ("own", {"grad_accumulation": 3, "momentum": 0.0}),
     "bf16": ("own", {"mixed_precision": "bf16"}),
     "tied language model": ("llama", {}),
