@@ -7,8 +7,8 @@ bits, ternary weights and shared tensors, one with scales by group and bfloat16.
 
     python benchmarks/fuzz_artifact.py [--cases 20000] [--seed 0]
 
-Exit code 1 if a case gives another model, another exception, takes more than a second, or more
-memory than twice the file beyond what reading the undamaged one takes.
+Exit code 1 if a case gives another model, another exception, takes more than a second, or lets the
+peak memory of the process grow by more than twice the file.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec
 
 SECOND = 1.0
-PAGE = 4096
+# malloc grows by 128 KiB at a time, and safetensors 0.8 loses 64 bytes with every tensor it reads.
+SLACK = 2**18
 
 
 class Network(nn.Module):
@@ -53,7 +54,7 @@ def write_artifacts(folder: Path) -> list[tuple[Path, Network]]:
     made = []
     for name, width, bits, group, dtype in (
         ("a", 24, ("ternary", 2), "channel", torch.float16),
-        ("b", 40, (3, 8), 10, torch.bfloat16),
+        ("b", 600, (3, 8), 50, torch.bfloat16),
     ):
         torch.manual_seed(0)
         network = Network(width, dtype)
@@ -185,7 +186,7 @@ def fuzz(cases: int, seed: int, folder: Path) -> tuple[collections.Counter[str],
             wrong.append(f"{what}: {outcome}")
         if seconds > SECOND:
             wrong.append(f"{what}: {seconds:.2f} s")
-        if case > cases // 100 and grown > 2 * max(len(damaged), PAGE):
+        if case > cases // 100 and grown > 2 * len(damaged) + SLACK:
             wrong.append(f"{what}: {grown:,} bytes for a file of {len(damaged):,}")
     return tally, wrong
 
