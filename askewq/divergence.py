@@ -1,7 +1,7 @@
 """Losses, gradients and weights that are not finite: found at once, and traced to a layer.
 
-What is checked at every step is two numbers, the loss and the sum of all gradients. Only when one of
-them is NaN or infinite is the network searched for where it began.
+What is checked at every step is two numbers, the loss and the sum of all gradients. Only when one
+of them is NaN or infinite is the network searched for where it began.
 """
 
 import math

@@ -152,6 +152,29 @@ class TestModelCard:
         assert figure == {"type": "accuracy", "value": round(metrics["reloaded"], 4)}
         assert str(builders.ROOT) not in header
 
+    def test_nothing_of_a_name_is_obeyed(self):
+        """Markup, HTML, fences and control characters in names are shown, not obeyed."""
+        name = "x](http://e) <script>a</script> | `b`\n```\n# c\n---\n\x1b[2J"
+        recipe = config.build({"model": name, "dataset": name, "output": "o"})
+        spec = ModelSpec("transformers", name, "text-classification", ("a",), {})
+        loaded = LoadedModel(builders.own_network("small"), spec, None)
+        card = report.model_card(METRICS, recipe, loaded)
+        _, header, body = re.split(r"^---\n", card, flags=re.MULTILINE)[:3]
+        assert config.yaml.safe_load(header)["base_model"] == name
+        page, opening, block = re.split(r"^(`{4,})yaml\n", body, flags=re.MULTILINE)
+        assert block.endswith(f"\n{opening}\n")
+        assert opening not in block.removesuffix(f"{opening}\n")
+        assert config.yaml.safe_load(block.removesuffix(f"{opening}\n"))["model"] == name
+        outside = re.sub(r"^```python\n.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+        assert "<" not in outside
+        assert "\x1b" not in card
+        assert [line for line in outside.splitlines() if line.startswith("# ")] == [
+            f"# {text.markdown(name)} at 2 bits"
+        ]
+        assert "](" not in outside.replace("\\](", "").replace("]\\(", "")
+        (row,) = [line for line in outside.splitlines() if line.startswith("| | ")]
+        assert len(re.findall(r"(?<!\\)\|", row)) == 3
+
     @pytest.mark.parametrize("name", ["x: y", "a # b", "'quoted'", "- list"])
     def test_front_matter_of_any_name(self, name):
         """A model name with YAML's own signs in it stays one text."""

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import resource
 import shutil
 import sys
@@ -327,6 +328,24 @@ class TestShown:
         assert outcome.code == 0
         assert r"m\x1b]0;owned" in outcome.out
         assert not {"\x1b", "\x07"} & set(outcome.out)
+
+
+def test_the_readme_of_an_export(tmp_path):
+    """Names and labels on an export's page are shown as they are."""
+    from askewq import export, export_compressed_tensors, export_dense
+    from askewq.target import Options
+
+    hostile = "<script>x</script>[a](b)"
+    folder = copy_of("bert", tmp_path)
+    edit_config(folder, name=hostile, labels=[hostile, "b"])
+    source = export._open(folder, None)
+    for page in (
+        export_dense._readme(source, Options()),
+        export_compressed_tensors._readme(source),
+    ):
+        outside = re.sub(r"^```python\n.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+        assert outside.startswith(r"# &lt;script&gt;x&lt;/script&gt;\[a\]\(b\), ")
+        assert not {"<", ">"} & set(outside)
 
 
 def test_fuzzing_finds_nothing(tmp_path):
