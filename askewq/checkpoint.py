@@ -175,7 +175,7 @@ def _read(path: Path) -> Artifact:
             f"{path} is of format version 1, which has no digest: damage that leaves it readable "
             "would not be noticed.",
             UnverifiedWarning,
-            stacklevel=4,
+            stacklevel=3,  # whoever called `read`
         )
         return Artifact(weights, tensors, manifest["shared"])
     try:

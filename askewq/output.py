@@ -71,21 +71,26 @@ def resumed(recipe: Recipe) -> Recipe:
             f"{'; '.join(differing)}. Leave them out, or start again with --overwrite."
         )
     free = {key: value for key, value in given.items() if key in _FREE}
-    return stored.model_copy(update={**free, "resume": True, "output": recipe.output})
+    # One that says `overwrite` was killed while it deleted the run before it: it begins anew.
+    resume = not stored.overwrite
+    return stored.model_copy(update={**free, "resume": resume, "output": recipe.output})
 
 
 def prepare(recipe: Recipe) -> None:
     """Make the folder, empty where the recipe says so, with the recipe in it.
 
-    At any moment it either holds a recipe, and can be resumed or overwritten, or nothing at all.
+    At any moment it holds a recipe, and can be resumed or overwritten, or nothing at all.
     """
     out = recipe.output
     out.mkdir(parents=True, exist_ok=True)
-    if recipe.overwrite:
-        _empty(out)
     # How a command treats an earlier run is not a setting of the run.
     once = recipe.model_copy(update={"resume": False, "overwrite": False})
     with disk.room_for(4096, out, "Nothing was trained yet; make room and start again."):
+        if recipe.overwrite and _holds_something(out):
+            # Until it is empty its recipe says that what else is there is of another run.
+            emptying = once.model_copy(update={"overwrite": True})
+            disk.write(out / RECIPE, config.to_yaml(emptying))
+            _empty(out)
         disk.write(out / RECIPE, config.to_yaml(once))
     (out / snapshots.CHECKPOINTS).mkdir(exist_ok=True)
     disk.sync(out)
@@ -94,9 +99,7 @@ def prepare(recipe: Recipe) -> None:
 
 
 def _empty(out: Path) -> None:
-    """Delete everything but the recipe, which says that this is a run and may be overwritten."""
-    if (out / snapshots.CHECKPOINTS).is_dir():
-        disk.delete(out / snapshots.CHECKPOINTS)  # first, and at once: nobody resumes the old run
+    """Delete everything but the recipe."""
     for path in out.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

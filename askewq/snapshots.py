@@ -5,6 +5,7 @@ the first one. `SHA256SUMS` is what `sha256sum -c` reads. Reading starts at the 
 files have their sums; a damaged one is set aside.
 """
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def _tidy(partial: Path, main: bool) -> Iterator[None]:
 
 def resume_command(out: Path) -> str:
     """Return the command that goes on with the run in a folder."""
-    return f"askewq finetune --resume --output {out}"
+    return f"askewq finetune --resume --output {shlex.quote(str(out))}"
 
 
 def newest(out: Path) -> Path | None:

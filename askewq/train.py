@@ -223,7 +223,10 @@ class _Run:
         path = self.out / snapshots.CHECKPOINTS / snapshots.TEACHER
         if not resumed:
             if self.accelerator.is_main_process:
-                training_state.save_network(self.model, path)
+                size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+                advice = f"Make room, then go on with: {snapshots.resume_command(self.out)}"
+                with disk.room_for(size, self.out, advice):
+                    training_state.save_network(self.model, path)
             self.accelerator.wait_for_everyone()
             self.loop.progress.teacher = disk.sha256_of(path)
         teacher = copy.deepcopy(self.model)

@@ -105,10 +105,12 @@ def read_progress(folder: Path, processes: int) -> Progress:
 
 
 def _content(folder: Path) -> dict[str, Any]:
+    """Return what state.json holds; `load` is the one to find out about its `optimizer`."""
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']!r}, not {VERSION}")
+        Progress(**content["progress"])
         return content  # type: ignore[no-any-return]  # JSON
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(
@@ -186,11 +188,10 @@ def _random_file(folder: Path, process: int) -> Path:
     return folder / f"random-{process:05d}.safetensors"
 
 
-def save_network(model: nn.Module, path: Path) -> str:
-    """Write a network to a file that appears whole or not at all; return its SHA-256."""
+def save_network(model: nn.Module, path: Path) -> None:
+    """Write a network to a file that appears whole or not at all."""
     with disk.appearing(path) as partial:
         save_model(model, str(partial))
-    return disk.sha256_of(path)
 
 
 def load_network(model: nn.Module, path: Path, sha256: str | None) -> None:

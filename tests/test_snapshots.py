@@ -5,7 +5,6 @@ import os
 import pickle
 import random
 import resource
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -18,7 +17,7 @@ from builders import command, copy_of, files, finetune, finished
 from safetensors.torch import load_file, save_file
 from test_train import PHASES, digest, uncut
 
-from askewq import checkpoint, disk, loop, signals, snapshots, train, training_state
+from askewq import checkpoint, loop, output, signals, snapshots, train, training_state
 from askewq.errors import DiskFullError, OutputError, StoppedError
 
 
@@ -192,6 +191,8 @@ class TestDamage:
         ("change", "words"),
         [
             ({"version": 2}, "another askewq wrote it"),
+            ({"progress": {"step": 6, "mood": "good"}}, "another askewq wrote it"),
+            ({"optimizer": None}, "does not fit this run"),
             ({"processes": 2}, "Start as many as before"),
         ],
     )
@@ -410,6 +411,23 @@ class TestFullDisk:
             assert command("finetune", "--resume", "--output", out).code == 0
         assert digest(out) == digest(finished("own")[0])
 
+    def test_the_teacher_does_not_fit(self, tmp_path, monkeypatch, limit):
+        """The network that is to teach is written before the first step; room helps here, too."""
+        out = tmp_path / "out"
+        original = training_state.save_network
+
+        def save_network(model, path):
+            limit(1_000)
+            original(model, path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training_state, "save_network", save_network)
+            outcome = command("finetune", *self.words(out), "--distill", 0.5)
+            limit()
+        assert outcome.code == 2
+        assert "the disk is full" in outcome.err
+        assert command("finetune", "--resume", "--output", out).code == 0
+
     def test_no_room_at_all(self, tmp_path, limit):
         """A run that cannot even write its recipe says so, and can be started again."""
         out = tmp_path / "out"
@@ -417,10 +435,15 @@ class TestFullDisk:
         limit(10)
         try:
             with pytest.raises(DiskFullError, match="Nothing was trained yet"):
-                train.output.prepare(recipe)
+                output.prepare(recipe)
         finally:
             limit()
-        train.output.check(recipe)
+        output.check(recipe)
+
+
+def cut_at_once(*args, **kwargs):
+    """Stand for a power cut as a folder is about to be deleted."""
+    raise builders.PowerCutError
 
 
 class TestOutputFolder:
@@ -431,23 +454,31 @@ class TestOutputFolder:
         assert digest(tmp_path) == digest(finished("own")[0])
         assert not [f for f in files(tmp_path) if "partial" in f]
 
-    def test_an_overwrite_that_was_killed_can_be_repeated(self, tmp_path, monkeypatch):
-        """While the old run is deleted the folder still says that it may be overwritten."""
-        folder = copy_of("own", tmp_path)
-        original = shutil.rmtree
+    @pytest.mark.parametrize("how", ["overwrite", "resume"])
+    @pytest.mark.parametrize("after", [0, 1, 2])
+    def test_an_overwrite_that_was_killed(self, tmp_path, monkeypatch, how, after):
+        """While the old run is deleted the folder is the new one's already: nothing old is used."""
+        folder = copy_of("timm", tmp_path)
+        original = Path.unlink
+        deleted = []
 
         def cut(path, *args, **kwargs):
-            if Path(path).exists():
-                raise builders.PowerCutError
+            if path.parent == folder and path.exists():
+                deleted.append(path)
+                if len(deleted) > after:
+                    raise builders.PowerCutError
             return original(path, *args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(disk.shutil, "rmtree", cut)
+            patch.setattr(Path, "unlink", cut)
+            if after == 0:  # with the old checkpoints still there
+                patch.setattr(output.shutil, "rmtree", cut_at_once)
             with pytest.raises(builders.PowerCutError):
                 finetune("own", folder, overwrite=True)
-        assert (folder / "recipe.yaml").is_file()
-        finetune("own", folder, overwrite=True)
+        finetune("own", folder, **{how: True})
         assert digest(folder) == digest(finished("own")[0])
+        names = {f for f in files(folder) if "/" not in f}
+        assert names == {f for f in files(finished("own")[0]) if "/" not in f}
 
     def test_leftovers_of_a_kill_are_cleared(self, tmp_path, monkeypatch):
         """Half-written checkpoints are deleted when the run goes on."""
