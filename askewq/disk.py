@@ -63,11 +63,9 @@ def sync(path: Path) -> None:
 
 def delete(folder: Path) -> None:
     """Delete a folder; cut short, it leaves nothing under the name that it had."""
-    doomed = folder
-    if folder.suffix != PARTIAL:
-        doomed = folder.with_name(folder.name + PARTIAL)
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
+    doomed = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
     shutil.rmtree(doomed)
 
 

@@ -49,12 +49,16 @@ class Network(nn.Module):
         self.register_buffer("table", torch.randn(7).to(dtype))
 
 
-def write_artifacts(folder: Path) -> list[tuple[Path, Network]]:
-    """Write the two artifacts; return their folders with fresh networks to fill."""
+def write_artifacts(folder: Path, larger: int = 600) -> list[tuple[Path, Network]]:
+    """Write the two artifacts; return their folders with fresh networks to fill.
+
+    Args:
+        larger: width of the second one, a multiple of 20; half a megabyte by default.
+    """
     made = []
     for name, width, bits, group, dtype in (
         ("a", 24, ("ternary", 2), "channel", torch.float16),
-        ("b", 600, (3, 8), 50, torch.bfloat16),
+        ("b", larger, (3, 8), 20, torch.bfloat16),
     ):
         torch.manual_seed(0)
         network = Network(width, dtype)

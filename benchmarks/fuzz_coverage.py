@@ -45,7 +45,7 @@ def main() -> None:
     corpus = FOLDER / "corpus"
     corpus.mkdir()
     good = []
-    for folder, _ in write_artifacts(FOLDER):
+    for folder, _ in write_artifacts(FOLDER, larger=40):
         path = folder / artifact.ARTIFACT
         good.append(state_of(path))
         (corpus / folder.name).write_bytes(path.read_bytes())
