@@ -321,9 +321,12 @@ class TestLeavesNothing:
 
     def test_a_disk_that_fills_up_at_the_end(self, own, tmp_path, monkeypatch):
         """The verified folder appears only with its export.json."""
+        original = json.dumps
 
-        def fill(*args, **kwargs):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        def fill(content, **kwargs):
+            if "libraries" in content:  # export.json
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(content, **kwargs)
 
         monkeypatch.setattr(formats.json, "dumps", fill)
         refused(run(own, tmp_path / "out"), 2, "No space left on device")
