@@ -4,6 +4,7 @@ An artifact never names code to run: a module of the user's own is passed in aga
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from askewq import checkpoint
+from askewq import checkpoint, digest, disk, trust
 from askewq import packed as packed_layers
 from askewq.errors import FormatError, ModelError
 from askewq.hf_models import load_processor, load_tokenizer
@@ -24,7 +25,11 @@ from askewq.timm_models import check_arguments
 from askewq.vocabulary import MODEL_TYPE, Task
 
 ARTIFACT = "model.safetensors"
-VERSION = 1
+VERSION = 2
+# A config.json of version 1 has no digest; everything else is the same.
+WITHOUT_DIGEST = 1
+# What decides which network is built, and how its inputs are prepared.
+_SEALED = ("source", "name", "task", "labels", "arguments", "preprocessing")
 LOAD_WITH = "import askewq, then AutoModelFor*.from_pretrained(folder) or askewq.load(folder)"
 
 
@@ -32,7 +37,7 @@ def save_config(loaded: LoadedModel, folder: Path) -> None:
     """Write config.json and the preprocessing files beside an artifact."""
     content = config_content(loaded.spec, loaded.preprocessing.save(folder))
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    disk.write(folder / CONFIG, text + "\n")
 
 
 def config_content(spec: ModelSpec, preprocessing: dict[str, Any]) -> dict[str, Any]:
@@ -47,12 +52,14 @@ def config_content(spec: ModelSpec, preprocessing: dict[str, Any]) -> dict[str, 
     content = asdict(spec)
     if spec.source == "transformers":
         content["arguments"] = {**spec.arguments, "quantization_config": refused}
+    content["preprocessing"] = preprocessing
+    content = json.loads(json.dumps(content))  # tuples as they will be read back
     return {
         "model_type": MODEL_TYPE,
         "askewq_version": VERSION,
         "quantization_config": refused,
         **content,
-        "preprocessing": preprocessing,
+        "digest": digest.of_config({key: content[key] for key in _SEALED}),
     }
 
 
@@ -74,11 +81,7 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
             f"{folder} is not an askewq artifact: it has no {CONFIG}; pass the folder that "
             "`askewq finetune --output` wrote."
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
-    return check_config(content, str(path))
+    return check_config(trust.read_json(path), str(path))
 
 
 def check_config(content: Any, path: str) -> tuple[ModelSpec, dict[str, Any]]:
@@ -88,12 +91,12 @@ def check_config(content: Any, path: str) -> tuple[ModelSpec, dict[str, Any]]:
         FormatError: another version, or a damaged file; `path` names it.
     """
     version = content.get("askewq_version") if isinstance(content, dict) else None
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in (WITHOUT_DIGEST, VERSION):
         raise FormatError(
-            f"{path} has askewq_version {version!r}; this askewq reads {VERSION}. An "
-            "artifact of a newer askewq needs a newer askewq."
+            f"{path} has askewq_version {version!r}; this askewq reads {WITHOUT_DIGEST} and "
+            f"{VERSION}. An artifact of a newer askewq needs a newer askewq."
         )
-    keys = ("source", "name", "task", "labels", "arguments", "preprocessing")
+    keys = _SEALED if version == WITHOUT_DIGEST else (*_SEALED, "digest")
     if missing := [key for key in keys if key not in content]:
         raise FormatError(f"{path} lacks {', '.join(missing)}.")
     if content["source"] not in get_args(Source) or content["task"] not in get_args(Task):
@@ -107,7 +110,14 @@ def check_config(content: Any, path: str) -> tuple[ModelSpec, dict[str, Any]]:
         raise FormatError(f"{path}: name must be a text and arguments a mapping.")
     if not isinstance(content["preprocessing"], dict):
         raise FormatError(f"{path}: preprocessing must be a mapping.")
-    spec = ModelSpec(**{key: content[key] for key in keys[:-1]})
+    sealed = {key: content[key] for key in _SEALED}
+    if version != WITHOUT_DIGEST and content["digest"] != digest.of_config(sealed):
+        raise FormatError(
+            f"{path} does not have the digest that it was written with: it was damaged or changed. "
+            "Copy or make it again."
+        )
+    trust.check_arguments(arguments, path)
+    spec = ModelSpec(**{key: content[key] for key in _SEALED[:-1]})
     arguments = {key: value for key, value in arguments.items() if key != "quantization_config"}
     return replace(spec, labels=tuple(labels), arguments=arguments), content["preprocessing"]
 
@@ -136,17 +146,28 @@ def load_artifact(
             )
         spec = replace(spec, name=factory)
     artifact = checkpoint.read(folder / ARTIFACT)
-    model = build(spec) if spec.source == "module" else _build_described(spec, folder)
+    if spec.source == "module":
+        model = build(spec)
+    else:
+        model = _build_described(spec, folder, _parameters(artifact))
     _fill(model, artifact, keep_packed)
     return LoadedModel(model.eval(), spec, _restore(spec, preprocessing, folder))
 
 
-def _build_described(spec: ModelSpec, folder: Path) -> nn.Module:
+def _parameters(artifact: checkpoint.Artifact) -> int:
+    """Return how many numbers an artifact fills."""
+    packed = sum(math.prod(weight.shape) for weight in artifact.weights.values())
+    return packed + sum(tensor.numel() for tensor in artifact.tensors.values())
+
+
+def _build_described(spec: ModelSpec, folder: Path, parameters: int) -> nn.Module:
     """Build the network that config.json describes; it comes from a stranger, perhaps."""
     try:
         if spec.source == "timm":
             check_arguments(spec)
-        return build(spec)
+        # A layer that is replaced while the network is built, or tied to another, counts twice.
+        with trust.at_most(2 * parameters):
+            return build(spec)
     except Exception as error:  # wrong arguments fail in every way that a network can
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         raise FormatError(
@@ -160,6 +181,7 @@ def _restore(spec: ModelSpec, values: dict[str, Any], folder: Path) -> Preproces
         length = values.get("max_length")
         if not isinstance(length, int) or length < 2:
             raise FormatError(f"config.json: preprocessing has no usable max_length: {length!r}.")
+        trust.check_tokenizer(folder)
         with _without_warnings():
             return load_tokenizer(str(folder), False, length)
     if spec.source == "transformers":
@@ -183,6 +205,31 @@ def _without_warnings() -> Iterator[None]:
 def _fill(model: nn.Module, content: checkpoint.Artifact, keep_packed: bool) -> None:
     fill = packed_layers.load_packed_into if keep_packed else checkpoint.load_into
     fill(model, content)
+
+
+def verify(folder: Path) -> list[str]:
+    """Check all of an artifact that can be checked; return what was, as lines to print.
+
+    Raises:
+        FormatError: damage, or an artifact of version 1, which has no digests.
+    """
+    spec, _ = read_spec(folder)
+    content = checkpoint.read(folder / ARTIFACT)
+    version = trust.read_json(folder / CONFIG)["askewq_version"]
+    if content.digest is None or version == WITHOUT_DIGEST:
+        raise FormatError(
+            f"{folder} is of version {WITHOUT_DIGEST}, which has no digests: it can be read, but "
+            "not verified. A run that is resumed to its end writes it anew."
+        )
+    lines = [
+        f"{ARTIFACT}: {len(content.weights)} packed weights and {len(content.tensors)} other "
+        f"tensors have the digest {content.digest}",
+        f"{CONFIG} has its digest",
+    ]
+    if spec.source == "module":
+        return [*lines, f"whether they fit {spec.name} shows when it is loaded: it is your own"]
+    checkpoint.check_fit(_build_described(spec, folder, _parameters(content)), content)
+    return [*lines, f"they fit the network that {CONFIG} describes"]
 
 
 def load(

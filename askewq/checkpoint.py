@@ -6,23 +6,30 @@ not follow the specification is refused by name.
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from askewq.errors import FormatError, RecipeError, near
+from askewq import digest, disk
+from askewq.errors import FormatError, RecipeError, UnverifiedWarning, near
 from askewq.grid import Grid, make_grid
 from askewq.layers import QuantizedLayer, quantized_layers
 from askewq.pack import check_packed, pack, unpack_values
 
-VERSION = 1
+VERSION = 2
+# Files of version 1 have no digest; everything else is the same.
+WITHOUT_DIGEST = 1
 METADATA_KEY = "askewq"
+# The header is read before anything is known of it, and as Python objects it takes up to twenty
+# times its bytes: it may have this many, or its share of the file.
+HEADER_BYTES, HEADER_SHARE = 2**22, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +48,15 @@ class PackedWeight:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """The content of a packed file: `weights` on a grid, other `tensors`, and `shared` names."""
+    """The content of a packed file: `weights` on a grid, other `tensors`, and `shared` names.
+
+    `digest` is that of the file it was read from, None where it has none.
+    """
 
     weights: dict[str, PackedWeight]
     tensors: dict[str, Tensor]
     shared: dict[str, str]
+    digest: str | None = None
 
     def dense_state(self) -> dict[str, Tensor]:
         """Return an ordinary state dict: every tensor under its own name, weights snapped."""
@@ -60,12 +71,8 @@ def save(model: nn.Module, path: Path) -> None:
         DivergenceError: a quantized weight that is not finite.
     """
     tensors, metadata = serialize(artifact_of(model))
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with disk.appearing(path) as partial:
         save_file(tensors, partial, metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -78,7 +85,7 @@ def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[f"{name}.codes"] = weight.codes.cpu()
         tensors[f"{name}.scale"] = weight.scale.detach().float().cpu().contiguous()
         manifest["weights"][name] = _describe(weight.grid, weight.shape)
-    return tensors, {METADATA_KEY: json.dumps(manifest, sort_keys=True, separators=(",", ":"))}
+    return tensors, {METADATA_KEY: digest.seal(manifest, tensors)}
 
 
 def artifact_of(model: nn.Module) -> Artifact:
@@ -133,17 +140,27 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def read(path: Path) -> Artifact:
-    """Read a packed file and check it against the specification.
+    """Read a packed file and check it against the specification and its digest.
 
     Raises:
         FormatError: naming the key that is wrong.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path} is not a readable safetensors file: {error}") from error
+        return _read(path)
+    except FormatError:
+        raise
+    except Exception as error:  # a stranger's bytes fail in ways that no list foresees
+        raise FormatError(
+            f"{path} is not a readable safetensors file: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _read(path: Path) -> Artifact:
+    _check_header(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+    every = dict(tensors)
     manifest = _manifest(metadata, path)
     weights = {
         name: _packed_weight(name, entry, tensors) for name, entry in manifest["weights"].items()
@@ -153,7 +170,31 @@ def read(path: Path) -> Artifact:
             raise FormatError(f"{name!r} is said to share {source!r}, which is not in the file.")
         if name in weights or name in tensors:
             raise FormatError(f"{name!r} is both shared and stored.")
-    return Artifact(weights, tensors, manifest["shared"])
+    if manifest["version"] == WITHOUT_DIGEST:
+        warnings.warn(
+            f"{path} is of format version 1, which has no digest: damage that leaves it readable "
+            "would not be noticed.",
+            UnverifiedWarning,
+            stacklevel=3,  # whoever called `read`
+        )
+        return Artifact(weights, tensors, manifest["shared"])
+    try:
+        digest.check_seal(metadata[METADATA_KEY], manifest["digest"], every)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+    return Artifact(weights, tensors, manifest["shared"], manifest["digest"])
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that is longer than any of its kind, before memory is taken for it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    most = max(HEADER_BYTES, path.stat().st_size // HEADER_SHARE)
+    if length > most:
+        raise FormatError(
+            f"{path} is not a readable safetensors file: it claims a header of {length:,} bytes, "
+            f"and at most {most:,} are accepted."
+        )
 
 
 def _manifest(metadata: dict[str, str], path: Path) -> dict[str, Any]:
@@ -168,12 +209,15 @@ def _manifest(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         raise FormatError(f"the manifest in {path} is not JSON: {error}") from error
     if not isinstance(manifest, dict) or type(manifest.get("version")) is not int:
         raise FormatError(f"the manifest in {path} names no version.")
-    if manifest["version"] != VERSION:
+    keys = {"version", "weights", "shared"}
+    if manifest["version"] == VERSION:
+        keys.add("digest")
+    elif manifest["version"] != WITHOUT_DIGEST:
         raise FormatError(
-            f"{path} has format version {manifest['version']}; this askewq reads version "
-            f"{VERSION}. A newer askewq wrote it: upgrade to read it."
+            f"{path} has format version {manifest['version']}; this askewq reads versions "
+            f"{WITHOUT_DIGEST} and {VERSION}. A newer askewq wrote it: upgrade to read it."
         )
-    _check_keys(manifest, {"version", "weights", "shared"}, "the manifest")
+    _check_keys(manifest, keys, "the manifest")
     for key in ("weights", "shared"):
         if not isinstance(manifest[key], dict):
             raise FormatError(f"{key!r} in the manifest must be a mapping.")

@@ -1,7 +1,7 @@
 """The commands. `askewq --help` imports neither torch nor timm: each command loads what it needs.
 
 A bad input ends with one clear message on standard error and exit code 2; an export that is not
-the artifact's model, with 1.
+the artifact's model, with 1; a run that SIGTERM or Ctrl-C ended, after saving, with 143 or 130.
 """
 
 import json
@@ -16,11 +16,13 @@ from cyclopts import App, Group, Parameter
 
 from askewq import config
 from askewq.errors import AskewError, OutputError
+from askewq.text import printable
 from askewq.vocabulary import DenseType
 
 app = App(
     name="askewq",
     help="Fine-tune pretrained models to 1- to 8-bit weights with AskewSGD, and pack them.",
+    suppress_keyboard_interrupt=False,  # `main` says so
 )
 recipes = App(name="recipes", help="The recipes that come with askewq.")
 app.command(recipes)
@@ -133,8 +135,8 @@ def evaluate(
     result = evaluate_artifact(folder, recipe, factory=model)
     if not json_only:
         print(
-            f"{folder}: {result.metric} {result.value:.2f}, loss {result.loss:.4f}, "
-            f"{result.samples} samples"
+            f"{printable(str(folder))}: {result.metric} {result.value:.2f}, "
+            f"loss {result.loss:.4f}, {result.samples} samples"
         )
     print(json.dumps({result.metric: result.value, "loss": result.loss, "samples": result.samples}))
 
@@ -143,6 +145,9 @@ def evaluate(
 def inspect(
     model_or_folder: str,
     *,
+    verify: Annotated[
+        bool, Parameter(help="of an artifact: check its digests, and that it fits its network")
+    ] = False,
     flags: Annotated[_InspectFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
 ) -> None:
     """Print every layer of a model with its grid or why it stays float, or an artifact's."""
@@ -150,7 +155,7 @@ def inspect(
     recipe = config.build({**values, **dict(flags)}, "the command line")
     from askewq import inspection
 
-    inspection.inspect(recipe)
+    inspection.inspect(recipe, verify=verify)
 
 
 @app.command
@@ -197,7 +202,8 @@ def push(
     """Upload an artifact to a repository of the Hugging Face Hub: owner/name."""
     from askewq import hub
 
-    print("\n".join(hub.push(folder, repo, private=private, dry_run=dry_run)))
+    for line in hub.push(folder, repo, private=private, dry_run=dry_run):
+        print(printable(line))
 
 
 @recipes.command(name="ls")
@@ -247,8 +253,10 @@ def main() -> None:
         sys.exit(_fail(f"{error} (askewq --help)"))
     except AskewError as error:
         sys.exit(_fail(str(error), error.exit_code))
+    except KeyboardInterrupt:  # before training began, or in another command
+        sys.exit(_fail("interrupted.", 130))
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"askewq: {message}", file=sys.stderr)
+    print(f"askewq: {printable(message, lines=True)}", file=sys.stderr)
     return code

@@ -4,6 +4,7 @@ Every field is a recipe key and a flag of the same name; the command line is gen
 class. A recipe read back from the file that a run wrote equals the recipe of that run.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,11 @@ class Recipe(BaseModel):
     compile: bool = _key(
         False, TRAIN, "compile the network: faster steps, after the time that compiling takes"
     )
+    nan_policy: str = _key(
+        "stop",
+        TRAIN,
+        "at a loss or gradient that is NaN or infinite: stop, or skip:N (pass over up to N steps)",
+    )
     seed: int = _key(
         0, TRAIN, "of data order, augmentation, dropout and new layers", ge=0, lt=2**32
     )
@@ -158,6 +164,7 @@ class Recipe(BaseModel):
     output: Path = _key(..., OUTPUT, "folder for the artifact and the checkpoints")
     eval_every: int | None = _key(None, OUTPUT, "steps between evaluations; at the end only", ge=1)
     save_every: int | None = _key(None, OUTPUT, "steps between checkpoints; ten a run", ge=1)
+    keep: int = _key(2, OUTPUT, "newest checkpoints that are kept", ge=1)
     resume: bool = _key(False, OUTPUT, "go on from the newest checkpoint in output")
     overwrite: bool = _key(False, OUTPUT, "replace what is in output")
     report_to: Literal["none", "tensorboard", "wandb"] = _key("none", OUTPUT, "tracker")
@@ -167,6 +174,13 @@ class Recipe(BaseModel):
     def _refuse_truth(cls, value: Any) -> Any:
         if isinstance(value, bool):  # True equals 1, but nobody means one bit by it
             raise ValueError("must be one of 1 to 8 or 'ternary'")
+        return value
+
+    @field_validator("nan_policy")
+    @classmethod
+    def _check_policy(cls, value: str) -> str:
+        if not re.fullmatch(r"stop|skip:[1-9][0-9]{0,8}", value):
+            raise ValueError("must be stop, or skip:N with a whole number N above 0")
         return value
 
     @model_validator(mode="after")

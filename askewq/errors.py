@@ -6,11 +6,13 @@ AskewError                what the command line turns into its exit code, 2
 │   └── PlanError         no layer to quantize, a pattern without a match
 ├── DataError             a data set, its splits or its columns
 ├── OutputError           the output folder, a checkpoint to resume from
+│   └── DiskFullError     no room for what is to be written
 ├── FormatError           an artifact that is damaged or of another version
 ├── ExportError           a format that cannot hold the artifact, or whose library is missing
 │   └── VerificationError an export that its own loader does not give back; exit code 1
 ├── HubError              a repository that cannot be written, a Hub out of reach
-├── DivergenceError       a loss that is not finite
+├── DivergenceError       a loss, a gradient or weights that are not finite
+├── StoppedError          SIGTERM or Ctrl-C, after saving; exit code 143 or 130
 └── ExactnessError        a reloaded artifact that is not the evaluated model (a bug in askewq)
 
 A message says what was wrong, what was given, what is allowed and what to do.
@@ -46,6 +48,10 @@ class OutputError(AskewError):
     """An output folder that holds something else than expected."""
 
 
+class DiskFullError(OutputError):
+    """A disk without room for a checkpoint or an artifact; what was there before is left."""
+
+
 class FormatError(AskewError):
     """A packed artifact that does not follow docs/format.md."""
 
@@ -65,11 +71,23 @@ class HubError(AskewError):
 
 
 class DivergenceError(AskewError):
-    """Training produced a loss that is NaN or infinite."""
+    """Training produced a loss, a gradient or weights that are NaN or infinite."""
+
+
+class StoppedError(AskewError):
+    """A run that a signal ended at a safe point; the message says how to go on."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 class ExactnessError(AskewError):
     """The reloaded model does not give the very logits of the evaluated one."""
+
+
+class UnverifiedWarning(UserWarning):
+    """An artifact without a digest: whether it is damaged cannot be told."""
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from askewq.grid import Grid
 from askewq.pack import pack, unpack
 from askewq.report import bits_name
 from askewq.target import ExportSource, Options, Target
+from askewq.text import markdown
 
 WEIGHTS = "model.safetensors"
 WIDEST = 8
@@ -221,7 +222,7 @@ def _pattern(module: str, prefix: str) -> str:
 
 def _readme(source: ExportSource) -> str:
     name = type(source.loaded.model).__name__
-    return f"""# {source.title}, weights packed by compressed-tensors
+    return f"""# {markdown(source.title)}, weights packed by compressed-tensors
 
 Written by `askewq export --to compressed-tensors`; askewq is not needed to load it, but
 compressed-tensors {".".join(map(str, NEEDED_VERSION))} or newer is.

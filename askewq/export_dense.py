@@ -15,6 +15,7 @@ from torch import Tensor
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import CONFIG
 from askewq.target import ExportSource, Options, Target
+from askewq.text import markdown
 from askewq.vocabulary import DenseType
 
 WEIGHTS = "model.safetensors"
@@ -117,9 +118,11 @@ def _timm_config(source: ExportSource) -> dict[str, Any]:
 def _readme(source: ExportSource, options: Options) -> str:
     spec = source.loaded.spec
     labels = (
-        f"\nLabels, in the order of the logits: {', '.join(spec.labels)}.\n" if spec.labels else ""
+        f"\nLabels, in the order of the logits: {', '.join(map(markdown, spec.labels))}.\n"
+        if spec.labels
+        else ""
     )
-    return f"""# {source.title}, snapped weights in {options.dtype}
+    return f"""# {markdown(source.title)}, snapped weights in {options.dtype}
 
 Written by `askewq export --to dense`; askewq is not needed to load it.
 

@@ -115,7 +115,13 @@ class AskewQuantizer(HfQuantizer):
                 f"an artifact has its weights in one file, not in {checkpoint_files or 'none'}; "
                 "save it with a larger max_shard_size."
             )
-        stored = checkpoint.read(Path(checkpoint_files[0]))
+        folder, file = Path(model.name_or_path), Path(checkpoint_files[0])
+        # Compared as written: the file may be a link into the Hub's cache.
+        if folder.is_dir() and (".." in file.parts or not file.is_relative_to(folder)):
+            raise FormatError(
+                f"the weights of {folder} are said to be {file}; they are beside its config.json."
+            )
+        stored = checkpoint.read(file)
         names = _names_in(model, [*stored.weights, *stored.tensors, *stored.shared])
         held: dict[str, PackedTensor] = {}
         for name, weight in stored.weights.items():

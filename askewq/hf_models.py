@@ -1,6 +1,7 @@
 """Hugging Face models: weights, config, tokenizer and image processor, from the Hub or a folder."""
 
 import json
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast, get_args
 
@@ -17,6 +18,7 @@ from askewq.preprocessing import (
     TextPreprocessing,
 )
 from askewq.spec import LoadedModel, ModelSpec, first_line, unreachable
+from askewq.trust import check_index
 from askewq.vocabulary import Task
 
 _ARCHITECTURE_SUFFIX: dict[str, Task] = {
@@ -73,6 +75,8 @@ def load_transformers(
 
     Its preprocessing is the image processor; text tasks get their tokenizer by `load_tokenizer`.
     """
+    if Path(name).is_dir():
+        check_index(Path(name))
     config = hf_config(name, trust_remote_code)
     notes: list[str] = []
     mismatched = False
@@ -111,7 +115,8 @@ def build_transformers(spec: ModelSpec) -> nn.Module:
 
     arguments = dict(spec.arguments)
     config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-    return cast(nn.Module, auto_class(spec.task).from_config(config).float())
+    auto = auto_class(spec.task)
+    return cast(nn.Module, auto.from_config(config, trust_remote_code=False).float())
 
 
 def load_processor(name: str, trust_remote_code: bool) -> ProcessorPreprocessing:

@@ -6,13 +6,19 @@ from askewq import artifact, checkpoint, models, report, wrap
 from askewq.config import Recipe
 
 
-def inspect(recipe: Recipe) -> None:
+def inspect(recipe: Recipe, *, verify: bool = False) -> None:
     """Print the plan for the model of a recipe, or the content of the artifact it names.
+
+    Args:
+        verify: say what was checked of the artifact instead.
 
     Raises:
         AskewError: a model that cannot be loaded or has nothing to quantize; a damaged artifact.
     """
     folder = Path(recipe.model)
+    if verify:
+        report.print_lines(artifact.verify(folder))
+        return
     if artifact.is_artifact(folder):
         spec, _ = artifact.read_spec(folder)
         report.print_artifact(spec, checkpoint.read(folder / artifact.ARTIFACT))

@@ -12,6 +12,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from askewq.checkpoint import Artifact
@@ -20,37 +21,55 @@ from askewq.evaluate import Evaluation
 from askewq.grid import Grid
 from askewq.hf_models import auto_class_name
 from askewq.spec import LoadedModel, ModelSpec
+from askewq.text import fence, markdown, printable
 from askewq.wrap import Plan, PlannedLayer
 
 # Into a file or a pipe every row of a table is one line.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
+def _say(*lines: str) -> None:
+    for line in lines:
+        console.print(printable(line), markup=False)
+
+
+def _row(table: Table, *cells: str) -> None:
+    table.add_row(*(Text(printable(cell)) for cell in cells))
+
+
+def note(text: str) -> None:
+    """Say something that is out of the ordinary."""
+    _say(f"note: {text}")
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines as they are."""
+    _say(*lines)
+
+
 def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> None:
     """Say what the run will do."""
-    for note in loaded.notes:
-        console.print(f"note: {note}", markup=False)
+    for text in loaded.notes:
+        note(text)
     print_coverage(plan)
-    console.print(
+    _say(
         f"training: {steps} steps of {recipe.batch_size * recipe.grad_accumulation} samples a "
         f"process, {recipe.optimizer} lr {recipe.lr:g}, {recipe.method}"
         + (f", {recipe.closing} closing" if recipe.closing else ""),
-        markup=False,
     )
 
 
 def print_coverage(plan: Plan) -> None:
     """Say what share of the parameters gets a grid, and which big layers do not."""
     share = plan.quantized_parameters / plan.total_parameters
-    console.print(
+    _say(
         f"plan: {len(plan.quantized)} layers, {plan.quantized_parameters:,} of "
         f"{plan.total_parameters:,} parameters ({share:.1%}) at "
         f"{plan.bits_per_weight:.2f} bits a weight; packed about {size_text(plan.predicted_bytes)}",
-        markup=False,
     )
     for layer in plan.layers:
         if layer.grid is None and layer.note != "no weight matrix":
-            console.print(f"  float: {layer.names[0]} ({layer.kind}): {layer.note}", markup=False)
+            _say(f"  float: {layer.names[0]} ({layer.kind}): {layer.note}")
 
 
 def print_plan(plan: Plan) -> None:
@@ -61,8 +80,8 @@ def print_plan(plan: Plan) -> None:
     for layer in plan.layers:
         grid = _describe(layer.grid, layer) if layer.grid else "float"
         shape = "x".join(map(str, layer.shape))
-        table.add_row(layer.names[0] or "(model)", layer.kind, shape, grid, layer.note)
-    console.print(table, markup=False)
+        _row(table, layer.names[0] or "(model)", layer.kind, shape, grid, layer.note)
+    console.print(table)
     print_coverage(plan)
 
 
@@ -81,16 +100,15 @@ def print_artifact(spec: ModelSpec, packed: Artifact) -> None:
     count = size = 0
     for name, weight in packed.weights.items():
         shape, scales = ("x".join(map(str, s)) for s in (weight.shape, weight.scale.shape))
-        table.add_row(name, shape, str(weight.grid.bits), scales, f"{weight.codes.nbytes:,}")
+        _row(table, name, shape, str(weight.grid.bits), scales, f"{weight.codes.nbytes:,}")
         count += math.prod(weight.shape)
         size += weight.codes.nbytes + weight.scale.nbytes
-    console.print(table, markup=False)
+    console.print(table)
     rest = sum(tensor.nbytes for tensor in packed.tensors.values())
-    console.print(
+    _say(
         f"{spec.name} ({spec.source}, {spec.task}): {len(packed.weights)} packed weights with "
         f"{count:,} parameters in {size_text(size)} ({8 * size / max(count, 1):.2f} bits a "
         f"weight); everything else {size_text(rest)}",
-        markup=False,
     )
 
 
@@ -113,7 +131,7 @@ def advance(bar: Any, shown: dict[str, float]) -> None:
 def print_evaluation(phase: str, step: int, result: Evaluation) -> None:
     """Print an evaluation in the course of training; low-bit weights are snapped for it."""
     how = "snapped" if phase == "low-bit" else phase
-    console.print(f"step {step}: {result.metric} {result.value:.2f} ({how})", markup=False)
+    _say(f"step {step}: {result.metric} {result.value:.2f} ({how})")
 
 
 def print_result(metrics: dict[str, Any], out: Path) -> None:
@@ -131,30 +149,28 @@ def print_result(metrics: dict[str, Any], out: Path) -> None:
         ("reloaded from the packed file", "reloaded", size_text(sizes["packed"])),
     )
     for name, key, size in rows:
-        table.add_row(name, f"{metrics[key]:.2f}", size)
-    console.print(table, markup=False)
-    console.print(
+        _row(table, name, f"{metrics[key]:.2f}", size)
+    console.print(table)
+    _say(
         f"{metrics['bits_per_weight']:.2f} bits a weight on {metrics['parameters']['share']:.1%} "
-        f"of the parameters; the reloaded logits equal the evaluated ones to the bit.\n"
+        f"of the parameters; the reloaded logits equal the evaluated ones to the bit.",
         f"written to {out}/ (model.safetensors, config.json, metrics.json, recipe.yaml, README.md)",
-        markup=False,
     )
 
 
 def print_export_notes(notes: Sequence[str], to: str) -> None:
     """Say what an export writes otherwise than the artifact has it."""
     for note in notes:
-        console.print(f"{to}: {note}", markup=False)
+        _say(f"{to}: {note}")
 
 
 def print_export(result: dict[str, Any], output: Path) -> None:
     """Print what an export weighs and how far its logits are from the artifact's."""
-    console.print(
+    _say(
         f"read back in a fresh process, {result['samples']} samples: largest difference of a "
         f"logit {result['max_difference']:.3g}, relative {result['relative_difference']:.3g} "
-        f"(allowed {result['bound']:g})\n"
+        f"(allowed {result['bound']:g})",
         f"written to {output}/ ({size_text(sum(result['files'].values()))})",
-        markup=False,
     )
 
 
@@ -175,6 +191,8 @@ _PIPELINE: dict[str, str] = {
 def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> str:
     """Return README.md of an artifact: how to load it, what it measures, how it was made."""
     header = yaml.safe_dump(_metadata(metrics, recipe, loaded.spec), sort_keys=False)
+    settings = to_yaml(recipe)
+    block = fence(settings)
     sizes, metric = metrics["bytes"], metrics["metric"]
     rows = "\n".join(
         f"| {name} | {metrics[key]:.2f} |"
@@ -187,13 +205,13 @@ def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> 
     return f"""---
 {header.strip()}
 ---
-# {recipe.model} at {bits_name(recipe.bits)}
+# {markdown(recipe.model)} at {bits_name(recipe.bits)}
 
 **Load it with askewq.** The weights are packed; without askewq, transformers and timm refuse them.
 
 {_how_to_load(loaded.spec)}
 
-| | {metric} on {recipe.dataset} |
+| | {metric} on {markdown(recipe.dataset)} |
 |---|---|
 {rows}
 
@@ -203,8 +221,8 @@ def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> 
 
 Fine-tuned by askewq with the method `{recipe.method}`{_source(recipe)}; the recipe:
 
-```yaml
-{to_yaml(recipe)}```
+{block}yaml
+{settings}{block}
 """
 
 

@@ -48,6 +48,11 @@ def unreachable(name: str, error: Exception) -> ModelError:
     """Return the error for a name under which nothing could be loaded."""
     import timm
 
+    if "custom code" in str(error):
+        return ModelError(
+            f"the model {name!r} brings code of its own, which askewq does not run. Read it; if "
+            "you trust it, pass --trust-remote-code."
+        )
     known = timm.is_model(name.split(".")[0])
     what = (
         "Its pretrained weights could not be fetched."

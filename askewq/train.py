@@ -1,45 +1,45 @@
 """`finetune(recipe)`: from a pretrained model to a packed, verified artifact, on Accelerate.
 
 One way down: load, evaluate, plan, train with the skewed step, snap once, evaluate, pack, reload
-and compare to the bit. Every step is a function of (seed, step): data order, augmentation and
-dropout are drawn anew from them, so an interrupted run goes on exactly as it would have.
+and compare to the bit. Killed at any moment, a run goes on from its newest checkpoint to the same
+bytes; a signal is obeyed at the next safe point.
 """
 
 import copy
 import json
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
-from torch import Tensor, nn
+from torch import nn
 
 from askewq import (
-    anneal,
     artifact,
     checkpoint,
     choices,
+    disk,
     distill,
     layers,
     models,
     output,
     report,
+    signals,
+    snapshots,
+    training_state,
     wrap,
 )
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData, open_data
-from askewq.errors import DataError, DivergenceError, ModelError, OutputError, RecipeError
-from askewq.evaluate import Evaluation, evaluate
+from askewq.errors import DataError, DivergenceError, ModelError, RecipeError, StoppedError
 from askewq.kernels import can_compile
-from askewq.output import Progress
+from askewq.loop import Loop
 from askewq.spec import LoadedModel
-from askewq.tasks import check_logits, logits_and_labels, score
+from askewq.tasks import check_logits, logits_and_labels
+
+FULL_PRECISION, LOW_BIT = "full precision", "low-bit"
 
 
 def finetune(recipe: Recipe) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         The content of metrics.json.
 
     Raises:
-        AskewError: any bad input, before anything is written; a loss that diverges.
+        AskewError: any bad input, before anything is written; a loss that diverges; a full disk.
+        StoppedError: SIGTERM or Ctrl-C; what was trained is in a checkpoint.
     """
     return _Run(recipe).execute()
 
@@ -93,12 +94,11 @@ class _Run:
                 "compile: torch.compile does not work here, see the warning; leave it out."
             )
         train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing)
-        self.train_loader, self.eval_loader = self.accelerator.prepare(train, evaluation)
+        train, self.eval_loader = self.accelerator.prepare(train, evaluation)
         self.model: nn.Module = self.loaded.model.to(self.accelerator.device)
         self.teacher = distill.load_teacher(recipe, self.loaded) if recipe.distill else None
         if self.teacher is not None:
             self.teacher.model.to(self.accelerator.device)
-        self.taught_by: distill.Teacher | None = None  # in the low-bit steps
         self.plan = wrap.plan(
             self.model,
             recipe.bits,
@@ -108,28 +108,53 @@ class _Run:
             exclude=recipe.exclude,
         )
         self.steps = recipe.max_steps or max(
-            1, math.ceil(recipe.epochs * len(self.train_loader) / recipe.grad_accumulation)
+            1, math.ceil(recipe.epochs * len(train) / recipe.grad_accumulation)
         )
-        self.progress = Progress()
-        self.step_seconds: list[float] = []
+        self.loop = Loop(self.recipe, self.accelerator, self.loaded, train, self.eval_loader)
 
     def execute(self) -> dict[str, Any]:
         """Run from the start, or from the newest checkpoint, to the report."""
         self._try_one_batch()
-        folder = output.newest_checkpoint(self.out) if self.recipe.resume else None
-        if folder is not None:
-            self.progress = output.read_progress(folder)
-        elif self.recipe.resume:
-            raise OutputError(
-                f"--resume: {self.out} holds no checkpoint; start again with --overwrite."
-            )
+        folder = self._checkpoint() if self.recipe.resume else None
         self._prepare_output()
         if self.accelerator.is_main_process:
             report.print_start(self.loaded, self.plan, self.recipe, self.steps)
-        full_precision = self.progress.step < self.recipe.full_precision_steps
-        self._train_full_precision(folder if full_precision else None)
-        self._train_low_bit(None if full_precision else folder)
-        return self._finish()
+        low_bit = self.loop.progress.phase == LOW_BIT
+        with signals.listening():
+            try:
+                self._train_full_precision(None if low_bit else folder)
+                self._train_low_bit(folder if low_bit else None)
+                return self._finish()
+            except signals.Stop as stop:
+                raise self._stopped(stop) from stop
+
+    def _checkpoint(self) -> Path | None:
+        """Return the checkpoint to go on from, None to start anew; damaged ones are set aside."""
+        folder, damaged = snapshots.newest_whole(self.out)
+        if folder is not None:
+            self.loop.progress = training_state.read_progress(
+                folder, self.accelerator.num_processes
+            )
+        self.accelerator.wait_for_everyone()  # all have looked before one renames
+        if self.accelerator.is_main_process:
+            for broken, reason in damaged:
+                snapshots.set_aside(broken)
+                report.note(f"the checkpoint {broken} is damaged ({reason}) and was set aside")
+            report.note(
+                f"going on from {folder}"
+                if folder
+                else f"{self.out} holds no checkpoint to go on from: the run starts anew"
+            )
+        return folder
+
+    def _stopped(self, stop: signals.Stop) -> StoppedError:
+        step, last = self.loop.progress.step, snapshots.newest(self.out)
+        saved = f"saved in {last}" if last else "nothing was trained yet"
+        return StoppedError(
+            f"stopped by {stop} after step {step}, {saved}. To go on:\n"
+            f"{snapshots.resume_command(self.out)}",
+            stop.number,
+        )
 
     def _try_one_batch(self) -> None:
         """Find out what does not fit (labels, shapes, inputs) before anything is written."""
@@ -168,22 +193,22 @@ class _Run:
     def _train_full_precision(self, folder: Path | None) -> None:
         """Fine-tune ordinarily for the first steps, if the recipe asks for it, and evaluate."""
         recipe, count = self.recipe, self.recipe.full_precision_steps
-        if self.progress.step < count:
+        if count and self.loop.progress.phase != LOW_BIT:
             lr = recipe.full_precision_lr or 0.0
             optimizer = choices.plain_optimizer(recipe, self.model, lr)
-            self._loop("full precision", optimizer, 0, count, folder, lambda _: {})
-        if self.progress.full_precision is None:
-            self.progress.full_precision = self._evaluate().value
+            self.loop.run(FULL_PRECISION, optimizer, 0, count, folder, lambda _: {})
+        if self.loop.progress.full_precision is None:
+            self.loop.progress.full_precision = self.loop.evaluate().value
 
     def _train_low_bit(self, folder: Path | None) -> None:
         """Wrap the model, evaluate plain rounding, and fine-tune under the constraint."""
         recipe, start = self.recipe, self.recipe.full_precision_steps
         if recipe.distill:
-            self.taught_by = self.teacher or self._own_teacher(resumed=folder is not None)
+            self.loop.taught_by = self.teacher or self._own_teacher(resumed=folder is not None)
         wrap.apply(self.model, self.plan)
-        if self.progress.rounded is None:
+        if self.loop.progress.rounded is None:
             with layers.snapped(self.model):
-                self.progress.rounded = self._evaluate().value
+                self.loop.progress.rounded = self.loop.evaluate().value
         lr = recipe.lr or 0.0
         optimizer, pacer = choices.low_bit_optimizer(recipe, self.model, lr)
         inside = pacer.feasible_share()
@@ -196,167 +221,52 @@ class _Run:
                 inside, counted_at = pacer.feasible_share(), progress
             return {**pacer.shown(progress), "inside": inside}
 
-        self._loop("low-bit", optimizer, start, start + self.steps, folder, before_step)
+        self.loop.run(LOW_BIT, optimizer, start, start + self.steps, folder, before_step)
         self.inside = pacer.feasible_share()
 
     def _own_teacher(self, *, resumed: bool) -> distill.Teacher:
         """Return the network as it is before it is quantized; a resumed run reads it back."""
-        path = self.out / output.CHECKPOINTS / "teacher.safetensors"
-        if self.accelerator.is_main_process and not resumed:
-            partial = path.with_suffix(".partial")
-            save_model(self.model, str(partial))
-            partial.replace(path)
-        self.accelerator.wait_for_everyone()
-        if not path.is_file():
-            raise OutputError(f"--resume: {path} is missing; start again with --overwrite.")
-        teacher = copy.deepcopy(self.model)
-        load_model(teacher, str(path))
-        return distill.Teacher(teacher, self.loaded.spec)
-
-    def _loop(
-        self,
-        phase: str,
-        optimizer: torch.optim.Optimizer,
-        first: int,
-        end: int,
-        folder: Path | None,
-        before_step: Callable[[float], dict[str, float]],
-    ) -> None:
-        """Train from step `first` (or the checkpoint in `folder`) to step `end`."""
-        recipe, accelerator = self.recipe, self.accelerator
-        full_lrs = [group["lr"] for group in optimizer.param_groups]
-        model, prepared = accelerator.prepare(self.model, optimizer)
-        if folder is not None:
-            output.load_state(accelerator, folder)
-        save_every = recipe.save_every or max(1, (end - first) // 10)
-        batches = self._batches(self.progress.step * recipe.grad_accumulation)
-        main = accelerator.is_main_process
-        with report.progress_bar(phase, self.progress.step - first, end - first, main) as bar:
-            while self.progress.step < end:
-                began = time.perf_counter()
-                step = self.progress.step
-                share = (step - first) / (end - first)
-                factor = anneal.lr_factor(share, recipe.lr_hold)
-                for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
-                    group["lr"] = full_lr * factor
-                # The interval at the end of this step, so that the last step closes everything.
-                shown = before_step((step + 1 - first) / (end - first))
-                micro = [next(batches) for _ in range(recipe.grad_accumulation)]
-                # After the batches are drawn: a loader that starts anew draws numbers of its own.
-                torch.manual_seed(_mix(recipe.seed, step, accelerator.process_index))
-                loss = self._step(model, prepared, micro, step)
-                self.progress.step += 1
-                elapsed = time.perf_counter() - began
-                self.progress.seconds += elapsed
-                self.step_seconds.append(elapsed)
-                shown = {"loss": loss, "lr": optimizer.param_groups[-1]["lr"], **shown}
-                report.advance(bar, shown)
-                if recipe.report_to != "none":
-                    accelerator.log(shown, step=self.progress.step)
-                self._visit(phase, end, save_every)
-        # Takes what `prepare` put on the model off again, so that the next phase can prepare it.
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-            self.model.__dict__.pop(name, None)
-        accelerator.free_memory()
-
-    def _step(
-        self, model: nn.Module, optimizer: Any, micro: list[dict[str, Tensor]], step: int
-    ) -> float:
-        """Make one optimizer step out of some batches; return their mean loss."""
-        total = 0.0
-        model.train()
-        for raw in micro:
-            with self.accelerator.accumulate(model):
-                batch = prepare_batch(raw, self.loaded.preprocessing, self.recipe.augment)
-                with self.accelerator.autocast(), self._prepared_weights():
-                    logits, labels = logits_and_labels(model, self.loaded.spec, batch)
-                scores = score(logits, labels)
-                loss = scores.loss.sum() / scores.count.sum()
-                if self.taught_by is not None:
-                    with self.accelerator.autocast():
-                        taught = self.taught_by.logits(batch)
-                    distance = distill.distance(logits, taught, labels, self.recipe.temperature)
-                    loss = torch.lerp(loss, distance, self.recipe.distill)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    self._diverged(value, step)
-                self.accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            total += value
-        return total / len(micro)
-
-    def _prepared_weights(self) -> AbstractContextManager[None]:
-        return layers.prepared(self.model) if self.recipe.compile else nullcontext()
-
-    def _diverged(self, loss: float, step: int) -> NoReturn:
-        """Drop the checkpoint of the very weights that gave this loss, and say what is left."""
-        if self.accelerator.is_main_process:
-            output.drop_checkpoint(self.out, step)
-        raise DivergenceError(
-            f"the loss is {loss} at step {step}; the last checkpoint is "
-            f"{output.newest_checkpoint(self.out) or 'the start'}. Try a smaller --lr than "
-            f"{self.recipe.lr:g}, or --mixed-precision no."
-        )
-
-    def _batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
-        """Yield training batches without end, from the place after `consumed` ones."""
-        epoch, skip = divmod(consumed, len(self.train_loader))
-        while True:
-            self.train_loader.set_epoch(epoch)
-            loader = self.train_loader
-            yield from self.accelerator.skip_first_batches(loader, skip) if skip else loader
-            epoch, skip = epoch + 1, 0
-
-    def _visit(self, phase: str, end: int, save_every: int) -> None:
-        """After a step: evaluate and save where it is time to."""
-        step, recipe = self.progress.step, self.recipe
-        if recipe.eval_every and step % recipe.eval_every == 0 and step < end:
-            with layers.snapped(self.model):
-                result = self._evaluate()
+        path = self.out / snapshots.CHECKPOINTS / snapshots.TEACHER
+        if not resumed:
             if self.accelerator.is_main_process:
-                report.print_evaluation(phase, step, result)
-            if recipe.report_to != "none":
-                self.accelerator.log({result.metric: result.value}, step=step)
-        if step % save_every == 0 and step < end:
-            output.save_checkpoint(self.accelerator, self.out, self.progress)
-
-    def _evaluate(self, *also: nn.Module) -> Evaluation:
-        """Evaluate the model; `also` names models that must equal it to the bit."""
-        return evaluate(
-            [self.model, *also],
-            self.loaded.spec,
-            self.loaded.preprocessing,
-            self.eval_loader,
-            self.accelerator,
-        )
+                size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+                advice = f"Make room, then go on with: {snapshots.resume_command(self.out)}"
+                with disk.room_for(size, self.out, advice):
+                    training_state.save_network(self.model, path)
+            self.accelerator.wait_for_everyone()
+            self.loop.progress.teacher = disk.sha256_of(path)
+        teacher = copy.deepcopy(self.model)
+        training_state.load_network(teacher, path, self.loop.progress.teacher)
+        return distill.Teacher(teacher, self.loaded.spec)
 
     def _finish(self) -> dict[str, Any]:
         """Snap, evaluate, pack, reload, compare, report."""
-        relaxed = self._evaluate()
+        relaxed = self.loop.evaluate()
         if not math.isfinite(relaxed.loss):
             raise DivergenceError(
                 f"the loss is {relaxed.loss} after the last step; nothing was packed. Try a "
                 f"smaller --lr than {self.recipe.lr:g}."
             )
         layers.snap_(self.model)
-        snapped = self._evaluate().value
+        snapped = self.loop.evaluate().value
         path = self.out / artifact.ARTIFACT
         if self.accelerator.is_main_process:
-            checkpoint.save(self.model, path)
-            artifact.save_config(self.loaded, self.out)
+            advice = f"Training is done and saved; {snapshots.resume_command(self.out)} packs it."
+            with disk.room_for(self.plan.predicted_bytes, self.out, advice):
+                checkpoint.save(self.model, path)
+                artifact.save_config(self.loaded, self.out)
         self.accelerator.wait_for_everyone()
         reloaded = models.build(self.loaded.spec)
         checkpoint.load_into(reloaded, checkpoint.read(path))
-        same = self._evaluate(reloaded.to(self.accelerator.device))
+        same = self.loop.evaluate(reloaded.to(self.accelerator.device))
         metrics = {
             "model": self.recipe.model,
             "task": self.recipe.task,
             "bits": self.recipe.bits,
             "method": self.recipe.method,
             "metric": same.metric,
-            "full_precision": self.progress.full_precision,
-            "rounded": self.progress.rounded,
+            "full_precision": self.loop.progress.full_precision,
+            "rounded": self.loop.progress.rounded,
             "relaxed": relaxed.value,
             "snapped": snapped,
             "reloaded": same.value,
@@ -371,16 +281,19 @@ class _Run:
             },
             "bits_per_weight": self.plan.bits_per_weight,
             "inside_interval": self.inside,
-            "steps": self.progress.step,
-            "seconds": self.progress.seconds,
-            "step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
+            "steps": self.loop.progress.step,
+            "skipped_steps": self.loop.progress.skipped,
+            "seconds": self.loop.progress.seconds,
+            "step_seconds": statistics.median(self.loop.step_seconds)
+            if self.loop.step_seconds
+            else None,
             "peak_memory_bytes": report.peak_memory(),
         }
         if self.accelerator.is_main_process:
-            output.write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-            output.write(
-                self.out / "README.md", report.model_card(metrics, self.recipe, self.loaded)
-            )
+            card = report.model_card(metrics, self.recipe, self.loaded)
+            with disk.room_for(len(card) + 4096, self.out, advice):
+                disk.write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+                disk.write(self.out / "README.md", card)
             report.print_result(metrics, self.out)
         if self.recipe.report_to != "none":
             self.accelerator.end_training()
@@ -412,11 +325,3 @@ def _load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
 def _buffer_bytes(model: nn.Module) -> int:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return sum(t.nbytes for name, t in model.state_dict().items() if name not in parameters)
-
-
-def _mix(*numbers: int) -> int:
-    """Return one seed for a tuple of numbers, without the overlaps of their sum."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
-    return mixed

@@ -46,6 +46,10 @@ WORDS = ["good", "bad", "film", "plot", "actor", "song", "day", "night", "very",
 OWN_MODULE = '''
 """Networks as users write them."""
 
+import random
+
+import numpy as np
+import torch
 from torch import nn
 
 
@@ -82,6 +86,30 @@ def only_one_layer():
 def with_dropout():
     layers = _layers(3, 3)
     return nn.Sequential(*layers[:-1], nn.Dropout(0.2), layers[-1])
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * (1 + 0.1 * random.random() + 0.1 * float(np.random.rand()))
+
+
+def noisy():
+    layers = _layers(3, 3)
+    return nn.Sequential(*layers[:-1], Noise(), layers[-1])
+
+
+class Trap(nn.Module):  # gives NaN for a batch with an all-white image in it
+
+    def forward(self, x):
+        white = (x.flatten(1) > 2).all(1).any()
+        return torch.where(white, float("nan"), 1.0) * x
+
+
+def trapped():
+    layers = _layers(3, 3)
+    return nn.Sequential(Trap(), layers[0], nn.BatchNorm2d(8), *layers[1:])
 
 
 class Tied(nn.Module):
@@ -412,6 +440,22 @@ def copy_of(kind: str, folder: Path) -> Path:
     return target
 
 
+def edit_config(folder: Path, *, seal: bool = True, **changes: Any) -> None:
+    """Change keys of an artifact's config.json; None removes a key.
+
+    Args:
+        seal: give it the digest of what it says now, as who changes it on purpose would.
+    """
+    from askewq import artifact, digest
+
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text()), **changes}
+    content = {key: value for key, value in content.items() if value is not None}
+    if seal and "digest" not in changes and set(artifact._SEALED) <= content.keys():
+        content["digest"] = digest.of_config({key: content[key] for key in artifact._SEALED})
+    path.write_text(json.dumps(content))
+
+
 def untrained(kind: str) -> Any:
     """Return a tiny LoadedModel of `PLAIN` with its first random weights."""
     from askewq import models
@@ -478,9 +522,9 @@ class PowerCutError(Exception):
 @contextlib.contextmanager
 def power_cut(monkeypatch: Any, at_step: int) -> Iterator[None]:
     """Within the block, a run ends with PowerCutError when it is about to make step `at_step`."""
-    from askewq import train
+    from askewq import loop
 
-    original = train._Run._step
+    original = loop.Loop._step
 
     def step(self: Any, model: Any, optimizer: Any, batches: Any, number: int) -> float:
         if number == at_step:
@@ -488,7 +532,7 @@ def power_cut(monkeypatch: Any, at_step: int) -> Iterator[None]:
         return original(self, model, optimizer, batches, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "_step", step)
+        patch.setattr(loop.Loop, "_step", step)
         yield
 
 

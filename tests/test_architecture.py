@@ -19,20 +19,29 @@ PACKAGE = Path(askewq.__file__).parent
 
 # A file imports from floors below, or from its own floor as long as no cycle arises.
 FLOORS = [
-    ("errors", "vocabulary", "constraint", "anneal"),
-    ("config", "grid", "pack", "methods", "mixed"),
+    ("errors", "vocabulary", "constraint", "anneal", "text"),
+    ("disk", "digest", "signals", "divergence", "config", "grid", "pack", "methods", "mixed"),
     ("layers", "kernels", "optim", "rivals"),
     ("wrap", "checkpoint", "packed"),
     (
-        *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
+        *("trust", "preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
     ),
     (
-        *("report", "output", "choices", "hub", "registration", "hf_loading"),
+        *(
+            "report",
+            "training_state",
+            "snapshots",
+            "output",
+            "choices",
+            "hub",
+            "registration",
+            "hf_loading",
+        ),
         *("export", "export_dense", "export_compressed_tensors"),
         *("export_onnx", "onnx_weights", "export_gguf", "gguf_types", "gguf_tokenizer"),
     ),
-    ("train", "demo", "inspection"),
+    ("loop", "train", "demo", "inspection"),
     ("cli",),
     ("__main__",),
 ]

@@ -6,20 +6,13 @@ import shutil
 import builders
 import pytest
 import torch
-from builders import copy_of, finished
+from builders import copy_of, edit_config, finished
 
 import askewq
 from askewq import artifact, checkpoint
 from askewq.errors import FormatError, ModelError
 
 LOADABLE = ["timm", "timm-vit", "bert", "bert-pairs", "llama", "vit"]
-
-
-def edit_config(folder, **changes):
-    """Change keys of config.json; None removes a key."""
-    path = folder / "config.json"
-    content = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
 class TestLoad:
@@ -118,13 +111,13 @@ class TestConfig:
             content = json.loads((finished(kind)[0] / "config.json").read_text())
             assert content.keys() == {
                 *("model_type", "askewq_version", "source", "name", "task", "labels"),
-                *("arguments", "preprocessing", "quantization_config"),
+                *("arguments", "preprocessing", "quantization_config", "digest"),
             }
             assert "quant_method" not in content["quantization_config"]
             assert content["model_type"] == "askewq"
-            assert content["askewq_version"] == 1
+            assert content["askewq_version"] == 2
 
-    @pytest.mark.parametrize("version", [0, 2, "1", None, [1], True])
+    @pytest.mark.parametrize("version", [0, 3, "1", None, [1], True])
     def test_other_versions_are_refused(self, tmp_path, version):
         """A version that this askewq does not know is named."""
         folder = copy_of("timm", tmp_path)

@@ -11,9 +11,9 @@ from builders import files, manifest
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from askewq import checkpoint, wrap
+from askewq import checkpoint, digest, wrap
 from askewq.checkpoint import Artifact
-from askewq.errors import DivergenceError, FormatError
+from askewq.errors import DivergenceError, FormatError, UnverifiedWarning
 from askewq.grid import BITS, Grid, make_grid
 from askewq.layers import quantize_layer_, quantized_layers, snap_
 
@@ -67,8 +67,46 @@ def rewrite(path: Path, change) -> None:
     """Apply `change(manifest, tensors)` to a packed file; a returned manifest replaces the old."""
     tensors, entries = load_file(path), manifest(path)
     entries = change(entries, tensors) or entries
-    text = entries if isinstance(entries, str) else json.dumps(entries)
+    if isinstance(entries, dict):  # a digest of what it holds now, right or wrong
+        claimed = entries.get("digest")
+        text = json.dumps(entries)
+        if isinstance(claimed, str):
+            zeros = text.replace(claimed, digest.UNSEALED)
+            text = zeros.replace(digest.UNSEALED, digest.of_weights(zeros, tensors))
+    else:
+        text = entries if isinstance(entries, str) else json.dumps(entries)
     save_file(tensors, path, {"askewq": text})
+
+
+# SHA-256 of the files of `Golden`, by bits and grid: in version 1 and in version 2.
+GOLDEN = {
+    (1, "integer"): (
+        "66169f26612e2267433969e0ef5fd78e064f2caf0bca812032a693b20665083c",
+        "c2968a5971f5cf7b523373b375f012fe59247952750582ee68938b41cb8aba6a",
+    ),
+    ("ternary", "integer"): (
+        "3fa12f69a7046734acd2d33b8665fcbeb43c4e457816c8623156cbd4541583bc",
+        "c8eb015f750e796fe26c792adf6bfa7db58d5c1effd1591d534f6a3e64f4bcf9",
+    ),
+    (2, "integer"): (
+        "2c9cdbb14cc23e986c1217f03f602c3087ca4181dde4cef4a70c4bfe6bbc9bb6",
+        "0c09f6ce46fca11f4de76067d056ee13364a3a0b299a7ac0e309e95e55ea5822",
+    ),
+    (2, "half-integer"): (
+        "3ec5b7c60a4f4c824c5293d6a035701ce4a71ba4aff7789ec7ea95a5bf95274e",
+        "2ebf236d96650de5379e3e3ba09256c8a3ea2df47fa0010b13446e996047c562",
+    ),
+    (3, "integer"): (
+        "317459f8d9af2a8ced95b1b4e2e49f07ec706e968d40e96cd9dc387703220c14",
+        "3484c4353d06da4c4b2a73006ae366950033bab34b73efea08587531c00360bf",
+    ),
+}
+
+
+def as_version_1(manifest, tensors):
+    """Change a manifest to what version 1 had in its place, in compact JSON."""
+    del manifest["digest"]
+    return json.dumps({**manifest, "version": 1}, sort_keys=True, separators=(",", ":"))
 
 
 class TestBytes:
@@ -92,32 +130,35 @@ class TestBytes:
         checkpoint.save(Golden(make_grid(bits)), path)
         assert bytes(load_file(path)["layer.weight.codes"].tolist()).hex() == hex_codes
 
-    @pytest.mark.parametrize(
-        ("bits", "kind", "sha256"),
-        [
-            (1, "integer", "66169f26612e2267433969e0ef5fd78e064f2caf0bca812032a693b20665083c"),
-            (
-                "ternary",
-                "integer",
-                "3fa12f69a7046734acd2d33b8665fcbeb43c4e457816c8623156cbd4541583bc",
-            ),
-            (2, "integer", "2c9cdbb14cc23e986c1217f03f602c3087ca4181dde4cef4a70c4bfe6bbc9bb6"),
-            (2, "half-integer", "3ec5b7c60a4f4c824c5293d6a035701ce4a71ba4aff7789ec7ea95a5bf95274e"),
-            (3, "integer", "317459f8d9af2a8ced95b1b4e2e49f07ec706e968d40e96cd9dc387703220c14"),
-        ],
-    )
-    def test_golden_files(self, tmp_path, bits, kind, sha256):
-        """The whole file is the same to the byte as when the format was fixed."""
+    @pytest.mark.parametrize(("bits", "kind"), [*GOLDEN])
+    def test_golden_files(self, tmp_path, bits, kind):
+        """The whole file is the same to the byte as when version 2 of the format was fixed."""
         path = tmp_path / "m.safetensors"
         checkpoint.save(Golden(make_grid(bits, kind)), path)
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == GOLDEN[bits, kind][1]
+
+    @pytest.mark.parametrize(("bits", "kind"), [*GOLDEN])
+    def test_files_of_version_1(self, tmp_path, bits, kind):
+        """A file as version 1 was written, to the byte, is read, and is said to be unverified."""
+        path = tmp_path / "m.safetensors"
+        checkpoint.save(Golden(make_grid(bits, kind)), path)
+        new = checkpoint.read(path)
+        rewrite(path, as_version_1)
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == GOLDEN[bits, kind][0]
+        with pytest.warns(UnverifiedWarning, match="version 1"):
+            old = checkpoint.read(path)
+        assert (old.digest, len(new.digest)) == (None, 64)
+        assert old.dense_state().keys() == new.dense_state().keys()
+        for name, tensor in new.dense_state().items():
+            assert bytes_of(old.dense_state()[name]) == bytes_of(tensor)
 
     def test_golden_manifest(self, tmp_path):
         """The header's manifest lists version, weights and shared names, as compact JSON."""
         path = tmp_path / "m.safetensors"
         checkpoint.save(Golden(make_grid(2)), path)
         assert manifest(path) == {
-            "version": 1,
+            "version": 2,
+            "digest": "b6695e5b30fa7f1b2c9a67ab1f7aa84994fee639629f6382ece616fd223c4833",
             "weights": {
                 "layer.weight": {
                     "bits": 2,
@@ -309,7 +350,7 @@ def with_last(value):
 W, CODES, SCALE = "conv.weight", "conv.weight.codes", "conv.weight.scale"
 ENTRY = ("weights", W)
 MUTATIONS = {
-    "newer version": (say("version", 2), "version 2"),
+    "newer version": (say("version", 3), "version 3"),
     "older version": (say("version", 0), "version 0"),
     "no version": (unsay("version"), "version"),
     "version as text": (say("version", "1"), "version"),

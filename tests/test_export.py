@@ -156,8 +156,8 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("damage", "words"),
         [
-            ("newer", ["askewq_version 2", "newer askewq"]),
-            ("newer file", ["format version 2", "upgrade"]),
+            ("newer", ["askewq_version 3", "newer askewq"]),
+            ("newer file", ["format version 3", "upgrade"]),
             ("truncated", ["model.safetensors", "not a readable"]),
             ("no weights", ["model.safetensors"]),
             ("no artifact", ["not an askewq artifact"]),
@@ -169,9 +169,9 @@ class TestRefuses:
         shutil.copytree(own, folder)
         weights, config = folder / "model.safetensors", folder / "config.json"
         if damage == "newer":
-            config.write_text(config.read_text().replace('_version": 1', '_version": 2'))
+            config.write_text(config.read_text().replace('_version": 2', '_version": 3'))
         elif damage == "newer file":
-            manifest = builders.manifest(weights) | {"version": 2}
+            manifest = builders.manifest(weights) | {"version": 3}
             save_file(load_file(weights), weights, {"askewq": json.dumps(manifest)})
         elif damage == "truncated":
             weights.write_bytes(weights.read_bytes()[:-1])
@@ -321,9 +321,12 @@ class TestLeavesNothing:
 
     def test_a_disk_that_fills_up_at_the_end(self, own, tmp_path, monkeypatch):
         """The verified folder appears only with its export.json."""
+        original = json.dumps
 
-        def fill(*args, **kwargs):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        def fill(content, **kwargs):
+            if "libraries" in content:  # export.json
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(content, **kwargs)
 
         monkeypatch.setattr(formats.json, "dumps", fill)
         refused(run(own, tmp_path / "out"), 2, "No space left on device")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import finished
 
-from askewq import checkpoint, config, report, wrap
+from askewq import checkpoint, config, report, text, wrap
 from askewq.spec import LoadedModel, ModelSpec
 
 
@@ -50,7 +50,7 @@ def test_bits_name(bits, name):
 def test_the_table_of_results(printed, tmp_path):
     """Five rows: full precision, rounding, relaxed, snapped, reloaded; and both sizes."""
     report.print_result(METRICS, tmp_path)
-    text = printed()
+    shown = printed()
     for row in (
         "full precision 93.12 4.00 MB",
         "rounded to 2 bits, no training 10.00",
@@ -58,18 +58,18 @@ def test_the_table_of_results(printed, tmp_path):
         "askewsgd, snapped 92.40",
         "reloaded from the packed file 92.40 0.65 MB",
     ):
-        assert row in text.splitlines()
-    assert "2.12 bits a weight on 90.0% of the parameters" in text
-    assert str(tmp_path) in text
+        assert row in shown.splitlines()
+    assert "2.12 bits a weight on 90.0% of the parameters" in shown
+    assert str(tmp_path) in shown
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(999, "1.0 kB"), (12_345, "12.3 kB"), (123_456, "0.12 MB")]
+    ("count", "shown"), [(999, "1.0 kB"), (12_345, "12.3 kB"), (123_456, "0.12 MB")]
 )
-def test_sizes(printed, tmp_path, count, text):
+def test_sizes(printed, tmp_path, count, shown):
     """Small files are given in kB, others in MB."""
     report.print_result({**METRICS, "bytes": {"full_precision": 1, "packed": count}}, tmp_path)
-    assert f"reloaded from the packed file 92.40 {text}" in printed()
+    assert f"reloaded from the packed file 92.40 {shown}" in printed()
 
 
 def test_the_plan(printed):
@@ -92,8 +92,8 @@ def test_names_with_brackets_are_printed_as_they_are(printed):
     for name in ("[red]a", "[bold]b", "[link]c"):
         network.add_module(name, torch.nn.Linear(3, 3))
     report.print_plan(wrap.plan(network, 2))
-    text = printed()
-    assert all(name in text for name in ("[red]a", "[bold]b", "[link]c"))
+    shown = printed()
+    assert all(name in shown for name in ("[red]a", "[bold]b", "[link]c"))
 
 
 @pytest.mark.parametrize("kind", ["own", "llama"])
@@ -127,7 +127,8 @@ class TestModelCard:
             assert f"| {name} | {metrics[key]:.2f} |" in card
         (recipe,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
         assert config.yaml.safe_load(recipe) == config.read_yaml(folder / "recipe.yaml")
-        assert f"{metrics['metric']} on {builders.SETTINGS[kind]()['dataset']}" in card
+        dataset = text.markdown(builders.SETTINGS[kind]()["dataset"])
+        assert f"{metrics['metric']} on {dataset} |" in card
         assert ("askewq.load(folder, model=factory())" in card) == (kind == "own")
         assert f"The {metrics['metric']} is that of the reloaded file." in card
         assert card.startswith("---\nlibrary_name: askewq\n")
@@ -150,6 +151,29 @@ class TestModelCard:
         metrics = finished(kind)[1]
         assert figure == {"type": "accuracy", "value": round(metrics["reloaded"], 4)}
         assert str(builders.ROOT) not in header
+
+    def test_nothing_of_a_name_is_obeyed(self):
+        """Markup, HTML, fences and control characters in names are shown, not obeyed."""
+        name = "x](http://e) <script>a</script> | `b`\n```\n# c\n---\n\x1b[2J"
+        recipe = config.build({"model": name, "dataset": name, "output": "o"})
+        spec = ModelSpec("transformers", name, "text-classification", ("a",), {})
+        loaded = LoadedModel(builders.own_network("small"), spec, None)
+        card = report.model_card(METRICS, recipe, loaded)
+        _, header, body = re.split(r"^---\n", card, flags=re.MULTILINE)[:3]
+        assert config.yaml.safe_load(header)["base_model"] == name
+        page, opening, block = re.split(r"^(`{4,})yaml\n", body, flags=re.MULTILINE)
+        assert block.endswith(f"\n{opening}\n")
+        assert opening not in block.removesuffix(f"{opening}\n")
+        assert config.yaml.safe_load(block.removesuffix(f"{opening}\n"))["model"] == name
+        outside = re.sub(r"^```python\n.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+        assert "<" not in outside
+        assert "\x1b" not in card
+        assert [line for line in outside.splitlines() if line.startswith("# ")] == [
+            f"# {text.markdown(name)} at 2 bits"
+        ]
+        assert "](" not in outside.replace("\\](", "").replace("]\\(", "")
+        (row,) = [line for line in outside.splitlines() if line.startswith("| | ")]
+        assert len(re.findall(r"(?<!\\)\|", row)) == 3
 
     @pytest.mark.parametrize("name", ["x: y", "a # b", "'quoted'", "- list"])
     def test_front_matter_of_any_name(self, name):

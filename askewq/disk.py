@@ -1,0 +1,109 @@
+"""Files and folders that appear whole or not at all, and are still there after a power cut.
+
+Everything is written beside its place, synced to the disk, renamed, and the folder that holds the
+name is synced, too. A disk that is full becomes an error that says how much is needed.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from askewq.errors import DiskFullError
+
+PARTIAL = ".partial"
+# No room on the device, in the quota, or under the limit for the size of a file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Read at a time: large enough to be quick, small enough to be no memory.
+_PIECE = 2**20
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Give the place to write a file to; after the block it is at `path`, whole, for good."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    with appearing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Sync a folder of files and rename it to `path`, where nothing may be."""
+    for file in partial.iterdir():
+        sync(file)
+    sync(partial)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder; cut short, it leaves nothing under the name that it had."""
+    doomed = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def room_for(needed: int, folder: Path, advice: str) -> Iterator[None]:
+    """Within the block, a full disk is an error that says what is needed and what to do.
+
+    Args:
+        needed: bytes that the block writes.
+        folder: where it writes them.
+        advice: the last sentence of the message: what is left, and how to go on.
+
+    Raises:
+        DiskFullError: the disk, the quota or the limit of a file's size is used up.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if _code(error) not in _FULL:
+            raise
+        raise DiskFullError(
+            f"the disk is full ({error}): {needed:,} bytes are needed in {folder}, and "
+            f"{shutil.disk_usage(folder).free:,} are free there. {advice}"
+        ) from error
+
+
+def _code(error: Exception) -> int | None:
+    """Return the number of an operating system's error; safetensors has it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None

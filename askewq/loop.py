@@ -1,0 +1,253 @@
+"""The training loop of a phase: batches, steps, evaluation and checkpoints on the way.
+
+Every step is a function of (seed, step): data order, augmentation and dropout are drawn anew from
+them, so an interrupted run goes on exactly as it would have. After the last step of a phase a
+checkpoint is written, so that between the phases nothing that was trained can be lost.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from askewq import anneal, distill, divergence, layers, report, signals, snapshots, training_state
+from askewq.batches import prepare_batch
+from askewq.config import Recipe
+from askewq.errors import DivergenceError
+from askewq.evaluate import Evaluation, evaluate
+from askewq.spec import LoadedModel
+from askewq.tasks import logits_and_labels, score
+from askewq.training_state import Progress
+
+
+class Loop:
+    """What both phases of a run share.
+
+    Attributes:
+        progress: how far the run has come; a checkpoint holds it.
+        step_seconds: what each step of this process took.
+        taught_by: the teacher of the steps to come, if there is one.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Any,
+        loaded: LoadedModel,
+        train_loader: Any,
+        eval_loader: Any,
+    ) -> None:
+        self.recipe = recipe
+        self.out = recipe.output
+        self.accelerator = accelerator
+        self.loaded = loaded
+        self.model: nn.Module = loaded.model
+        self.train_loader = train_loader
+        self.eval_loader = eval_loader
+        self.progress = Progress()
+        self.step_seconds: list[float] = []
+        self.taught_by: distill.Teacher | None = None
+
+    def run(
+        self,
+        phase: str,
+        optimizer: torch.optim.Optimizer,
+        first: int,
+        end: int,
+        folder: Path | None,
+        before_step: Callable[[float], dict[str, float]],
+    ) -> None:
+        """Train from step `first` (or the checkpoint in `folder`) to step `end`.
+
+        Raises:
+            DivergenceError: a loss, a gradient or weights that are not finite, beyond what the
+                recipe tolerates.
+            signals.Stop: a signal came; a checkpoint holds every step made.
+        """
+        recipe, progress, accelerator = self.recipe, self.progress, self.accelerator
+        full_lrs = [group["lr"] for group in optimizer.param_groups]
+        model, prepared = accelerator.prepare(self.model, optimizer)
+        if folder is not None:
+            training_state.load(folder, self.model, optimizer, accelerator.process_index)
+            before_step((progress.step - first) / (end - first))
+        saved = progress.step if folder is not None else None
+        progress.phase = phase
+        save_every = recipe.save_every or max(1, (end - first) // 10)
+        batches = self._batches(progress.step * recipe.grad_accumulation)
+        main = accelerator.is_main_process
+        try:
+            with report.progress_bar(phase, progress.step - first, end - first, main) as bar:
+                while progress.step < end:
+                    began = time.perf_counter()
+                    step = progress.step
+                    factor = anneal.lr_factor((step - first) / (end - first), recipe.lr_hold)
+                    for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
+                        group["lr"] = full_lr * factor
+                    # The interval at the end of this step, so that the last one closes everything.
+                    shown = before_step((step + 1 - first) / (end - first))
+                    micro = [next(batches) for _ in range(recipe.grad_accumulation)]
+                    # After the batches are drawn: a loader that starts anew draws numbers itself.
+                    torch.manual_seed(_mix(recipe.seed, step, accelerator.process_index))
+                    loss = self._step(model, prepared, micro, step)
+                    progress.step += 1
+                    elapsed = time.perf_counter() - began
+                    progress.seconds += elapsed
+                    self.step_seconds.append(elapsed)
+                    shown = {"loss": loss, "lr": optimizer.param_groups[-1]["lr"], **shown}
+                    report.advance(bar, shown)
+                    if recipe.report_to != "none":
+                        accelerator.log(shown, step=progress.step)
+                    self._evaluate_on_the_way(phase, end)
+                    if progress.step % save_every == 0 or progress.step == end:
+                        self._save(optimizer)
+                        saved = progress.step
+                    self._check_signals()
+        except signals.Stop:
+            if saved != progress.step:
+                self._save(optimizer)
+            raise
+        # Takes what `prepare` put on the model off again, so that the next phase can prepare it.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.model.__dict__.pop(name, None)
+        accelerator.free_memory()
+
+    def _step(
+        self, model: nn.Module, optimizer: Any, micro: list[dict[str, Tensor]], step: int
+    ) -> float:
+        """Make one optimizer step out of some batches, or pass it over; return their mean loss."""
+        losses: list[float] = []
+        suspect: dict[str, Tensor] = {}
+        tolerant = divergence.tolerated(self.recipe.nan_policy) > 0
+        # A forward pass that goes wrong has already changed BatchNorm's statistics.
+        before = {n: b.clone() for n, b in self.model.named_buffers()} if tolerant else {}
+        model.train()
+        for raw in micro:
+            with self.accelerator.accumulate(model):
+                batch = prepare_batch(raw, self.loaded.preprocessing, self.recipe.augment)
+                loss = self._loss(model, batch)
+                losses.append(float(loss.detach()))
+                if not suspect or not math.isfinite(losses[-1]):
+                    suspect = batch
+                self.accelerator.backward(loss)
+        total = sum(losses) / len(losses)
+        fine = math.isfinite(total) and divergence.gradients_finite(self.model)
+        if self._anyone(int(not fine)):
+            self._tolerate(total, suspect, step)
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        prepared = layers.prepared(self.model) if self.recipe.compile else nullcontext()
+        with self.accelerator.autocast(), prepared:
+            logits, labels = logits_and_labels(model, self.loaded.spec, batch)
+        scores = score(logits, labels)
+        loss = scores.loss.sum() / scores.count.sum()
+        if self.taught_by is None:
+            return loss
+        with self.accelerator.autocast():
+            taught = self.taught_by.logits(batch)
+        distance = distill.distance(logits, taught, labels, self.recipe.temperature)
+        return torch.lerp(loss, distance, self.recipe.distill)
+
+    def _tolerate(self, loss: float, batch: dict[str, Tensor], step: int) -> None:
+        """Count a step whose update is passed over.
+
+        Raises:
+            DivergenceError: one more than the recipe tolerates, or weights that are broken already.
+        """
+        where = divergence.trace(self.model, batch, lambda: self._loss(self.model, batch))
+        what = f"the loss is {loss} at step {step}"
+        if math.isfinite(loss):
+            what = f"a gradient is NaN or infinite at step {step} (the loss is {loss:g})"
+        most = divergence.tolerated(self.recipe.nan_policy)
+        broken = not divergence.weights_finite(self.model)
+        if broken or self.progress.skipped >= most:
+            self._diverged(f"{what}: {where}", step, broken)
+        self.progress.skipped += 1
+        if self.accelerator.is_main_process:
+            report.note(f"{what}: {where}; skipped, {self.progress.skipped} of {most}")
+
+    def _diverged(self, what: str, step: int, broken: bool) -> None:
+        """Drop the checkpoint of the very weights that gave this, and say what is left."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            snapshots.drop(self.out, step)
+        lr = self.recipe.lr
+        if self.progress.phase != "low-bit":
+            lr = self.recipe.full_precision_lr
+        others = " or --mixed-precision no" if self.recipe.mixed_precision != "no" else ""
+        if not broken:
+            others += "; --nan-policy skip:N passes over N such steps"
+        used = self.progress.skipped
+        raise DivergenceError(
+            f"{what}. The last checkpoint is {snapshots.newest(self.out) or 'the start'}"
+            f"{f'; {used} steps were skipped before' if used else ''}. Try a smaller --lr than "
+            f"{lr:g}{others}."
+        )
+
+    def _save(self, optimizer: torch.optim.Optimizer) -> None:
+        if not divergence.weights_finite(self.model):
+            where = divergence.trace(self.model, {}, lambda: None)
+            step = self.progress.step
+            self._diverged(f"the weights are not finite after step {step}: {where}", step, True)
+        snapshots.save(
+            self.accelerator, self.out, self.model, optimizer, self.progress, self.recipe.keep
+        )
+
+    def _batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
+        """Yield training batches without end, from the place after `consumed` ones."""
+        epoch, skip = divmod(consumed, len(self.train_loader))
+        while True:
+            self.train_loader.set_epoch(epoch)
+            loader = self.train_loader
+            yield from self.accelerator.skip_first_batches(loader, skip) if skip else loader
+            epoch, skip = epoch + 1, 0
+
+    def _evaluate_on_the_way(self, phase: str, end: int) -> None:
+        step, every = self.progress.step, self.recipe.eval_every
+        if not every or step % every or step == end:
+            return
+        with layers.snapped(self.model):
+            result = self.evaluate()
+        if self.accelerator.is_main_process:
+            report.print_evaluation(phase, step, result)
+        if self.recipe.report_to != "none":
+            self.accelerator.log({result.metric: result.value}, step=step)
+
+    def evaluate(self, *also: nn.Module) -> Evaluation:
+        """Evaluate the model; `also` names models that must equal it to the bit."""
+        return evaluate(
+            [self.model, *also],
+            self.loaded.spec,
+            self.loaded.preprocessing,
+            self.eval_loader,
+            self.accelerator,
+        )
+
+    def _anyone(self, number: int) -> int:
+        """Return the largest number of all processes, so that they go the same way."""
+        if self.accelerator.num_processes == 1:
+            return number
+        mine = torch.tensor([number], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
+
+    def _check_signals(self) -> None:
+        if number := self._anyone(signals.received()):
+            raise signals.Stop(number)
+
+
+def _mix(*numbers: int) -> int:
+    """Return one seed for a tuple of numbers, without the overlaps of their sum."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return mixed

@@ -1,0 +1,73 @@
+"""SIGTERM and Ctrl-C: noted when they come, obeyed where nothing is half done.
+
+A scheduler that ends a job and a person at the keyboard want the same thing: what was computed on
+the disk, soon, and the process gone. So the first signal is only noted, and the run stops at its
+next safe point (`check`). A second one, more than `ECHO` seconds later, ends the process at once;
+what is on the disk is whole at any moment.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A launcher passes on a Ctrl-C that the terminal has sent to its children, too.
+ECHO = 2.0
+
+_noted: tuple[int, float] | None = None
+
+
+class Stop(Exception):  # noqa: N818  # no error: a request
+    """A signal that was noted; `number` says which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Within the block the two signals are noted instead of ending the process."""
+    global _noted
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may receive signals; elsewhere they keep their meaning
+        return
+    before = [(number, signal.getsignal(number)) for number in SIGNALS]
+    _noted = None
+    for number in SIGNALS:
+        signal.signal(number, _note)
+    try:
+        yield
+    finally:
+        _noted = None
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    global _noted
+    now = time.monotonic()
+    if _noted is None:
+        _noted = number, now
+    elif now - _noted[1] > ECHO:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def received() -> int:
+    """Return the number of the signal that was noted, 0 for none."""
+    return 0 if _noted is None else _noted[0]
+
+
+def check() -> None:
+    """Stop here if a signal was noted.
+
+    Raises:
+        Stop: naming it.
+    """
+    if number := received():
+        raise Stop(number)

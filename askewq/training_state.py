@@ -1,0 +1,205 @@
+"""All that a run is at one moment, as files in a folder: what a checkpoint holds.
+
+Weights, the optimizer's tensors and the random numbers of every process are safetensors, numbers
+are JSON: reading a checkpoint runs no pickle, whoever wrote it.
+"""
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from askewq import disk
+from askewq.errors import OutputError
+
+STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
+VERSION = 1
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run has come, beside weights and optimizer.
+
+    Attributes:
+        step: optimizer steps made, skipped ones included; with the seed it says where the sampler
+            stands and what the next step draws.
+        phase: which of the two loops made the last of them.
+        skipped: steps whose update was passed over, see `divergence`.
+        teacher: SHA-256 of the file with the network that teaches, if the run wrote one.
+    """
+
+    step: int = 0
+    phase: str = ""
+    seconds: float = 0.0
+    skipped: int = 0
+    full_precision: float | None = None
+    rounded: float | None = None
+    teacher: str | None = None
+
+
+def size(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Return about how many bytes `save` writes."""
+    tensors, _ = _split(optimizer)
+    every = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+    return sum(every.values()) + sum(t.nbytes for t in tensors.values()) + 2**16
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    processes: int,
+) -> None:
+    """Write everything but random numbers into an existing folder; one process does."""
+    save_model(model, str(folder / WEIGHTS))
+    tensors, numbers = _split(optimizer)
+    save_file(tensors, folder / OPTIMIZER)
+    content = {
+        "version": VERSION,
+        "processes": processes,
+        "progress": asdict(progress),
+        "optimizer": numbers,
+    }
+    (folder / STATE).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, process: int) -> None:
+    """Fill a model and its optimizer, in place, and set this process' random numbers.
+
+    Raises:
+        OutputError: state that belongs to another model or optimizer.
+    """
+    try:
+        load_model(model, str(folder / WEIGHTS))
+        numbers = _content(folder)["optimizer"]
+        _join(optimizer, load_file(folder / OPTIMIZER), numbers)
+        _load_random(_random_file(folder, process))
+    except (RuntimeError, ValueError, LookupError, TypeError, OSError, SafetensorError) as error:
+        raise OutputError(
+            f"the checkpoint {folder} does not fit this run ({type(error).__name__}: {error}); it "
+            "was written by another one. Start again with --overwrite."
+        ) from error
+
+
+def read_progress(folder: Path, processes: int) -> Progress:
+    """Return how far the run of a checkpoint had come.
+
+    Raises:
+        OutputError: a checkpoint of another version of askewq, or of another number of processes.
+    """
+    content = _content(folder)
+    if content["processes"] != processes:
+        raise OutputError(
+            f"the checkpoint {folder} was written by {content['processes']} processes, and these "
+            f"are {processes}; the data would go on in another order. Start as many as before."
+        )
+    return Progress(**content["progress"])
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """Return what state.json holds; `load` is the one to find out about its `optimizer`."""
+    try:
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']!r}, not {VERSION}")
+        Progress(**content["progress"])
+        return content  # type: ignore[no-any-return]  # JSON
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"the checkpoint {folder} cannot be read ({type(error).__name__}: {error}): another "
+            "askewq wrote it. Go on with that one, or start again with --overwrite."
+        ) from error
+
+
+def _split(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the optimizer's state as named tensors and JSON values."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
+            else:
+                numbers["state"].setdefault(str(index), {})[key] = value
+    return tensors, numbers
+
+
+def _join(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]
+) -> None:
+    """Give an optimizer the state that `_split` took apart."""
+    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in numbers["state"].items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        shape = parameters[int(index)].shape
+        if tensor.dim() and tensor.shape != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)} and its parameter {list(shape)}")
+        state.setdefault(int(index), {})[key] = tensor
+    groups = [dict(group) for group in numbers["param_groups"]]
+    for group, present in zip(groups, optimizer.param_groups, strict=True):
+        for key, value in group.items():
+            if isinstance(present.get(key), tuple):
+                group[key] = tuple(value)  # JSON has lists only
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_random(folder: Path, process: int) -> None:
+    """Write the state of every generator of random numbers of this process."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy.keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "python.words": torch.tensor(words, dtype=torch.int64),
+    }
+    if torch.cuda.is_available():
+        states = torch.cuda.get_rng_state_all()
+        tensors |= {f"cuda.{i}": state for i, state in enumerate(states)}
+    rest = {"numpy": [int(position), int(has_gauss), float(cached)], "python": [version, gauss]}
+    save_file(tensors, _random_file(folder, process), {"askewq": json.dumps(rest)})
+
+
+def _load_random(path: Path) -> None:
+    """Set every generator of random numbers of this process to where it was."""
+    with safe_open(path, framework="pt") as file:
+        rest = json.loads(file.metadata()["askewq"])
+    tensors = load_file(path)
+    torch.set_rng_state(tensors["torch"])
+    keys = tensors["numpy.keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, *rest["numpy"]))
+    version, gauss = rest["python"]
+    random.setstate((version, tuple(tensors["python.words"].tolist()), gauss))
+    states = [tensors[f"cuda.{i}"] for i in range(sum(n.startswith("cuda.") for n in tensors))]
+    if states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states)
+
+
+def _random_file(folder: Path, process: int) -> Path:
+    return folder / f"random-{process:05d}.safetensors"
+
+
+def save_network(model: nn.Module, path: Path) -> None:
+    """Write a network to a file that appears whole or not at all."""
+    with disk.appearing(path) as partial:
+        save_model(model, str(partial))
+
+
+def load_network(model: nn.Module, path: Path, sha256: str | None) -> None:
+    """Fill a network, in place, from a file that `save_network` wrote.
+
+    Raises:
+        OutputError: the file is missing or is not the one that was written.
+    """
+    if not path.is_file() or disk.sha256_of(path) != sha256:
+        raise OutputError(f"--resume: {path} is missing or damaged; start again with --overwrite.")
+    load_model(model, str(path))

@@ -1,0 +1,115 @@
+"""What a stranger's folder may not do: lead out of itself, bring code, or be larger than it says.
+
+docs/security.md lists the threats; these are the checks that neither the formats nor the
+libraries that read them make.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from askewq.errors import FormatError, ModelError
+
+# More than any config.json has: labels of 20,000 classes take half a megabyte.
+CONFIG_BYTES = 2**24
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# Old tokenizers have a path of their maker's machine here, which nobody opens.
+_UNUSED = "special_tokens_map_file"
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a small JSON file.
+
+    Raises:
+        FormatError: it is too large, or no JSON.
+    """
+    try:
+        if (size := path.stat().st_size) > CONFIG_BYTES:
+            raise FormatError(f"{path} has {size:,} bytes; at most {CONFIG_BYTES:,} are read.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def check_index(folder: Path) -> None:
+    """Check that the shards of a Hugging Face folder are files in it.
+
+    Raises:
+        ModelError: naming the index and the file that it leads to.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict):
+            raise ModelError(f"{index} has no weight_map.")
+        for name in shards.values():
+            if not _is_inside(name):
+                raise ModelError(
+                    f"{index} leads out of its folder, to {name!r}; shards are files beside it."
+                )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that a tokenizer's files are in its folder.
+
+    Raises:
+        FormatError: naming the key and the file.
+    """
+    path = folder / _TOKENIZER_CONFIG
+    if not path.is_file():
+        return
+    content = read_json(path)
+    for key, value in (content if isinstance(content, dict) else {}).items():
+        if key.endswith("_file") and key != _UNUSED and value and not _is_inside(value):
+            raise FormatError(f"{path}: {key} leads out of the folder, to {value!r}.")
+
+
+def check_arguments(arguments: Any, path: str) -> None:
+    """Check that a network's config has none of its parts fetched as code.
+
+    transformers takes an attention that is named like a repository, owner/name, from the Hub.
+
+    Raises:
+        FormatError: naming the key.
+    """
+    pairs = arguments.items() if isinstance(arguments, dict) else enumerate(arguments)
+    for key, value in pairs:
+        if "implementation" in str(key) and "/" in str(value):
+            raise FormatError(f"{path}: {key} = {value!r} would run code from the Hub.")
+        if isinstance(value, dict | list):
+            check_arguments(value, path)
+
+
+def _is_inside(name: Any) -> bool:
+    """Tell whether a name is that of a file in the folder itself."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set("/\\\0") & set(name)
+
+
+@contextmanager
+def at_most(parameters: int) -> Iterator[None]:
+    """Within the block no network is built with more parameters; memory is not touched before.
+
+    Raises:
+        FormatError: a network that has more.
+    """
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        total += 0 if parameter is None else parameter.numel()
+        if total > parameters:
+            raise FormatError(
+                f"it describes a network of more than {total:,} parameters, and the weights "
+                f"beside it are for at most {parameters:,}"
+            )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()

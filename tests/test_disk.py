@@ -1,0 +1,159 @@
+"""Files and folders that appear whole or not at all, and a disk that is full for real."""
+
+import errno
+import os
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from builders import files
+from safetensors.torch import save_file
+
+from askewq import disk
+from askewq.errors import DiskFullError
+
+
+@pytest.fixture
+def no_file_beyond():
+    """Give a function that limits the size of every file written from now on, as a quota does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 64 kB, where this process may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("this process may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+class TestAppearing:
+    def test_what_is_written_appears_at_the_end(self, tmp_path):
+        """Within the block the old content is there, after it the new one and nothing else."""
+        path = tmp_path / "a.txt"
+        disk.write(path, "old")
+        with disk.appearing(path) as partial:
+            partial.write_text("new")
+            assert path.read_text() == "old"
+        assert path.read_text() == "new"
+        assert files(tmp_path) == {"a.txt"}
+
+    def test_an_error_leaves_the_old_file(self, tmp_path):
+        """A block that fails changes nothing and leaves nothing behind."""
+        path = tmp_path / "a.txt"
+        disk.write(path, "old")
+
+        def fail():
+            with disk.appearing(path) as partial:
+                partial.write_text("new")
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail()
+        assert path.read_text() == "old"
+        assert files(tmp_path) == {"a.txt"}
+
+    def test_everything_is_synced_before_and_after_the_rename(self, tmp_path, monkeypatch):
+        """First the content, then the name, then the folder of the name."""
+        calls = []
+        real_sync, real_rename, real_replace = os.fsync, os.rename, os.replace
+
+        def sync(descriptor):
+            name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+            calls.append(name.removeprefix(str(tmp_path)))
+            real_sync(descriptor)
+
+        def renamed(real):
+            def rename(source, target, **kwargs):
+                calls.append("rename")
+                real(source, target, **kwargs)
+
+            return rename
+
+        monkeypatch.setattr(os, "fsync", sync)
+        monkeypatch.setattr(os, "rename", renamed(real_rename))
+        monkeypatch.setattr(os, "replace", renamed(real_replace))
+        disk.write(tmp_path / "a.txt", "x")
+        assert calls == ["/a.txt.partial", "rename", ""]
+        calls.clear()
+        (tmp_path / "b.partial").mkdir()
+        (tmp_path / "b.partial" / "c").write_text("x")
+        disk.publish(tmp_path / "b.partial", tmp_path / "b")
+        assert calls == ["/b.partial/c", "/b.partial", "rename", ""]
+
+    def test_a_deleted_folder_is_gone_at_once(self, tmp_path, monkeypatch):
+        """A deletion that is cut short leaves nothing under the folder's own name."""
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "x").write_text("x")
+
+        def cut(path, *args, **kwargs):
+            if path.is_dir():
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(disk.shutil, "rmtree", cut)
+            with pytest.raises(KeyboardInterrupt):
+                disk.delete(tmp_path / "a")
+        assert files(tmp_path) == {"a.partial/x"}
+        (tmp_path / "a").mkdir()
+        disk.delete(tmp_path / "a")
+        assert files(tmp_path) == set()
+        assert not list(tmp_path.iterdir())
+
+
+class TestFullDisk:
+    def write_weights(self, folder):
+        """Write 80 kB as a checkpoint does."""
+        with disk.room_for(80_000, folder, "Do this."), disk.appearing(folder / "w") as partial:
+            save_file({"a": torch.zeros(20_000)}, partial)
+
+    def write_text(self, folder):
+        """Write 80 kB as a model card is written."""
+        with disk.room_for(80_000, folder, "Do this."):
+            disk.write(folder / "w", 80_000 * "x")
+
+    @pytest.mark.parametrize("how", ["write_weights", "write_text"])
+    def test_a_full_file_system(self, small_disk, how):
+        """The message says how much is needed and free, and what to do; nothing is left behind."""
+        (small_disk / "other").write_bytes(bytes(40_000))
+        with pytest.raises(
+            DiskFullError, match=r"80,000 bytes.*24,576 are free.*Do this\."
+        ) as caught:
+            getattr(self, how)(small_disk)
+        assert "os error 28" in str(caught.value) or "Errno 28" in str(caught.value)
+        assert files(small_disk) == {"other"}
+
+    @pytest.mark.parametrize("how", ["write_weights", "write_text"])
+    def test_a_limit_of_file_size(self, tmp_path, no_file_beyond, how):
+        """A quota is reported as a full disk is."""
+        no_file_beyond(10_000)
+        with pytest.raises(DiskFullError, match=r"80,000 bytes are needed.*Do this\."):
+            getattr(self, how)(tmp_path)
+        assert files(tmp_path) == set()
+
+    @pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), OSError("?"), ValueError("no")])
+    def test_other_errors_stay_what_they_are(self, tmp_path, error):
+        """What has nothing to do with room is passed on."""
+        with pytest.raises(type(error)) as caught, disk.room_for(1, tmp_path, ""):
+            raise error
+        assert caught.value is error
+
+
+def test_sha256_is_that_of_the_tool(tmp_path):
+    """The sum is the one that sha256sum prints, also of files larger than a piece."""
+    path = tmp_path / "a"
+    path.write_bytes(bytes(range(256)) * 10_000)
+    printed = subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True)
+    assert disk.sha256_of(path) == printed.stdout.split()[0]

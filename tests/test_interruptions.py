@@ -1,0 +1,16 @@
+"""Runs that are killed for real, by SIGKILL: benchmarks/interruptions.py with three kills."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "interruptions.py"
+
+
+def test_three_kills():
+    """A run killed at a random moment and resumed ends with the bytes of an uncut one."""
+    command = [sys.executable, str(SCRIPT), "--kills", "3", "--seed", "5"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("3 kills")
+    assert ", 0 did not" in done.stdout

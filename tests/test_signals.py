@@ -1,0 +1,82 @@
+"""SIGTERM and Ctrl-C: noted, obeyed at a safe point, and only noted where a run listens."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from askewq import signals
+
+WAITING = """
+import os, time
+from askewq import signals
+signals.ECHO = 0.2
+with signals.listening():
+    print("ready", flush=True)
+    while not signals.received():
+        time.sleep(0.01)
+    print("noted", signals.received(), flush=True)
+    time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_obeyed_at_the_next_check(number):
+    """The process goes on until `check`, which names the signal."""
+    with signals.listening():
+        signals.check()
+        os.kill(os.getpid(), number)
+        assert signals.received() == number
+        with pytest.raises(signals.Stop, match=number.name) as caught:
+            signals.check()
+    assert caught.value.number == number
+
+
+def test_handlers_are_put_back():
+    """After the block the signals mean what they meant before, and none is noted."""
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+    signals.check()
+
+
+def test_an_echo_is_no_second_wish():
+    """A signal that a launcher passes on within two seconds does not end the process."""
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received() == signal.SIGINT
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_one_ends_the_process_at_once(number):
+    """Who asks again, later, is not kept waiting."""
+    child = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(number)
+    assert child.stdout.readline() == f"noted {int(number)}\n"
+    time.sleep(0.3)
+    child.send_signal(number)
+    assert child.wait(timeout=10) == -number
+    child.stdout.close()
+
+
+def test_other_threads_leave_signals_alone():
+    """A run in a thread of a larger program does not touch the program's handlers."""
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def work():
+        with signals.listening():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]

@@ -1,0 +1,362 @@
+"""Hostile files: nothing of a stranger's runs, leads out of its folder, or takes memory unasked."""
+
+import json
+import pickle
+import re
+import resource
+import shutil
+import sys
+import time
+
+import builders
+import pytest
+import torch
+import transformers
+from builders import command, copy_of, edit_config
+from safetensors.torch import load_file, save_file
+from test_snapshots import Bomb
+
+import askewq
+from askewq import artifact, checkpoint, models, trust
+from askewq.errors import AskewError, FormatError, ModelError
+
+
+def peak() -> int:
+    """Return the peak memory of this process in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class TestPickles:
+    """A pickle can run any program; docs/security.md says which reader meets which."""
+
+    def bomb(self, tmp_path):
+        return Bomb(tmp_path / "executed")
+
+    @pytest.mark.parametrize("name", ["w.pt", "w.bin", "w.pth", "w.safetensors"])
+    def test_weights_of_the_user(self, tmp_path, name):
+        """--weights reads tensors alone."""
+        (tmp_path / name).write_bytes(pickle.dumps({"a": self.bomb(tmp_path)}))
+        with pytest.raises(ModelError):
+            models.load(
+                builders.own("small"), "image-classification", ("a",), weights=tmp_path / name
+            )
+        assert not (tmp_path / "executed").exists()
+
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_hugging_face_folder(self, tmp_path, packed):
+        """A folder whose weights are a pickle of more than tensors is refused."""
+        folder = tmp_path / "bert"
+        shutil.copytree(builders.bert(), folder)
+        (folder / "model.safetensors").unlink()
+        content = {"a": self.bomb(tmp_path)}
+        if packed:
+            torch.save(content, folder / "pytorch_model.bin")
+        else:
+            (folder / "pytorch_model.bin").write_bytes(pickle.dumps(content))
+        with pytest.raises(ModelError):
+            models.load(str(folder), "text-classification", ("neg", "pos"))
+        assert not (tmp_path / "executed").exists()
+
+    def test_a_timm_folder(self, tmp_path):
+        """A local timm model whose weights are a pickle is refused."""
+        config = {"architecture": "test_resnet", "num_classes": 3, "pretrained_cfg": {}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        torch.save({"a": self.bomb(tmp_path)}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ModelError):
+            models.load(f"local-dir:{tmp_path}", "image-classification", ("a", "b", "c"))
+        assert not (tmp_path / "executed").exists()
+
+    def test_an_artifact(self, tmp_path):
+        """A pickle in the place of the packed file, or beside it, is not read."""
+        folder = copy_of("bert", tmp_path)
+        for name in ("pytorch_model.bin", "training_args.bin", "tokenizer.pkl"):
+            (folder / name).write_bytes(pickle.dumps(self.bomb(tmp_path)))
+        askewq.load(folder)
+        artifact.load_artifact(folder)
+        (folder / "model.safetensors").write_bytes(pickle.dumps(self.bomb(tmp_path)))
+        with pytest.raises(FormatError):
+            askewq.load(folder)
+        assert not (tmp_path / "executed").exists()
+
+
+CODE = """
+import pathlib
+pathlib.Path({path!r}).write_text("x")
+from transformers import BertConfig, BertForSequenceClassification
+class Config(BertConfig):
+    model_type = "stranger"
+class Model(BertForSequenceClassification):
+    config_class = Config
+"""
+
+
+class TestRemoteCode:
+    @pytest.fixture
+    def stranger(self, tmp_path):
+        """A Hugging Face folder that brings its own code, which writes a file when it is run."""
+        folder = tmp_path / "stranger"
+        shutil.copytree(builders.bert(), folder)
+        path = folder / "config.json"
+        auto_map = {
+            "AutoConfig": "code.Config",
+            "AutoModelForSequenceClassification": "code.Model",
+        }
+        config = {**json.loads(path.read_text()), "model_type": "stranger", "auto_map": auto_map}
+        path.write_text(json.dumps(config))
+        (folder / "code.py").write_text(CODE.format(path=str(tmp_path / "executed")))
+        return folder
+
+    def test_is_not_run(self, tmp_path, stranger, monkeypatch):
+        """Without the flag it is refused, and nobody is asked: input would wait for a terminal."""
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        with pytest.raises(ModelError, match="if you trust it, pass --trust-remote-code"):
+            models.load(str(stranger), "text-classification", ("neg", "pos"))
+        assert not (tmp_path / "executed").exists()
+
+    def test_a_tokenizer_brings_none(self, tmp_path, stranger, monkeypatch):
+        """A tokenizer that names code is loaded without it."""
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        shutil.copy(builders.bert() / "config.json", stranger)
+        path = stranger / "tokenizer_config.json"
+        auto_map = {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}))
+        assert models.load_tokenizer(str(stranger), False).tokenizer("good")["input_ids"]
+        assert not (tmp_path / "executed").exists()
+
+    def test_is_run_when_asked_for(self, tmp_path, stranger):
+        """With the flag it runs: the test above does not pass for another reason."""
+        models.hf_config(str(stranger), True)
+        assert (tmp_path / "executed").exists()
+
+    def test_an_artifact_brings_none(self, tmp_path, monkeypatch):
+        """An artifact that names code of a repository is built by the library's own, or refused."""
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        folder = copy_of("bert", tmp_path)
+        arguments = artifact.read_spec(folder)[0].arguments
+        auto_map = {"AutoModelForSequenceClassification": "owner/name--code.Model"}
+        edit_config(folder, arguments={**arguments, "auto_map": auto_map})
+        model = askewq.load(folder)
+        assert type(model).__module__.startswith("transformers.models.bert")
+
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {"attn_implementation": "owner/kernel"},
+            {"_attn_implementation": "owner/kernel:attention"},
+            {"text_config": {"experts_implementation": "owner/kernel@main"}},
+            {"parts": [{"_attn_implementation_internal": "owner/kernel"}]},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("how", ["askewq", "transformers"])
+    def test_kernels_of_the_hub(self, tmp_path, extra, how):
+        """An attention that is named like a repository is not fetched and run."""
+        folder = copy_of("bert", tmp_path)
+        arguments = artifact.read_spec(folder)[0].arguments
+        edit_config(folder, arguments={**arguments, **extra})
+        auto = transformers.AutoModelForSequenceClassification
+        load = askewq.load if how == "askewq" else auto.from_pretrained
+        with pytest.raises(FormatError, match="would run code from the Hub"):
+            load(folder)
+
+
+class TestPaths:
+    @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/b", "..", "", 3])
+    def test_a_shard_index(self, tmp_path, shard):
+        """An index whose shards are not files beside it is refused, the file is not read."""
+        folder = tmp_path / "bert"
+        shutil.copytree(builders.bert(), folder)
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").rename(tmp_path / "secret.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ModelError, match="leads out of its folder"):
+            models.load(str(folder), "text-classification", ("neg", "pos"))
+
+    def test_shards_in_the_folder(self, tmp_path):
+        """A model in several files loads as before."""
+        folder = tmp_path / "bert"
+        shutil.copytree(builders.bert(), folder)
+        transformers.BertForSequenceClassification.from_pretrained(folder).save_pretrained(
+            folder, max_shard_size="10KB"
+        )
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        assert list(folder.glob("*.index.json"))
+        loaded = models.load(str(folder), "text-classification", ("neg", "pos"))
+        assert loaded.notes == ()
+
+    @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "[" * 100_000])
+    def test_an_index_that_is_none(self, tmp_path, content):
+        """A damaged index is an error of ours."""
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(AskewError, match=r"index\.json"):
+            trust.check_index(tmp_path)
+
+    @pytest.mark.parametrize("how", ["relative", "absolute"])
+    def test_an_artifact_with_an_index(self, tmp_path, how):
+        """By transformers, an artifact's weights are the file beside its config.json."""
+        folder = copy_of("bert", tmp_path)
+        secret = tmp_path / "model.safetensors"
+        (folder / "model.safetensors").rename(secret)
+        name = "../model.safetensors" if how == "relative" else str(secret)
+        index = {"metadata": {}, "weight_map": {"classifier.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(FormatError, match=r"are beside its config\.json"):
+            transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+    @pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "merges_file"])
+    @pytest.mark.parametrize("path", ["../secret.json", "/etc/passwd"])
+    def test_a_tokenizer(self, tmp_path, key, path):
+        """A tokenizer's own files are in the artifact."""
+        folder = copy_of("bert", tmp_path)
+        config = folder / "tokenizer_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), key: path}))
+        with pytest.raises(FormatError, match=f"{key} leads out of the folder"):
+            artifact.load_artifact(folder)
+
+    def test_a_manifest_has_no_paths(self, tmp_path):
+        """Names in a manifest are keys of tensors: one that looks like a path opens nothing."""
+        folder = copy_of("own", tmp_path)
+        path = folder / "model.safetensors"
+        stored = checkpoint.read(path)
+        renamed = {f"../../{name}": weight for name, weight in stored.weights.items()}
+        hostile = checkpoint.Artifact(renamed, stored.tensors, {"../x": "/etc/passwd"})
+        tensors, metadata = checkpoint.serialize(hostile)
+        save_file(tensors, path, metadata)
+        with pytest.raises(FormatError, match="'/etc/passwd', which is not in the file"):
+            askewq.load(folder, model=builders.own_network("small"))
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("kind", "change"),
+        [
+            ("bert", {"intermediate_size": 10**9}),
+            ("bert", {"vocab_size": 2**40}),
+            ("bert", {"num_hidden_layers": 10**7}),
+            ("bert", {"max_position_embeddings": 10**10}),
+            ("timm", {"num_classes": 10**9}),
+            ("llama", {"hidden_size": 2**20}),
+        ],
+        ids=str,
+    )
+    def test_a_network_that_is_too_large_is_never_built(self, tmp_path, kind, change):
+        """A config.json of a larger network than its weights takes neither memory nor time."""
+        folder = copy_of(kind, tmp_path)
+        askewq.load(folder)
+        arguments = artifact.read_spec(folder)[0].arguments
+        edit_config(folder, arguments={**arguments, **change})
+        before, began = peak(), time.perf_counter()
+        with pytest.raises(FormatError):
+            askewq.load(folder)
+        assert peak() - before < 50e6
+        assert time.perf_counter() - began < 5
+
+    def test_a_header_that_is_too_long(self, tmp_path):
+        """A header is read as a whole: its length is checked first, by the file's own size."""
+        path = tmp_path / "m"
+        size = checkpoint.HEADER_BYTES + 1
+        path.write_bytes(size.to_bytes(8, "little") + b"{" + b" " * size)
+        before = peak()
+        with pytest.raises(FormatError, match="claims a header of 4,194,305 bytes"):
+            checkpoint.read(path)
+        assert peak() - before < 50e6
+
+    @pytest.mark.parametrize("nested", ["[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900])
+    def test_deep_nesting(self, tmp_path, nested):
+        """JSON as deep as Python can just read ends in a FormatError as well."""
+        text = '{"version":2,"weights":{"w":' + nested + '},"shared":{},"digest":"x"}'
+        save_file({"a": torch.zeros(1)}, tmp_path / "m", {"askewq": text})
+        with pytest.raises(FormatError):
+            checkpoint.read(tmp_path / "m")
+
+    def test_a_config_that_is_too_large(self, tmp_path):
+        """A config.json beyond any of its kind is not read."""
+        folder = copy_of("timm", tmp_path)
+        with (folder / "config.json").open("ab") as file:
+            file.truncate(trust.CONFIG_BYTES + 1)
+        with pytest.raises(FormatError, match="at most 16,777,216 are read"):
+            askewq.load(folder)
+
+    def test_the_count_is_taken_back(self):
+        """Networks built outside the block are as large as they like."""
+        with pytest.raises(FormatError), trust.at_most(10):
+            torch.nn.Linear(10, 10)
+        torch.nn.Linear(10, 10)
+
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J"
+
+
+class TestShown:
+    """What a stranger named is shown as it is."""
+
+    def test_names_of_layers_and_models(self, tmp_path):
+        """`inspect` prints no control character of an artifact."""
+        folder = copy_of("own", tmp_path)
+        path = folder / "model.safetensors"
+        stored = checkpoint.read(path)
+        renamed = {name + ESCAPE: weight for name, weight in stored.weights.items()}
+        tensors, metadata = checkpoint.serialize(
+            checkpoint.Artifact(renamed, stored.tensors, stored.shared)
+        )
+        save_file(tensors, path, metadata)
+        edit_config(folder, name=f"model{ESCAPE}\nline")
+        outcome = command("inspect", folder)
+        assert outcome.code == 0
+        assert r"2.weight\x1b]0;owned\x07\x1b[2J" in outcome.out
+        assert r"model\x1b]0;owned\x07\x1b[2J\nline" in outcome.out
+        assert not {"\x1b", "\x07"} & set(outcome.out + outcome.err)
+
+    def test_errors(self, tmp_path):
+        """An error message that quotes a file is harmless, too."""
+        folder = copy_of("timm", tmp_path)
+        edit_config(folder, preprocessing={ESCAPE: 1}, labels=[ESCAPE], task=ESCAPE)
+        for words in (("inspect", folder), ("inspect", f"nowhere{ESCAPE}"), ("eval", folder)):
+            outcome = command(*words)
+            assert outcome.code == 2
+            assert not {"\x1b", "\x07"} & set(outcome.out + outcome.err)
+
+    def test_a_push(self, tmp_path):
+        """The dry run prints file names and a commit message that are harmless."""
+        folder = copy_of("own", tmp_path)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps({**metrics, "model": f"m{ESCAPE}"}))
+        (folder / f"a{ESCAPE.replace('/', '')}.txt").write_text("x")
+        outcome = command("push", folder, "owner/name", "--dry-run")
+        assert outcome.code == 0
+        assert r"m\x1b]0;owned" in outcome.out
+        assert not {"\x1b", "\x07"} & set(outcome.out)
+
+
+def test_the_readme_of_an_export(tmp_path):
+    """Names and labels on an export's page are shown as they are."""
+    from askewq import export, export_compressed_tensors, export_dense
+    from askewq.target import Options
+
+    hostile = "<script>x</script>[a](b)"
+    folder = copy_of("bert", tmp_path)
+    edit_config(folder, name=hostile, labels=[hostile, "b"])
+    source = export._open(folder, None)
+    for page in (
+        export_dense._readme(source, Options()),
+        export_compressed_tensors._readme(source),
+    ):
+        outside = re.sub(r"^```python\n.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+        assert outside.startswith(r"# &lt;script&gt;x&lt;/script&gt;\[a\]\(b\), ")
+        assert not {"<", ">"} & set(outside)
+
+
+def test_fuzzing_finds_nothing(tmp_path):
+    """A few hundred of the cases of benchmarks/fuzz_artifact.py, by another seed."""
+    sys.path.insert(0, str(builders.Path(__file__).parent.parent / "benchmarks"))
+    try:
+        import fuzz_artifact
+    finally:
+        sys.path.pop(0)
+    tally, wrong = fuzz_artifact.fuzz(400, 1, tmp_path)
+    assert wrong == []
+    assert sum(tally.values()) == 400
+    parts = {name.split(":")[0] for name in tally}
+    assert parts == {"length", "header", "manifest", "digest", "codes", "scale", "other", "config"}
