@@ -17,26 +17,51 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from askewq.errors import FormatError, RecipeError, near
-from askewq.grid import Grid, make_grid
+from askewq.grid import Grid, channels_back, channels_first, make_grid
 from askewq.layers import QuantizedLayer, quantized_layers
 from askewq.pack import check_packed, pack, unpack_values
 
-VERSION = 1
+# The keys of a weight's entry in every version. A file has the lowest version that can say it.
+ENTRIES = {
+    1: {"bits", "grid", "shape"},
+    2: {"bits", "grid", "shape", "channel_dim"},
+}
 METADATA_KEY = "askewq"
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """One quantized weight: its grid and shape, packed codes (uint8, 1-D), scale [out, groups]."""
+    """One quantized weight.
+
+    Attributes:
+        grid: the levels, in units of the scale.
+        shape: of the weight, as the layer has it.
+        codes: packed, uint8, 1-D, in the order of the weight channels first.
+        scale: [out, groups].
+        channel_dim: the dimension of `shape` that counts output channels.
+    """
 
     grid: Grid
     shape: tuple[int, ...]
     codes: Tensor
     scale: Tensor
+    channel_dim: int = 0
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The shape channels first, [out, ...]."""
+        return tuple(channels_first(torch.empty(self.shape, device="meta"), self.channel_dim).shape)
 
     def dense(self, out: Tensor | None = None) -> Tensor:
-        """Return the snapped weight, float32, of its shape; `out`: contiguous, to be written to."""
-        return unpack_values(self.codes, self.grid, self.scale, self.shape, out)
+        """Return the snapped weight, float32, of its shape; `out`: where to write it."""
+        ready = out is not None and out.is_contiguous() and out.device == self.codes.device
+        place = out if ready and self.channel_dim == 0 else None
+        first = unpack_values(self.codes, self.grid, self.scale, self.channels, place)
+        if out is None:
+            return channels_back(first, self.channel_dim)
+        if place is None:
+            channels_first(out, self.channel_dim).copy_(first)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +98,13 @@ def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in artifact.tensors.items()
     }
-    manifest: dict[str, Any] = {"version": VERSION, "weights": {}, "shared": artifact.shared}
+    version = 1 if all(w.channel_dim == 0 for w in artifact.weights.values()) else 2
+    manifest: dict[str, Any] = {"version": version, "weights": {}, "shared": artifact.shared}
     for name, weight in artifact.weights.items():
         tensors[f"{name}.codes"] = weight.codes.cpu()
         tensors[f"{name}.scale"] = weight.scale.detach().float().cpu().contiguous()
-        manifest["weights"][name] = _describe(weight.grid, weight.shape)
+        entry = {**_describe(weight.grid, weight.shape), "channel_dim": weight.channel_dim}
+        manifest["weights"][name] = {key: entry[key] for key in ENTRIES[version]}
     return tensors, {METADATA_KEY: json.dumps(manifest, sort_keys=True, separators=(",", ":"))}
 
 
@@ -100,7 +127,7 @@ def artifact_of(model: nn.Module) -> Artifact:
             layer = layers[name]
             codes = pack(layer.codes(), layer.grid.bits)
             artifact.weights[name] = PackedWeight(
-                layer.grid, tuple(tensor.shape), codes, layer.weight_scale
+                layer.grid, tuple(tensor.shape), codes, layer.weight_scale, layer.channel_dim
             )
         else:
             artifact.tensors[name] = tensor
@@ -145,6 +172,8 @@ def read(path: Path) -> Artifact:
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{path} is not a readable safetensors file: {error}") from error
     manifest = _manifest(metadata, path)
+    for name, entry in manifest["weights"].items():
+        _check_keys(entry, ENTRIES[manifest["version"]], f"the manifest's entry {name!r}")
     weights = {
         name: _packed_weight(name, entry, tensors) for name, entry in manifest["weights"].items()
     }
@@ -168,10 +197,10 @@ def _manifest(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         raise FormatError(f"the manifest in {path} is not JSON: {error}") from error
     if not isinstance(manifest, dict) or type(manifest.get("version")) is not int:
         raise FormatError(f"the manifest in {path} names no version.")
-    if manifest["version"] != VERSION:
+    if manifest["version"] not in ENTRIES:
         raise FormatError(
-            f"{path} has format version {manifest['version']}; this askewq reads version "
-            f"{VERSION}. A newer askewq wrote it: upgrade to read it."
+            f"{path} has format version {manifest['version']}; this askewq reads versions "
+            f"{', '.join(map(str, ENTRIES))}. A newer askewq wrote it: upgrade to read it."
         )
     _check_keys(manifest, {"version", "weights", "shared"}, "the manifest")
     for key in ("weights", "shared"):
@@ -188,12 +217,13 @@ def _check_keys(entry: Any, expected: set[str], what: str) -> None:
         raise FormatError(f"{what} must have exactly the keys {sorted(expected)}, not {given}.")
 
 
-def _packed_weight(name: str, entry: Any, tensors: dict[str, Tensor]) -> PackedWeight:
+def _packed_weight(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> PackedWeight:
     """Take a weight's codes and scale out of `tensors`, checking every part."""
-    _check_keys(entry, {"bits", "grid", "shape"}, f"the manifest's entry {name!r}")
-    shape = entry["shape"]
+    shape, dim = entry["shape"], entry.get("channel_dim", 0)
     if not isinstance(shape, list) or not shape or not all(_is_size(size) for size in shape):
         raise FormatError(f"{name!r} has no usable shape: {shape!r}.")
+    if type(dim) is not int or not 0 <= dim < len(shape):
+        raise FormatError(f"{name!r} has no dimension {dim!r} that could count its channels.")
     grid = _grid(name, entry)
     missing = [key for key in (f"{name}.codes", f"{name}.scale") if key not in tensors]
     if missing:
@@ -209,14 +239,15 @@ def _packed_weight(name: str, entry: Any, tensors: dict[str, Tensor]) -> PackedW
         check_packed(codes, grid.bits, math.prod(shape))
     except FormatError as error:
         raise FormatError(f"'{name}.codes': {error}") from error
-    if scale.dtype != torch.float32 or scale.dim() != 2 or not _divides(scale.shape, shape):
+    out = shape[dim]
+    if scale.dtype != torch.float32 or scale.dim() != 2 or not _divides(scale.shape, out, shape):
         raise FormatError(
-            f"'{name}.scale' must be float32 [{shape[0]}, groups] or [1, 1], groups dividing the "
+            f"'{name}.scale' must be float32 [{out}, groups] or [1, 1], groups dividing the "
             f"weights of an output channel, not {scale.dtype} {list(scale.shape)}."
         )
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise FormatError(f"'{name}.scale' holds a value that is not positive and finite.")
-    return PackedWeight(grid, tuple(shape), codes, scale)
+    return PackedWeight(grid, tuple(shape), codes, scale, dim)
 
 
 def _grid(name: str, entry: dict[str, Any]) -> Grid:
@@ -228,7 +259,7 @@ def _grid(name: str, entry: dict[str, Any]) -> Grid:
             grid = make_grid(entry["bits"], kind)
         except (RecipeError, TypeError):
             continue
-        if _describe(grid, ()) == {**entry, "shape": []}:
+        if _describe(grid, ()) == {"bits": entry["bits"], "grid": levels, "shape": []}:
             return grid
     raise FormatError(f"{name!r} has a grid that askewq does not know: {entry}.")
 
@@ -237,10 +268,10 @@ def _is_size(size: Any) -> bool:
     return isinstance(size, int) and not isinstance(size, bool) and size > 0
 
 
-def _divides(scale: torch.Size, shape: list[int]) -> bool:
+def _divides(scale: torch.Size, out: int, shape: list[int]) -> bool:
     if tuple(scale) == (1, 1):
         return True
-    return scale[0] == shape[0] and scale[1] > 0 and math.prod(shape[1:]) % scale[1] == 0
+    return scale[0] == out and scale[1] > 0 and math.prod(shape) // out % scale[1] == 0
 
 
 def check_fit(model: nn.Module, artifact: Artifact) -> None:
@@ -283,10 +314,7 @@ def load_into(model: nn.Module, artifact: Artifact) -> None:
         for key, tensor in artifact.tensors.items():
             target[key].copy_(tensor)
         for key, weight in artifact.weights.items():
-            if target[key].is_contiguous() and target[key].device == weight.codes.device:
-                weight.dense(target[key])
-            else:
-                target[key].copy_(weight.dense())
+            weight.dense(target[key])
         for key, source in artifact.shared.items():
             if target[key].data_ptr() != target[source].data_ptr():
                 target[key].copy_(target[source])

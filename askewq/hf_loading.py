@@ -9,7 +9,7 @@ of weights that are missing and make them up.
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +176,7 @@ class AskewQuantizer(HfQuantizer):
 
 def _on_meta(weight: checkpoint.PackedWeight, layer: nn.Module) -> PackedTensor:
     """Return a packed weight without content, of the type that the layer was built with."""
-    empty = checkpoint.PackedWeight(
-        weight.grid, weight.shape, weight.codes.to("meta"), weight.scale.to("meta")
-    )
+    empty = replace(weight, codes=weight.codes.to("meta"), scale=weight.scale.to("meta"))
     packed = PackedTensor(empty)
     parameter = layer.get_parameter("weight")
     if tuple(parameter.shape) != weight.shape:

@@ -27,6 +27,7 @@ class PackedTensor(nn.Module):
         scale: buffer, float32 [out, groups]; a cast of the model leaves it as it is.
         grid: the levels, in units of the scale.
         shape: of the weight.
+        channel_dim: the dimension of it that counts output channels.
         dtype: of the weight that it unpacks to, rounded once from float32.
     """
 
@@ -39,11 +40,12 @@ class PackedTensor(nn.Module):
         self.register_buffer("scale", weight.scale)
         self.grid: Grid = weight.grid
         self.shape = weight.shape
+        self.channel_dim = weight.channel_dim
         self.dtype = torch.float32
 
     def content(self) -> PackedWeight:
         """Return the codes and the scale with what they mean."""
-        return PackedWeight(self.grid, self.shape, self.codes, self.scale)
+        return PackedWeight(self.grid, self.shape, self.codes, self.scale, self.channel_dim)
 
     @torch.no_grad()
     def forward(self) -> Tensor:
