@@ -172,7 +172,7 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     """
     shape = scale_shape(weight.shape, group_size)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    tiny = torch.finfo(torch.float32).tiny * 2**24
+    float32 = torch.finfo(torch.float32)
     rows = weight.detach().reshape(shape[0] * shape[1], -1)
     changes = rows.shape[1] * grid.size // 2  # of codes along the sweep of a row, at most
     if grid.bits == 1:
@@ -183,14 +183,15 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     else:
         parts = rows.split(max(1, CHUNK // rows.shape[1]))
         scale = torch.cat([_scan(part.to(dtype), grid) for part in parts])
-    return _shortened(scale.nan_to_num(0.0).clamp_min(tiny)).to(dtype).reshape(shape)
+    scale = scale.nan_to_num(0.0).clamp(float32.tiny * 2**24, float32.max)
+    return _shortened(scale).to(dtype).reshape(shape)
 
 
 def _shortened(scale: Tensor) -> Tensor:
-    """Return positive scales, float64, rounded to `SCALE_DIGITS` bits and finite in float32."""
+    """Return positive float32 numbers, given in float64, rounded to `SCALE_DIGITS` bits."""
     fraction, exponent = torch.frexp(scale)
     units = (fraction * 2**SCALE_DIGITS).round()
-    # Rounded up, the largest float32 numbers would be infinite.
+    # Rounded up, the largest would be no float32 numbers any more.
     units = torch.where(exponent < 128, units, units.clamp_max(2**SCALE_DIGITS - 1))
     return torch.ldexp(units, exponent - SCALE_DIGITS)
 

@@ -20,7 +20,7 @@ PACKAGE = Path(askewq.__file__).parent
 # A file imports from floors below, or from its own floor as long as no cycle arises.
 FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal"),
-    ("config", "grid", "pack", "methods", "mixed"),
+    ("config", "grid", "pack", "methods", "mixed", "kinds"),
     ("layers", "kernels", "optim", "rivals"),
     ("wrap", "checkpoint", "packed"),
     (

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import askewq
 from askewq import artifact, checkpoint
 from askewq.errors import FormatError, ModelError
+from askewq.kinds import channel_dim
 from askewq.layers import quantize_layer_, snap_
 from askewq.packed import PackedLayer
 from askewq.preprocessing import TextPreprocessing
@@ -153,7 +154,7 @@ def by_hand(folder, network, names, grid):
     """Write an artifact of a language model with the named layers on a grid; return it dense."""
     for name in names:
         layer = network.get_submodule(name)
-        scale = torch.rand(len(layer.weight), 1) + 0.1
+        scale = torch.rand(layer.weight.shape[channel_dim(layer)], 1) + 0.1
         quantize_layer_(layer, grid, scale)
     snap_(network)
     checkpoint.save(network, folder / "model.safetensors")

@@ -13,6 +13,7 @@ from torch import nn
 import askewq
 from askewq import checkpoint
 from askewq.errors import FormatError, PlanError
+from askewq.kinds import channel_dim
 from askewq.layers import quantize_layer_, snap_
 from askewq.packed import PackedLayer, PackedTensor, artifact_of, load_packed_into
 
@@ -68,7 +69,7 @@ def saved_network(path, grid):
     network = EveryLayer()
     for name, layer in network.named_children():
         if name != "head":
-            out = layer.weight.shape[0]
+            out = layer.weight.shape[channel_dim(layer)]
             quantize_layer_(layer, grid, torch.rand(out, 1) + 0.1)
     quantize_layer_(network.head, grid, network.embedding.weight_scale)
     snap_(network)
