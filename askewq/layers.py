@@ -57,10 +57,10 @@ class QuantizedLayer(Mixin):
     def rows(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as rows that share a scale, [rows, columns].
 
-        A view where memory allows it: where channels come first, unless they come last in memory.
+        Contiguous; a view where the rows lie in memory like that, else a copy.
         """
         first = channels_first(tensor, self.channel_dim)
-        return first.reshape(self.weight_scale.numel(), -1)
+        return first.reshape(self.weight_scale.numel(), -1).contiguous()
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """Return rows, [rows, columns], in the weight's shape; contiguous."""

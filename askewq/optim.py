@@ -382,10 +382,10 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
 @contextmanager
 def _as_rows(layer: QuantizedLayer, *tensors: Tensor) -> Iterator[list[Tensor]]:
     """Within the block, update tensors of a weight's shape as rows: views, or written back."""
-    rows = [layer.rows(tensor).contiguous() for tensor in tensors]
+    rows = [layer.rows(tensor) for tensor in tensors]
     yield rows
     for tensor, part in zip(tensors, rows, strict=True):
-        if part.data_ptr() != tensor.data_ptr():  # channels not first in memory: a copy
+        if part.data_ptr() != tensor.data_ptr():  # a copy
             tensor.copy_(layer.from_rows(part))
 
 

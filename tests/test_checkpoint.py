@@ -10,11 +10,12 @@ import torch
 from builders import files, manifest
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from askewq import checkpoint, wrap
 from askewq.checkpoint import Artifact
 from askewq.errors import DivergenceError, FormatError
-from askewq.grid import BITS, Grid, make_grid
+from askewq.grid import BITS, Grid, fit_scale, make_grid
 from askewq.layers import quantize_layer_, quantized_layers, snap_
 
 SHAPE = (3, 7)
@@ -137,6 +138,30 @@ class TestBytes:
             "norm.running_var",
             "norm.num_batches_tracked",
         }
+
+    def test_golden_channels_last(self, tmp_path):
+        """Codes of a weight [in, out] are written output by output, in a file of version 2."""
+        layer = Conv1D(3, 2)
+        quantize_layer_(layer, make_grid(2), torch.ones(3, 1))
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([[-2.0, -1.0, 0.0], [1.0, 0.0, -1.0]]))
+        path = tmp_path / "m.safetensors"
+        checkpoint.save(layer, path)
+        assert manifest(path) == {
+            "version": 2,
+            "weights": {
+                "weight": {
+                    "bits": 2,
+                    "grid": {"first": -2.0, "step": 1.0, "size": 4},
+                    "shape": [2, 3],
+                    "channel_dim": 1,
+                }
+            },
+            "shared": {},
+        }
+        # 0 3, 1 2, 2 1, the first in the lowest bits
+        assert load_file(path)["weight.codes"].tolist() == [0b10_01_11_00, 0b01_10]
+        assert load_file(path)["weight.scale"].shape == (3, 1)
 
     def test_saving_twice_gives_the_same_bytes(self, tmp_path):
         """A file depends on the model alone."""
@@ -309,7 +334,8 @@ def with_last(value):
 W, CODES, SCALE = "conv.weight", "conv.weight.codes", "conv.weight.scale"
 ENTRY = ("weights", W)
 MUTATIONS = {
-    "newer version": (say("version", 2), "version 2"),
+    "newer version": (say("version", 3), "version 3"),
+    "version 2 without a channel_dim": (say("version", 2), "channel_dim"),
     "older version": (say("version", 0), "version 0"),
     "no version": (unsay("version"), "version"),
     "version as text": (say("version", "1"), "version"),
@@ -371,6 +397,54 @@ MUTATIONS = {
     "packed and dense": (put(W, lambda t: torch.zeros(6, 2, 3, 3)), W),
     "filling bits": (put(CODES, with_last(255)), W),
 }
+
+
+def conv1d_file(folder: Path) -> Path:
+    """Write a file of version 2: a weight [in, out] with two groups an output."""
+    layer = Conv1D(5, 4)
+    quantize_layer_(layer, make_grid(3), torch.rand(5, 2) + 0.1)
+    checkpoint.save(layer, folder / "m.safetensors")
+    return folder / "m.safetensors"
+
+
+class TestChannelsLast:
+    @pytest.mark.parametrize(("bits", "kind"), GRIDS)
+    @pytest.mark.parametrize("group_size", ["channel", "tensor", 3])
+    def test_round_trip(self, tmp_path, bits, kind, group_size):
+        """What is read has the bits of what was saved, in the layer's own orientation."""
+        layer, grid = Conv1D(5, 6), make_grid(bits, kind)
+        quantize_layer_(layer, grid, fit_scale(layer.weight.t(), grid, group_size))
+        layer.snap_()
+        checkpoint.save(layer, tmp_path / "m")
+        fresh = Conv1D(5, 6)
+        checkpoint.load_into(fresh, checkpoint.read(tmp_path / "m"))
+        assert fresh.weight.is_contiguous()
+        assert bytes_of(fresh.weight) == bytes_of(layer.latent)
+        assert bytes_of(checkpoint.read(tmp_path / "m").weights["weight"].dense()) == bytes_of(
+            layer.latent
+        )
+
+    @pytest.mark.parametrize("dim", [2, -1, True, 1.0, "1", None])
+    def test_a_dimension_that_is_none(self, tmp_path, dim):
+        """A channel_dim is a dimension of the weight."""
+        path = conv1d_file(tmp_path)
+        rewrite(path, say("weights", "weight", "channel_dim", dim))
+        with pytest.raises(FormatError, match="no dimension"):
+            checkpoint.read(path)
+
+    def test_the_scale_belongs_to_that_dimension(self, tmp_path):
+        """With another channel_dim the scale does not fit, and the file is refused."""
+        path = conv1d_file(tmp_path)
+        rewrite(path, say("weights", "weight", "channel_dim", 0))
+        with pytest.raises(FormatError, match=r"'weight\.scale' must be float32 \[4, groups\]"):
+            checkpoint.read(path)
+
+    def test_an_old_entry_in_a_new_version(self, tmp_path):
+        """Version 1 knows no channel_dim: the keys of a version are exact."""
+        path = conv1d_file(tmp_path)
+        rewrite(path, say("version", 1))
+        with pytest.raises(FormatError, match="must have exactly the keys"):
+            checkpoint.read(path)
 
 
 class TestStrictReader:

@@ -157,7 +157,7 @@ class TestRefuses:
         ("damage", "words"),
         [
             ("newer", ["askewq_version 2", "newer askewq"]),
-            ("newer file", ["format version 2", "upgrade"]),
+            ("newer file", ["format version 3", "upgrade"]),
             ("truncated", ["model.safetensors", "not a readable"]),
             ("no weights", ["model.safetensors"]),
             ("no artifact", ["not an askewq artifact"]),
@@ -171,7 +171,7 @@ class TestRefuses:
         if damage == "newer":
             config.write_text(config.read_text().replace('_version": 1', '_version": 2'))
         elif damage == "newer file":
-            manifest = builders.manifest(weights) | {"version": 2}
+            manifest = builders.manifest(weights) | {"version": 3}
             save_file(load_file(weights), weights, {"askewq": json.dumps(manifest)})
         elif damage == "truncated":
             weights.write_bytes(weights.read_bytes()[:-1])
