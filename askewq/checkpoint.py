@@ -6,7 +6,7 @@ not follow the specification is refused by name.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,18 +160,48 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def read(path: Path) -> Artifact:
-    """Read a packed file and check it against the specification.
+    """Read a packed file, or its shards, and check it against the specification.
 
     Raises:
         FormatError: naming the key that is wrong.
     """
+    return read_files(files_of(path))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that hold an artifact: `path`, or the shards that an index beside it names.
+
+    Raises:
+        FormatError: a damaged index.
+    """
+    index = path.with_name(path.name + ".index.json")
+    if path.is_file() or not index.is_file():
+        return [path]
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path} is not a readable safetensors file: {error}") from error
-    manifest = _manifest(metadata, path)
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in places.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{index} cannot be read: {error}") from error
+    if not names or any(Path(name).name != name for name in names):
+        raise FormatError(f"{index} must name files beside it, not {names}.")
+    return [path.with_name(name) for name in names]
+
+
+def read_files(paths: Sequence[Path]) -> Artifact:
+    """Read an artifact from all of its files and check it against the specification.
+
+    Raises:
+        FormatError: naming the key that is wrong, or the file that does not go with the others.
+    """
+    tensors, manifest = _content(paths[0])
+    for path in paths[1:]:
+        more, other = _content(path)
+        if other != manifest or tensors.keys() & more.keys():
+            raise FormatError(
+                f"{path} does not go with {paths[0]}: shards of one artifact have the same "
+                "manifest and no tensor twice."
+            )
+        tensors |= more
     for name, entry in manifest["weights"].items():
         _check_keys(entry, ENTRIES[manifest["version"]], f"the manifest's entry {name!r}")
     weights = {
@@ -183,6 +213,17 @@ def read(path: Path) -> Artifact:
         if name in weights or name in tensors:
             raise FormatError(f"{name!r} is both shared and stored.")
     return Artifact(weights, tensors, manifest["shared"])
+
+
+def _content(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the manifest of one file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path} is not a readable safetensors file: {error}") from error
+    return tensors, _manifest(metadata, path)
 
 
 def _manifest(metadata: dict[str, str], path: Path) -> dict[str, Any]:

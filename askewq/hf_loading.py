@@ -110,12 +110,9 @@ class AskewQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if not checkpoint_files or len(checkpoint_files) != 1:
-            raise FormatError(
-                f"an artifact has its weights in one file, not in {checkpoint_files or 'none'}; "
-                "save it with a larger max_shard_size."
-            )
-        stored = checkpoint.read(Path(checkpoint_files[0]))
+        if not checkpoint_files:
+            raise FormatError("there is no file with weights beside this artifact's config.json.")
+        stored = checkpoint.read_files([Path(name) for name in checkpoint_files])
         names = _names_in(model, [*stored.weights, *stored.tensors, *stored.shared])
         held: dict[str, PackedTensor] = {}
         for name, weight in stored.weights.items():

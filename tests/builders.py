@@ -359,6 +359,12 @@ SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
     "bert": lambda: {"model": str(bert()), "dataset": str(text_csv())},
     "bert-pairs": lambda: {"model": str(bert()), "dataset": str(text_pairs_json())},
     "llama": lambda: {"model": str(llama()), "dataset": str(corpus()), "max_length": 16},
+    "gpt2": lambda: {  # with its embeddings, of which one is the head
+        "model": str(gpt2()),
+        "dataset": str(corpus()),
+        "max_length": 16,
+        "include": ["*"],
+    },
     "vit": lambda: {"model": str(vit()), "dataset": str(image_parquet())},
 }
 

@@ -611,3 +611,67 @@ def test_a_network_in_channels_last(tmp_path):
         checkpoint.load_into(network, stored)
     assert not second.conv.weight.is_contiguous()
     assert torch.equal(first.conv.weight, second.conv.weight)
+
+
+class TestShards:
+    @pytest.fixture
+    def path(self, tmp_path):
+        """An artifact in two files and an index, as transformers writes large models."""
+        checkpoint.save(snapped_net(3), tmp_path / "whole")
+        tensors, metadata = load_file(tmp_path / "whole"), {"askewq": self.text(tmp_path / "whole")}
+        names = sorted(tensors)
+        parts = {"m-1.safetensors": names[::2], "m-2.safetensors": names[1::2]}
+        for file, part in parts.items():
+            save_file({name: tensors[name] for name in part}, tmp_path / file, metadata)
+        places = {name: file for file, part in parts.items() for name in part}
+        index = tmp_path / "m.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        return tmp_path / "m.safetensors"
+
+    @staticmethod
+    def text(path: Path) -> str:
+        return json.dumps(manifest(path), sort_keys=True, separators=(",", ":"))
+
+    def test_they_are_one_artifact(self, path):
+        """What is read from the shards is what one file would hold."""
+        one = checkpoint.serialize(checkpoint.read(path.with_name("whole")))
+        two = checkpoint.serialize(checkpoint.read(path))
+        assert one[1] == two[1]
+        assert one[0].keys() == two[0].keys()
+        assert all(torch.equal(one[0][name], tensor) for name, tensor in two[0].items())
+
+    def test_a_single_file_comes_first(self, path):
+        """Where there is one file it is read, as transformers does."""
+        checkpoint.save(snapped_net(2), path)
+        assert checkpoint.files_of(path) == [path]
+
+    def test_shards_of_two_artifacts(self, path):
+        """Another manifest in a shard is refused, naming the file."""
+        second = path.with_name("m-2.safetensors")
+        rewrite(second, say("shared", {}))
+        with pytest.raises(FormatError, match=r"m-2\.safetensors does not go with"):
+            checkpoint.read(path)
+
+    def test_a_tensor_twice(self, path):
+        """A tensor that two shards hold is refused."""
+        first, second = (load_file(path.with_name(f"m-{i}.safetensors")) for i in (1, 2))
+        tensors, name = {**second, next(iter(first)): next(iter(first.values()))}, "m-2.safetensors"
+        metadata = {"askewq": self.text(path.with_name(name))}
+        save_file(tensors, path.with_name(name), metadata)
+        with pytest.raises(FormatError, match="no tensor twice"):
+            checkpoint.read(path)
+
+    def test_a_missing_shard(self, path):
+        """A shard that is not there is named."""
+        path.with_name("m-2.safetensors").unlink()
+        with pytest.raises(FormatError, match=r"m-2\.safetensors is not a readable"):
+            checkpoint.read(path)
+
+    @pytest.mark.parametrize(
+        "content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../m-1"}}']
+    )
+    def test_a_damaged_index(self, path, content):
+        """An index names files beside it, or is refused."""
+        path.with_name("m.safetensors.index.json").write_text(content)
+        with pytest.raises(FormatError, match=r"index\.json"):
+            checkpoint.read(path)
