@@ -160,9 +160,14 @@ def unpack_values(
     height = max(1, CHUNK // rows.shape[1] // whole) * whole
     parts = (pieces(tensor, height) for tensor in (rows, scale.view(-1, 1)))
     found = pieces(packed, height * rows.shape[1] // each)
+    # Written to again and again: fewer calls a piece, which cost as much as the arithmetic.
+    entries, levels = table[:0], rows[:0]
     for part, part_scale, part_bytes in zip(*parts, found, strict=True):
-        levels = table.index_select(0, part_bytes.to(torch.int32)).view(torch.float32)
-        torch.mul(levels.view(-1)[: part.numel()].view(part.shape), part_scale, out=part)
+        if levels.shape != part.shape:  # the first piece, and a shorter last one
+            entries = table.new_empty(len(part_bytes), *table.shape[1:])
+            levels = entries.view(torch.float32).view(-1)[: part.numel()].view(part.shape)
+        torch.index_select(table, 0, part_bytes.to(torch.int32), out=entries)
+        torch.mul(levels, part_scale, out=part)
     return result
 
 
