@@ -2,9 +2,9 @@
 
 timm's resnet50, and a Llama-shaped network of about 100 M parameters, at 2 bits. A run of askewq
 leaves embeddings, the first and the last layer in float; with include="*" it quantizes every
-Linear, Conv and Embedding, so that what stays float are biases and norms. Bytes are those of all parameters and buffers, shared
-ones once. The slowdown is of a forward pass, medians of interleaved rounds, batch 1 and 8 images,
-1 and 128 tokens.
+Linear, Conv and Embedding, so that what stays float are biases and norms. Bytes are those of all
+parameters and buffers, shared ones once. The slowdown is of a forward pass, medians of interleaved
+rounds, batch 1 and 8 images, 1 and 128 tokens.
 
     python benchmarks/memory.py [--rounds 5] [--threads 2] [--models resnet50 llama]
 """
