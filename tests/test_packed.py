@@ -280,9 +280,10 @@ class TestRefusals:
             askewq.quantize(askewq.load(finished("bert")[0], packed=True), 2)
 
 
-def test_memory_is_that_of_the_file():
-    """Parameters and buffers of a packed model take what the file stores."""
-    folder, _ = finished("timm")
+@pytest.mark.parametrize("kind", ["timm", "gpt2"])
+def test_memory_is_that_of_the_file(kind):
+    """Parameters and buffers of a packed model take what the file stores, tied weights once."""
+    folder, _ = finished(kind)
     model = askewq.load(folder, packed=True)
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     stored, _ = checkpoint.serialize(checkpoint.read(folder / "model.safetensors"))
