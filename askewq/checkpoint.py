@@ -7,7 +7,9 @@ not follow the specification is refused by name.
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from askewq import digest, disk
+from askewq import digest, disk, trust
 from askewq.errors import FormatError, RecipeError, UnverifiedWarning, near
-from askewq.grid import Grid, make_grid
+from askewq.grid import Grid, channels_back, channels_first, make_grid
 from askewq.layers import QuantizedLayer, quantized_layers
 from askewq.pack import check_packed, pack, unpack_values
 
 VERSION = 2
-# Files of version 1 have no digest; everything else is the same.
+# Files of version 1 have no digest, and channels come first in all of their weights.
 WITHOUT_DIGEST = 1
+_KEYS = {"version", "weights", "shared", "digest"}
+_ENTRY_KEYS = {"bits", "grid", "shape", "channel_dim"}
 METADATA_KEY = "askewq"
 # The header is read before anything is known of it, and as Python objects it takes up to twenty
 # times its bytes: it may have this many, or its share of the file.
@@ -34,16 +38,37 @@ HEADER_BYTES, HEADER_SHARE = 2**22, 16
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """One quantized weight: its grid and shape, packed codes (uint8, 1-D), scale [out, groups]."""
+    """One quantized weight.
+
+    Attributes:
+        grid: the levels, in units of the scale.
+        shape: of the weight, as the layer has it.
+        codes: packed, uint8, 1-D, in the order of the weight channels first.
+        scale: [out, groups].
+        channel_dim: the dimension of `shape` that counts output channels.
+    """
 
     grid: Grid
     shape: tuple[int, ...]
     codes: Tensor
     scale: Tensor
+    channel_dim: int = 0
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The shape channels first, [out, ...]."""
+        return tuple(channels_first(torch.empty(self.shape, device="meta"), self.channel_dim).shape)
 
     def dense(self, out: Tensor | None = None) -> Tensor:
-        """Return the snapped weight, float32, of its shape; `out`: contiguous, to be written to."""
-        return unpack_values(self.codes, self.grid, self.scale, self.shape, out)
+        """Return the snapped weight, float32, of its shape; `out`: where to write it."""
+        ready = out is not None and out.is_contiguous() and out.device == self.codes.device
+        place = out if ready and self.channel_dim == 0 else None
+        first = unpack_values(self.codes, self.grid, self.scale, self.channels, place)
+        if out is None:
+            return channels_back(first, self.channel_dim)
+        if place is None:
+            channels_first(out, self.channel_dim).copy_(first)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +109,8 @@ def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, weight in artifact.weights.items():
         tensors[f"{name}.codes"] = weight.codes.cpu()
         tensors[f"{name}.scale"] = weight.scale.detach().float().cpu().contiguous()
-        manifest["weights"][name] = _describe(weight.grid, weight.shape)
+        entry = {**_describe(weight.grid, weight.shape), "channel_dim": weight.channel_dim}
+        manifest["weights"][name] = entry
     return tensors, {METADATA_KEY: digest.seal(manifest, tensors)}
 
 
@@ -107,7 +133,7 @@ def artifact_of(model: nn.Module) -> Artifact:
             layer = layers[name]
             codes = pack(layer.codes(), layer.grid.bits)
             artifact.weights[name] = PackedWeight(
-                layer.grid, tuple(tensor.shape), codes, layer.weight_scale
+                layer.grid, tuple(tensor.shape), codes, layer.weight_scale, layer.channel_dim
             )
         else:
             artifact.tensors[name] = tensor
@@ -140,28 +166,66 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def read(path: Path) -> Artifact:
-    """Read a packed file and check it against the specification and its digest.
+    """Read a packed file, or its shards, and check it against the specification and its digest.
 
     Raises:
         FormatError: naming the key that is wrong.
     """
+    return read_files(files_of(path))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that hold an artifact: `path`, or the shards that an index beside it names.
+
+    Raises:
+        FormatError: a damaged index.
+    """
+    index = path.with_name(path.name + ".index.json")
+    if path.is_file() or not index.is_file():
+        return [path]
+    content = trust.read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    names = set(places.values()) if isinstance(places, dict) else set()
+    if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+        raise FormatError(f"{index} must name files beside it, not {sorted(map(repr, names))}.")
+    return [path.with_name(name) for name in sorted(names)]
+
+
+def read_files(paths: Sequence[Path]) -> Artifact:
+    """Read an artifact from all of its files and check it against the specification.
+
+    Raises:
+        FormatError: naming the key that is wrong, or the file that does not go with the others.
+    """
+    with _reading(paths[0]):
+        return _read(paths)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong with a stranger's bytes into a FormatError that names the file."""
     try:
-        return _read(path)
+        yield
     except FormatError:
         raise
-    except Exception as error:  # a stranger's bytes fail in ways that no list foresees
+    except Exception as error:  # they fail in ways that no list foresees
         raise FormatError(
             f"{path} is not a readable safetensors file: {type(error).__name__}: {error}"
         ) from error
 
 
-def _read(path: Path) -> Artifact:
-    _check_header(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+def _read(paths: Sequence[Path]) -> Artifact:
+    tensors, text = _content(paths[0])
+    for path in paths[1:]:
+        more, other = _content(path)
+        if other != text or tensors.keys() & more.keys():
+            raise FormatError(
+                f"{path} does not go with {paths[0]}: shards of one artifact have the same "
+                "manifest and no tensor twice."
+            )
+        tensors |= more
     every = dict(tensors)
-    manifest = _manifest(metadata, path)
+    manifest = _manifest(text, paths[0])
     weights = {
         name: _packed_weight(name, entry, tensors) for name, entry in manifest["weights"].items()
     }
@@ -172,16 +236,16 @@ def _read(path: Path) -> Artifact:
             raise FormatError(f"{name!r} is both shared and stored.")
     if manifest["version"] == WITHOUT_DIGEST:
         warnings.warn(
-            f"{path} is of format version 1, which has no digest: damage that leaves it readable "
-            "would not be noticed.",
+            f"{paths[0]} is of format version 1, which has no digest: damage that leaves it "
+            "readable would not be noticed.",
             UnverifiedWarning,
-            stacklevel=3,  # whoever called `read`
+            stacklevel=4,  # whoever called `read`
         )
         return Artifact(weights, tensors, manifest["shared"])
     try:
-        digest.check_seal(metadata[METADATA_KEY], manifest["digest"], every)
+        digest.check_seal(text, manifest["digest"], every)
     except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
+        raise FormatError(f"{paths[0]}: {error}") from error
     return Artifact(weights, tensors, manifest["shared"], manifest["digest"])
 
 
@@ -197,32 +261,43 @@ def _check_header(path: Path) -> None:
         )
 
 
-def _manifest(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+def _content(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors and the text of the manifest of one file."""
+    with _reading(path):
+        _check_header(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
     if METADATA_KEY not in metadata:
         raise FormatError(
             f"{path} has no {METADATA_KEY!r} entry in its header: it is an ordinary safetensors "
             "file, not a packed artifact; pass the folder that `askewq finetune` wrote."
         )
+    return tensors, metadata[METADATA_KEY]
+
+
+def _manifest(text: str, path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(metadata[METADATA_KEY])
+        manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"the manifest in {path} is not JSON: {error}") from error
     if not isinstance(manifest, dict) or type(manifest.get("version")) is not int:
         raise FormatError(f"the manifest in {path} names no version.")
-    keys = {"version", "weights", "shared"}
-    if manifest["version"] == VERSION:
-        keys.add("digest")
-    elif manifest["version"] != WITHOUT_DIGEST:
+    if manifest["version"] not in (WITHOUT_DIGEST, VERSION):
         raise FormatError(
             f"{path} has format version {manifest['version']}; this askewq reads versions "
             f"{WITHOUT_DIGEST} and {VERSION}. A newer askewq wrote it: upgrade to read it."
         )
-    _check_keys(manifest, keys, "the manifest")
+    first = manifest["version"] == WITHOUT_DIGEST
+    _check_keys(manifest, _KEYS - {"digest"} if first else _KEYS, "the manifest")
     for key in ("weights", "shared"):
         if not isinstance(manifest[key], dict):
             raise FormatError(f"{key!r} in the manifest must be a mapping.")
     if not all(isinstance(source, str) for source in manifest["shared"].values()):
         raise FormatError("'shared' in the manifest must map names to names.")
+    for name, entry in manifest["weights"].items():
+        expected = _ENTRY_KEYS - {"channel_dim"} if first else _ENTRY_KEYS
+        _check_keys(entry, expected, f"the manifest's entry {name!r}")
     return manifest
 
 
@@ -232,12 +307,13 @@ def _check_keys(entry: Any, expected: set[str], what: str) -> None:
         raise FormatError(f"{what} must have exactly the keys {sorted(expected)}, not {given}.")
 
 
-def _packed_weight(name: str, entry: Any, tensors: dict[str, Tensor]) -> PackedWeight:
+def _packed_weight(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> PackedWeight:
     """Take a weight's codes and scale out of `tensors`, checking every part."""
-    _check_keys(entry, {"bits", "grid", "shape"}, f"the manifest's entry {name!r}")
-    shape = entry["shape"]
+    shape, dim = entry["shape"], entry.get("channel_dim", 0)
     if not isinstance(shape, list) or not shape or not all(_is_size(size) for size in shape):
         raise FormatError(f"{name!r} has no usable shape: {shape!r}.")
+    if type(dim) is not int or not 0 <= dim < len(shape):
+        raise FormatError(f"{name!r} has no dimension {dim!r} that could count its channels.")
     grid = _grid(name, entry)
     missing = [key for key in (f"{name}.codes", f"{name}.scale") if key not in tensors]
     if missing:
@@ -253,14 +329,15 @@ def _packed_weight(name: str, entry: Any, tensors: dict[str, Tensor]) -> PackedW
         check_packed(codes, grid.bits, math.prod(shape))
     except FormatError as error:
         raise FormatError(f"'{name}.codes': {error}") from error
-    if scale.dtype != torch.float32 or scale.dim() != 2 or not _divides(scale.shape, shape):
+    out = shape[dim]
+    if scale.dtype != torch.float32 or scale.dim() != 2 or not _divides(scale.shape, out, shape):
         raise FormatError(
-            f"'{name}.scale' must be float32 [{shape[0]}, groups] or [1, 1], groups dividing the "
+            f"'{name}.scale' must be float32 [{out}, groups] or [1, 1], groups dividing the "
             f"weights of an output channel, not {scale.dtype} {list(scale.shape)}."
         )
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise FormatError(f"'{name}.scale' holds a value that is not positive and finite.")
-    return PackedWeight(grid, tuple(shape), codes, scale)
+    return PackedWeight(grid, tuple(shape), codes, scale, dim)
 
 
 def _grid(name: str, entry: dict[str, Any]) -> Grid:
@@ -272,7 +349,7 @@ def _grid(name: str, entry: dict[str, Any]) -> Grid:
             grid = make_grid(entry["bits"], kind)
         except (RecipeError, TypeError):
             continue
-        if _describe(grid, ()) == {**entry, "shape": []}:
+        if _describe(grid, ()) == {"bits": entry["bits"], "grid": levels, "shape": []}:
             return grid
     raise FormatError(f"{name!r} has a grid that askewq does not know: {entry}.")
 
@@ -281,10 +358,10 @@ def _is_size(size: Any) -> bool:
     return isinstance(size, int) and not isinstance(size, bool) and size > 0
 
 
-def _divides(scale: torch.Size, shape: list[int]) -> bool:
+def _divides(scale: torch.Size, out: int, shape: list[int]) -> bool:
     if tuple(scale) == (1, 1):
         return True
-    return scale[0] == shape[0] and scale[1] > 0 and math.prod(shape[1:]) % scale[1] == 0
+    return scale[0] == out and scale[1] > 0 and math.prod(shape) // out % scale[1] == 0
 
 
 def check_fit(model: nn.Module, artifact: Artifact) -> None:
@@ -323,14 +400,16 @@ def load_into(model: nn.Module, artifact: Artifact) -> None:
     """
     check_fit(model, artifact)
     target = model.state_dict()
+
+    def unpack(key: str) -> None:
+        with torch.no_grad():  # every thread has its own
+            artifact.weights[key].dense(target[key])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(unpack, artifact.weights))
     with torch.no_grad():
         for key, tensor in artifact.tensors.items():
             target[key].copy_(tensor)
-        for key, weight in artifact.weights.items():
-            if target[key].is_contiguous() and target[key].device == weight.codes.device:
-                weight.dense(target[key])
-            else:
-                target[key].copy_(weight.dense())
         for key, source in artifact.shared.items():
             if target[key].data_ptr() != target[source].data_ptr():
                 target[key].copy_(target[source])

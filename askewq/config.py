@@ -75,7 +75,7 @@ class Recipe(BaseModel):
         "channel", BITS, "weights that share a scale: a number, an output channel, or all"
     )
     include: tuple[str, ...] = _key(
-        (), BITS, "quantize exactly the layers that match, first and last included; globs"
+        (), BITS, "quantize exactly the layers that match, first, last and embeddings too; globs"
     )
     exclude: tuple[str, ...] = _key((), BITS, "leave matching layers in full precision; globs")
 

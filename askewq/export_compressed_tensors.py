@@ -82,7 +82,9 @@ def _reason(source: ExportSource, name: str, weight: PackedWeight) -> str:
     layer, code = source.loaded.model.get_submodule(_module(name)), coding(weight.grid)
     if not isinstance(layer, nn.Linear):
         # The format holds Embedding too, but transformers (5.23) fails to initialise a packed one.
-        return f"is a {type(layer).__name__}, and transformers unpacks Linear only"
+        kind = type(layer).__name__
+        article = "an" if kind[0] in "AEIOU" else "a"
+        return f"is {article} {kind}, and transformers unpacks Linear only"
     if shared := [other for other, first in source.artifact.shared.items() if first == name]:
         return f"is shared with {', '.join(map(_module, shared))}, and only dense weights can be"
     if code.bits > WIDEST:

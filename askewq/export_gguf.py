@@ -117,7 +117,7 @@ def _measure(weight: PackedWeight) -> Written:
 def _describe(weight: PackedWeight) -> str:
     grid = weight.grid
     half = ", half-integer" if grid.first % 1 else ""
-    run = math.prod(weight.shape[1:]) // weight.scale.shape[1]
+    run = math.prod(weight.channels[1:]) // weight.scale.shape[1]
     large = f", scales above {LARGEST:.0f}" if float(weight.scale.max()) > LARGEST else ""
     return (
         f"bits = {grid.bits}{half} in {len(weight.shape)}-D with a scale for {run} in a row{large}"

@@ -66,7 +66,7 @@ LARGEST = 65504.0  # of fp16
 
 def choose(weight: PackedWeight) -> BlockType | None:
     """Return the smallest type whose blocks lie within one scale and hold the grid, if any."""
-    run = math.prod(weight.shape[1:]) // weight.scale.shape[1]
+    run = math.prod(weight.channels[1:]) // weight.scale.shape[1]
     if len(weight.shape) != 2 or float(weight.scale.max()) > LARGEST:
         return None
     fitting = (t for t in TYPES if run % t.weights == 0 and t.factor(weight.grid) is not None)
@@ -75,7 +75,7 @@ def choose(weight: PackedWeight) -> BlockType | None:
 
 def encode(weight: PackedWeight, kind: BlockType, rows: Tensor) -> Tensor:
     """Return a matrix as blocks, uint8 [out, bytes of a row], its rows in the order `rows`."""
-    grid, (out, columns) = weight.grid, weight.shape
+    grid, (out, columns) = weight.grid, weight.channels
     factor = kind.factor(grid) or 1
     codes = unpack(weight.codes, grid.bits, out * columns).reshape(out, columns)[rows]
     scale = weight.scale.expand(out, -1)[rows]

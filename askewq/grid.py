@@ -4,8 +4,10 @@ A grid is affine: level = (first + step * code) * scale with code in 0 .. size -
 and the same scale serve training, evaluation and export; `values` of the same codes and scale
 give the same bits wherever they are computed, because it is one float multiplication.
 
-A weight is seen as rows that share one scale: ``weight.reshape(scale.numel(), -1)``. One row is
-the whole tensor, an output channel, or a group of consecutive weights within an output channel.
+A weight is seen channels first, [out, ...] (`channels_first`), and then as rows that share one
+scale, ``weight.reshape(scale.numel(), -1)``: the whole tensor, an output channel, or a group of
+consecutive weights within an output channel. Every weight given to a function of this file is
+channels first.
 """
 
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ SWEEP_UP_TO = 2**16
 # Numbers worked on at a time, so that they stay in the cache; torch does not split an operation of
 # this size over threads, whose waiting for each other would cost more than they bring.
 CHUNK = 2**15
+
+# Significant bits of a fitted scale: those of fp16.
+SCALE_DIGITS = 11
 
 BITS: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 5, 6, 7, 8)
 
@@ -79,6 +84,16 @@ class Grid:
     def snap(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Return every weight moved to its nearest level; snapping twice changes nothing."""
         return self.values(self.codes(weight, scale), scale)
+
+
+def channels_first(weight: Tensor, channel_dim: int) -> Tensor:
+    """Return a view of a weight with its output channels as the first dimension."""
+    return weight.movedim(channel_dim, 0)
+
+
+def channels_back(weight: Tensor, channel_dim: int) -> Tensor:
+    """Return a weight given channels first as its layer has it, contiguous."""
+    return weight.movedim(0, channel_dim).contiguous()
 
 
 def pieces(tensor: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -144,6 +159,10 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     so one sorted sweep tries all codes that any scale leads to: the result is exact. Long rows on
     fine grids get the best of 96 scales instead, within 1 % of the exact error.
 
+    The scale is then rounded to `SCALE_DIGITS` significant bits, so that what keeps scales in fp16
+    holds it exactly. With e the relative rounding, the squared error grows by no more than
+    e^2 <su, su>: at most 2^-22 of ||w||^2.
+
     Args:
         weight: [out, ...], floating point and finite.
 
@@ -153,7 +172,7 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     """
     shape = scale_shape(weight.shape, group_size)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    tiny = torch.finfo(torch.float32).tiny * 2**24
+    float32 = torch.finfo(torch.float32)
     rows = weight.detach().reshape(shape[0] * shape[1], -1)
     changes = rows.shape[1] * grid.size // 2  # of codes along the sweep of a row, at most
     if grid.bits == 1:
@@ -164,7 +183,17 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     else:
         parts = rows.split(max(1, CHUNK // rows.shape[1]))
         scale = torch.cat([_scan(part.to(dtype), grid) for part in parts])
-    return scale.nan_to_num(0.0).clamp_min(tiny).to(dtype).reshape(shape)
+    scale = scale.nan_to_num(0.0).clamp(float32.tiny * 2**24, float32.max)
+    return _shortened(scale).to(dtype).reshape(shape)
+
+
+def _shortened(scale: Tensor) -> Tensor:
+    """Return positive float32 numbers, given in float64, rounded to `SCALE_DIGITS` bits."""
+    fraction, exponent = torch.frexp(scale)
+    units = (fraction * 2**SCALE_DIGITS).round()
+    # Rounded up, the largest would be no float32 numbers any more.
+    units = torch.where(exponent < 128, units, units.clamp_max(2**SCALE_DIGITS - 1))
+    return torch.ldexp(units, exponent - SCALE_DIGITS)
 
 
 def _sweep(rows: Tensor, grid: Grid) -> Tensor:

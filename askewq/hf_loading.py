@@ -9,7 +9,7 @@ of weights that are missing and make them up.
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +110,17 @@ class AskewQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if not checkpoint_files or len(checkpoint_files) != 1:
-            raise FormatError(
-                f"an artifact has its weights in one file, not in {checkpoint_files or 'none'}; "
-                "save it with a larger max_shard_size."
-            )
-        folder, file = Path(model.name_or_path), Path(checkpoint_files[0])
-        # Compared as written: the file may be a link into the Hub's cache.
-        if folder.is_dir() and (".." in file.parts or not file.is_relative_to(folder)):
-            raise FormatError(
-                f"the weights of {folder} are said to be {file}; they are beside its config.json."
-            )
-        stored = checkpoint.read(file)
+        if not checkpoint_files:
+            raise FormatError("there is no file with weights beside this artifact's config.json.")
+        folder, paths = Path(model.name_or_path), [Path(name) for name in checkpoint_files]
+        for path in paths:
+            # Compared as written: the file may be a link into the Hub's cache.
+            if folder.is_dir() and (".." in path.parts or not path.is_relative_to(folder)):
+                raise FormatError(
+                    f"the weights of {folder} are said to be {path}; they are beside its "
+                    "config.json."
+                )
+        stored = checkpoint.read_files(paths)
         names = _names_in(model, [*stored.weights, *stored.tensors, *stored.shared])
         held: dict[str, PackedTensor] = {}
         for name, weight in stored.weights.items():
@@ -182,9 +181,7 @@ class AskewQuantizer(HfQuantizer):
 
 def _on_meta(weight: checkpoint.PackedWeight, layer: nn.Module) -> PackedTensor:
     """Return a packed weight without content, of the type that the layer was built with."""
-    empty = checkpoint.PackedWeight(
-        weight.grid, weight.shape, weight.codes.to("meta"), weight.scale.to("meta")
-    )
+    empty = replace(weight, codes=weight.codes.to("meta"), scale=weight.scale.to("meta"))
     packed = PackedTensor(empty)
     parameter = layer.get_parameter("weight")
     if tuple(parameter.shape) != weight.shape:

@@ -41,7 +41,8 @@ def push(folder: Path, repo: str, *, private: bool = False, dry_run: bool = Fals
 def _files(folder: Path) -> list[str]:
     """Return the names of the files to push, after a check that the artifact is whole."""
     read_spec(folder)
-    checkpoint.read(folder / ARTIFACT)
+    weights = checkpoint.files_of(folder / ARTIFACT)
+    checkpoint.read_files(weights)
     missing = [name for name in (METRICS, CARD) if not (folder / name).is_file()]
     if missing:
         raise FormatError(
@@ -51,7 +52,7 @@ def _files(folder: Path) -> list[str]:
     return sorted(
         path.name
         for path in folder.iterdir()
-        if path.is_file() and (path.name == ARTIFACT or path.suffix in _SUFFIXES)
+        if path.is_file() and (path in weights or path.suffix in _SUFFIXES)
     )
 
 

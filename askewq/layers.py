@@ -2,7 +2,7 @@
 
 A layer becomes quantization-aware by a change of class to a subclass of its own: same object,
 same Parameter, same state-dict keys (plus ``weight_scale``), same hooks and the same forward, so
-that every subclass of Linear and Conv that uses its weight linearly keeps working. The forward
+that every subclass of a layer in kinds.py that uses its weight linearly keeps working. The forward
 pass sees the Parameter itself, or what a rule (`follow_`) makes of it: AskewSGD's lazy closing, or
 another method; after the snap, the snapped weight.
 """
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from askewq.errors import DivergenceError
-from askewq.grid import Grid
+from askewq.grid import Grid, channels_back, channels_first
+from askewq.kinds import channel_dim
 from askewq.methods import Rule
 from askewq.mixed import Mixin, mix_
-
-SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class QuantizedLayer(Mixin):
@@ -29,6 +28,7 @@ class QuantizedLayer(Mixin):
     Attributes:
         grid: the levels, in units of the scale.
         weight_scale: buffer [out, groups], written in place only; a Parameter where it is learned.
+        channel_dim: the dimension of the weight that counts output channels.
         rule: how the forward pass sees the weight; None: as it is.
         strength: the present coefficient of that rule.
         seen: the weight that the forward pass sees, where it was made beforehand (`prepared`).
@@ -37,6 +37,7 @@ class QuantizedLayer(Mixin):
     prefix = "Quantized"
     grid: Grid
     weight_scale: Tensor
+    channel_dim: int
     rule: Rule | None = None
     strength: float = 0.0
     seen: Tensor | None = None
@@ -53,12 +54,26 @@ class QuantizedLayer(Mixin):
             return self.seen
         if self.rule is None or self.rule.view is None:
             return self.latent
-        rows = self.latent.reshape(self.weight_scale.numel(), -1)
         scale = self.weight_scale.view(-1, 1)
-        return self.rule.view(rows, scale, self.grid, self.strength).view(self.latent.shape)
+        return self.from_rows(
+            self.rule.view(self.rows(self.latent), scale, self.grid, self.strength)
+        )
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape as rows that share a scale, [rows, columns].
+
+        Contiguous; a view where the rows lie in memory like that, else a copy.
+        """
+        first = channels_first(tensor, self.channel_dim)
+        return first.reshape(self.weight_scale.numel(), -1).contiguous()
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Return rows, [rows, columns], in the weight's shape; contiguous."""
+        shape = channels_first(self.latent, self.channel_dim).shape
+        return channels_back(rows.reshape(shape), self.channel_dim)
 
     def codes(self) -> Tensor:
-        """Return the code of the level nearest to each weight, uint8, the weight's shape.
+        """Return the code of the level nearest to each weight, uint8, channels first.
 
         Raises:
             DivergenceError: a weight that is NaN or infinite has no nearest level.
@@ -69,12 +84,13 @@ class QuantizedLayer(Mixin):
                 f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values and cannot "
                 "be rounded; go back to an earlier checkpoint and train with a smaller lr."
             )
-        return self.grid.codes(weight, self.weight_scale.detach())
+        return self.grid.codes(channels_first(weight, self.channel_dim), self.weight_scale.detach())
 
     @torch.no_grad()
     def snap_(self) -> None:
         """Move every weight to its nearest level, in place."""
-        self.latent.copy_(self.grid.values(self.codes(), self.weight_scale))
+        values = self.grid.values(self.codes(), self.weight_scale)
+        channels_first(self.latent, self.channel_dim).copy_(values)
 
     @torch.no_grad()
     def settle_(self) -> None:
@@ -84,19 +100,24 @@ class QuantizedLayer(Mixin):
         scale = self.weight_scale.view(-1, 1)
         if self.rule.learns_scale:
             scale.clamp_(min=torch.finfo(scale.dtype).tiny)
-        rows = self.latent.reshape(len(scale), -1)
+        rows = self.rows(self.latent)
         if self.rule.rescale is not None:
             scale.copy_(self.rule.rescale(rows, self.grid))
         if self.rule.settle is not None:
             settled = self.rule.settle(rows, scale, self.grid, self.strength)
-            self.latent.copy_(settled.view(self.latent.shape))
+            self.latent.copy_(self.from_rows(settled))
 
 
 def quantize_layer_(layer: nn.Module, grid: Grid, scale: Tensor) -> None:
-    """Make a Linear or Conv quantization-aware, in place; `scale` is [out, groups]."""
+    """Make a layer quantization-aware, in place; `scale` is [out, groups].
+
+    Raises:
+        ModelError: a layer of no kind that askewq knows (kinds.py).
+    """
+    layer.channel_dim = channel_dim(layer)  # type: ignore[assignment]  # a plain attribute
     layer.register_buffer("weight_scale", scale)
     mix_(layer, QuantizedLayer)
-    layer.grid = grid  # type: ignore[assignment]  # a plain attribute, not a submodule
+    layer.grid = grid  # type: ignore[assignment]  # the same
 
 
 def quantized_modules(model: nn.Module) -> list[QuantizedLayer]:

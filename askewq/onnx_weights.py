@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from askewq.checkpoint import PackedWeight
+from askewq.grid import channels_back
 from askewq.pack import pack, unpack
 from askewq.vocabulary import Bits
 
@@ -44,23 +45,24 @@ def storage(weight: PackedWeight) -> Storage:
 
 
 def _integers(weight: PackedWeight, form: Form) -> Tensor:
-    """Return the integers that the file holds, int8, the weight's shape."""
+    """Return the integers that the file holds, int8, channels first."""
     grid = weight.grid
     codes = unpack(weight.codes, grid.bits, math.prod(weight.shape)).to(torch.int16)
     factor = 2 if form == "doubled" else 1
     first = math.floor(factor * grid.first)
-    return (first + int(factor * grid.step) * codes).to(torch.int8).reshape(weight.shape)
+    return (first + int(factor * grid.step) * codes).to(torch.int8).reshape(weight.channels)
 
 
 def dequantize(
     name: str, weight: PackedWeight, kept: Storage, transposed: bool
 ) -> tuple[list[Any], list[Any]]:
-    """Return the nodes that compute a weight or its transpose, and their initializers."""
+    """Return the nodes that compute a weight, or a matrix's transpose, and their initializers."""
     integers = _integers(weight, kept.form)
     shape = weight.shape[::-1] if transposed else weight.shape
+    channel_dim = 1 - weight.channel_dim if transposed else weight.channel_dim
     form = _units if kept.form == "units" else _levels
     scale = weight.scale / 2 if kept.form == "doubled" else weight.scale
-    integers, scale, attributes = form(integers, scale, transposed)
+    integers, scale, attributes = form(integers, scale, channel_dim)
     codes = _tensor(f"{name}.codes", integers, kept.width)
     tensors = [codes, _tensor(f"{name}.scale", scale)]
     steps: list[tuple[str, str, Any]]
@@ -79,22 +81,23 @@ def dequantize(
 
 
 def _levels(
-    codes: Tensor, scale: Tensor, transposed: bool
+    codes: Tensor, scale: Tensor, channel_dim: int
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Return codes, scale and attributes for one DequantizeLinear: whole, by channel or blocked."""
+    """Return codes, scale and attributes for one DequantizeLinear: whole, by channel or blocked.
+
+    `channel_dim` is where the graph wants the output channels.
+    """
     out, groups = scale.shape
-    if groups > 1:
-        codes = codes.reshape(out, -1)
-        block = codes.shape[1] // groups
-        attributes = {"axis": 0 if transposed else 1, "block_size": block}
-    elif scale.numel() > 1:
-        scale, attributes = scale.reshape(-1), {"axis": 1 if transposed else 0}
-    else:
-        return _turn(codes, transposed), scale.reshape(()), {}
-    return _turn(codes, transposed), _turn(scale, transposed), attributes
+    if groups == 1:
+        attributes = {"axis": channel_dim} if out > 1 else {}
+        scale = scale.reshape(-1) if out > 1 else scale.reshape(())
+        return channels_back(codes, channel_dim), scale, attributes
+    codes = codes.reshape(out, -1)
+    attributes = {"axis": 1 - channel_dim, "block_size": codes.shape[1] // groups}
+    return channels_back(codes, channel_dim), channels_back(scale, channel_dim), attributes
 
 
-def _units(codes: Tensor, scale: Tensor, transposed: bool) -> tuple[Tensor, Tensor, dict[str, int]]:
+def _units(codes: Tensor, scale: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Return codes and a scale of as many dimensions, to multiply with."""
     out, groups = scale.shape
     if groups > 1:
@@ -102,12 +105,12 @@ def _units(codes: Tensor, scale: Tensor, transposed: bool) -> tuple[Tensor, Tens
         scale = scale.unsqueeze(2)
     else:
         scale = scale.reshape(-1, *[1] * (codes.dim() - 1))
-    return _turn(codes, transposed), _turn(scale, transposed), {}
+    return _turned(codes, channel_dim), _turned(scale, channel_dim), {}
 
 
-def _turn(tensor: Tensor, transposed: bool) -> Tensor:
-    """Move the output channels to the end where the graph wants the transpose."""
-    return tensor.movedim(0, -1) if transposed else tensor
+def _turned(grouped: Tensor, channel_dim: int) -> Tensor:
+    """Move the output channels behind the input ones where the graph has them there."""
+    return grouped.movedim(0, -1) if channel_dim else grouped
 
 
 def _chain(name: str, steps: list[tuple[str, str, Any]]) -> list[Any]:

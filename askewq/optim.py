@@ -9,7 +9,8 @@ torch's own step.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,13 +127,12 @@ class _Skewed(torch.optim.Optimizer):
                 f"a quantized weight became {weight.dtype}; keep the model in float32 and use bf16 "
                 "through autocast."
             )
-        rows = weight.detach().contiguous().view(layer.weight_scale.numel(), -1)
-        scale = layer.weight_scale.view(-1, 1)
-        interval = self._interval(rows, scale, layer.grid, group)
         assert weight.grad is not None  # noqa: S101  # `step` has checked
-        self._update(weight, rows, weight.grad.reshape(rows.shape), scale, interval, group)
-        if rows.data_ptr() != weight.data_ptr():  # channels_last: `rows` was a copy
-            weight.copy_(rows.view(weight.shape))
+        scale, grad = layer.weight_scale.view(-1, 1), layer.rows(weight.grad)
+        buffers = self._buffers(weight, group)
+        with _as_rows(layer, weight.detach(), *buffers) as (rows, *buffer_rows):
+            interval = self._interval(rows, scale, layer.grid, group)
+            self._update(weight, rows, grad, buffer_rows, scale, interval, group)
 
     def _interval(self, rows: Tensor, scale: Tensor, grid: Grid, group: dict[str, Any]) -> Interval:
         """Return the constraint of one layer for this step."""
@@ -164,15 +164,21 @@ class _Skewed(torch.optim.Optimizer):
             interval.within.copy_(distance)
         return interval
 
+    def _buffers(self, weight: nn.Parameter, group: dict[str, Any]) -> list[Tensor]:
+        """Return the state of a weight that has its shape, made on first use."""
+        raise NotImplementedError
+
     def _update(
         self,
         weight: nn.Parameter,
         rows: Tensor,
         grad: Tensor,
+        buffers: list[Tensor],
         scale: Tensor,
         interval: Interval,
         group: dict[str, Any],
     ) -> None:
+        """Update rows and buffers in place; `weight` is the key of the optimizer's state."""
         raise NotImplementedError
 
     def _run(self, function: Callable[..., Any], *args: Any, **flags: Any) -> Any:
@@ -189,7 +195,7 @@ class _Skewed(torch.optim.Optimizer):
         """Return the share of quantized weights inside their interval (else: on a level)."""
         inside = total = 0
         for layer in self._layers:
-            weight, scale, grid = layer.weight.detach(), layer.weight_scale, layer.grid
+            weight, scale, grid = layer.rows(layer.weight.detach()), layer.weight_scale, layer.grid
             if self.closing.kind != "single":
                 feasible = weight == grid.snap(weight, scale)
             else:
@@ -270,22 +276,26 @@ class AskewSGD(_Skewed, torch.optim.SGD):
         )
         self._constrain(model, closing, alpha, clip, pull, compile)
 
+    def _buffers(self, weight: nn.Parameter, group: dict[str, Any]) -> list[Tensor]:
+        if not group["momentum"]:
+            return []
+        buffer = self.state[weight].get("momentum_buffer")
+        if buffer is None:
+            buffer = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+            self.state[weight]["momentum_buffer"] = buffer
+        return [buffer]
+
     def _update(
         self,
         weight: nn.Parameter,
         rows: Tensor,
         grad: Tensor,
+        buffers: list[Tensor],
         scale: Tensor,
         interval: Interval,
         group: dict[str, Any],
     ) -> None:
-        buffer = None
-        if group["momentum"]:
-            buffer = self.state[weight].get("momentum_buffer")
-            if buffer is None:
-                buffer = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-                self.state[weight]["momentum_buffer"] = buffer
-            buffer = buffer.view(rows.shape)
+        buffer = buffers[0] if buffers else None
         knobs = _knobs(
             rows, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"]
         )
@@ -333,20 +343,25 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
         )
         self._constrain(model, closing, alpha, clip, pull, compile)
 
-    def _update(
-        self,
-        weight: nn.Parameter,
-        rows: Tensor,
-        grad: Tensor,
-        scale: Tensor,
-        interval: Interval,
-        group: dict[str, Any],
-    ) -> None:
+    def _buffers(self, weight: nn.Parameter, group: dict[str, Any]) -> list[Tensor]:
         state = self.state[weight]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        return [state["exp_avg"], state["exp_avg_sq"]]
+
+    def _update(
+        self,
+        weight: nn.Parameter,
+        rows: Tensor,
+        grad: Tensor,
+        buffers: list[Tensor],
+        scale: Tensor,
+        interval: Interval,
+        group: dict[str, Any],
+    ) -> None:
+        state = self.state[weight]
         state["step"] += 1
         step = state["step"].item()
         beta1, beta2 = group["betas"]
@@ -360,9 +375,18 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
             keep=1 - group["lr"] * group["weight_decay"],
             step_size=group["lr"] / (1 - beta1**step),
         )
-        moments = state["exp_avg"].view(rows.shape), state["exp_avg_sq"].view(rows.shape)
         how = {"in_levels": group["in_levels"], "closing": self.closing.kind}
-        self._run(adamw_, rows, grad, *moments, scale, interval, knobs, **how)
+        self._run(adamw_, rows, grad, *buffers, scale, interval, knobs, **how)
+
+
+@contextmanager
+def _as_rows(layer: QuantizedLayer, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Within the block, update tensors of a weight's shape as rows: views, or written back."""
+    rows = [layer.rows(tensor) for tensor in tensors]
+    yield rows
+    for tensor, part in zip(tensors, rows, strict=True):
+        if part.data_ptr() != tensor.data_ptr():  # a copy
+            tensor.copy_(layer.from_rows(part))
 
 
 def _groups(model: nn.Module, level_lr: float) -> list[dict[str, Any]]:

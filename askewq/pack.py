@@ -78,6 +78,26 @@ def _unpack(packed: Tensor, bits: Bits, count: int) -> Tensor:
     return torch.cat([_part(part, bits) for part in parts])[:count]
 
 
+def unpack_rows(packed: Tensor, bits: Bits, columns: int, rows: Tensor) -> Tensor:
+    """Return the codes of some rows of a matrix with so many columns, uint8 [n, columns].
+
+    Args:
+        packed: uint8, 1-D, checked.
+        rows: int64 [n], within the matrix.
+    """
+    group, width = (5, 1) if bits == "ternary" else (8, int(bits))  # codes in so many bytes
+    first = rows * columns
+    span = -(-columns // group) + (1 if columns % group else 0)  # groups that a row may touch
+    places = (first // group * width).view(-1, 1) + torch.arange(span * width, device=rows.device)
+    # Behind the last row there may be no bytes: what is read instead belongs to no row.
+    found = packed[places.clamp_(max=len(packed) - 1)].view(-1)
+    codes = _unpack(found, bits, len(rows) * span * group).view(len(rows), span * group)
+    if columns % group == 0:
+        return codes
+    within = (first % group).view(-1, 1) + torch.arange(columns, device=rows.device)
+    return codes.gather(1, within)
+
+
 def _part(packed: Tensor, bits: int) -> Tensor:
     """Return the 8 n codes in [n, b] bytes."""
     padded = torch.zeros(len(packed), 8, dtype=torch.uint8, device=packed.device)
@@ -140,9 +160,14 @@ def unpack_values(
     height = max(1, CHUNK // rows.shape[1] // whole) * whole
     parts = (pieces(tensor, height) for tensor in (rows, scale.view(-1, 1)))
     found = pieces(packed, height * rows.shape[1] // each)
+    # Written to again and again: fewer calls a piece, which cost as much as the arithmetic.
+    entries, levels = table[:0], rows[:0]
     for part, part_scale, part_bytes in zip(*parts, found, strict=True):
-        levels = table.index_select(0, part_bytes.to(torch.int32)).view(torch.float32)
-        torch.mul(levels.view(-1)[: part.numel()].view(part.shape), part_scale, out=part)
+        if levels.shape != part.shape:  # the first piece, and a shorter last one
+            entries = table.new_empty(len(part_bytes), *table.shape[1:])
+            levels = entries.view(torch.float32).view(-1)[: part.numel()].view(part.shape)
+        torch.index_select(table, 0, part_bytes.to(torch.int32), out=entries)
+        torch.mul(levels, part_scale, out=part)
     return result
 
 

@@ -17,6 +17,7 @@ from askewq.checkpoint import Artifact, PackedWeight, check_fit, shared_names
 from askewq.errors import FormatError
 from askewq.grid import Grid
 from askewq.mixed import Mixin, mix_, unmix_
+from askewq.pack import unpack_rows
 
 
 class PackedTensor(nn.Module):
@@ -27,6 +28,7 @@ class PackedTensor(nn.Module):
         scale: buffer, float32 [out, groups]; a cast of the model leaves it as it is.
         grid: the levels, in units of the scale.
         shape: of the weight.
+        channel_dim: the dimension of it that counts output channels.
         dtype: of the weight that it unpacks to, rounded once from float32.
     """
 
@@ -39,16 +41,32 @@ class PackedTensor(nn.Module):
         self.register_buffer("scale", weight.scale)
         self.grid: Grid = weight.grid
         self.shape = weight.shape
+        self.channel_dim = weight.channel_dim
         self.dtype = torch.float32
 
     def content(self) -> PackedWeight:
         """Return the codes and the scale with what they mean."""
-        return PackedWeight(self.grid, self.shape, self.codes, self.scale)
+        return PackedWeight(self.grid, self.shape, self.codes, self.scale, self.channel_dim)
 
     @torch.no_grad()
     def forward(self) -> Tensor:
         """Return the dense weight."""
         return self.content().dense().to(self.dtype)
+
+    @torch.no_grad()
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return rows of a matrix [rows, columns] as [*indices, columns]; only they are unpacked.
+
+        Raises:
+            IndexError: an index that is no row.
+        """
+        count, columns = self.shape
+        rows = indices.reshape(-1).long()
+        # torch's own look-up refuses what is no row, and gives no gradient here.
+        scale = nn.functional.embedding(rows, self.scale.expand(count, -1))
+        codes = unpack_rows(self.codes, self.grid.bits, columns, rows)
+        values = self.grid.values(codes, scale) if len(rows) else scale.new_empty(0)
+        return values.to(self.dtype).view(*indices.shape, columns)
 
     def extra_repr(self) -> str:
         """Return what printing the model says of this weight."""
@@ -88,6 +106,14 @@ class PackedLayer(Mixin):
         super().__setattr__(name, value)
 
 
+class PackedEmbedding(PackedLayer):
+    """Mixin of an nn.Embedding, which unpacks the rows that it looks up and no others."""
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Return the rows of the dense weight."""
+        return self.packed.rows(indices)
+
+
 def attach_(layer: nn.Module, packed: PackedTensor) -> None:
     """Let a packed weight take the place of a layer's Parameter, in place.
 
@@ -99,7 +125,8 @@ def attach_(layer: nn.Module, packed: PackedTensor) -> None:
 
 def seal_(layer: nn.Module) -> None:
     """Let ``layer.weight`` unpack the attached weight from now on, in place."""
-    mix_(layer, PackedLayer)
+    looks_up = type(layer).forward is nn.Embedding.forward
+    mix_(layer, PackedEmbedding if looks_up else PackedLayer)
 
 
 def unseal_(layer: nn.Module) -> None:

@@ -91,7 +91,7 @@ class Follower:
         """Return the share of quantized weights that the forward pass sees on a level."""
         inside = total = 0
         for layer in self._layers:
-            seen = layer.weight
+            seen = layer.rows(layer.weight)
             inside += int((seen == layer.grid.snap(seen, layer.weight_scale)).sum())
             total += seen.numel()
         return inside / total

@@ -4,7 +4,6 @@ The plan is a pure table: training, evaluation, packing and `askewq inspect` rea
 """
 
 import fnmatch
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -15,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from askewq.errors import ModelError, PlanError, near
-from askewq.grid import Grid, fit_scale, make_grid, scale_shape
-from askewq.layers import SUPPORTED, quantize_layer_, quantized_layers
+from askewq.grid import Grid, channels_first, fit_scale, make_grid, scale_shape
+from askewq.kinds import Kind, kind_of, ramp
+from askewq.layers import quantize_layer_, quantized_layers
 from askewq.pack import packed_size
 from askewq.vocabulary import Bits, GridKind, GroupSize
 
@@ -31,6 +31,7 @@ class PlannedLayer:
         shape: of the weight; of the first parameter where the module has no `weight`.
         parameters: elements in all parameters that this module owns first.
         grid: None for a layer left in floating point.
+        channel_dim: the dimension of the weight that counts output channels.
         group_size: of the scale; a layer whose rows it does not divide falls back to "channel".
         note: why it stays float, or what is special.
     """
@@ -40,6 +41,7 @@ class PlannedLayer:
     shape: tuple[int, ...]
     parameters: int
     grid: Grid | None
+    channel_dim: int
     group_size: GroupSize
     note: str
 
@@ -53,7 +55,7 @@ class PlannedLayer:
         """Bytes of its codes and float32 scales."""
         if self.grid is None:
             return 0
-        out, groups = scale_shape(torch.Size(self.shape), self.group_size)
+        out, groups = scale_shape(_channels(self.shape, self.channel_dim), self.group_size)
         return packed_size(self.weights, self.grid.bits) + 4 * out * groups
 
 
@@ -101,10 +103,11 @@ def plan(
 ) -> Plan:
     """Return what quantizing `model` would do; the model is not touched.
 
-    By default every Linear and Conv gets the grid, except the first and the last layer with a
-    weight matrix (embeddings count as first), which carry little of the size and much of the
-    accuracy. `include` (glob patterns on module names) selects exactly the named layers, first and
-    last among them if they match; `exclude` takes layers away again.
+    By default every Linear and Conv (transformers' Conv1D, too) gets the grid, except the first and
+    the last layer with a weight matrix (embeddings count as first), which carry little of the size
+    and much of the accuracy. `include` (glob patterns on module names) selects exactly the named
+    layers, first, last and embeddings among them if they match; `exclude` takes layers away again.
+    A weight that several layers share is quantized once, for all of them, if one is named.
 
     Raises:
         RecipeError: bits, grid or group size that do not exist.
@@ -135,11 +138,16 @@ def plan(
     for names in users.values():
         module = modules[names[0]]
         reason = next(filter(None, (_unsupported(modules[n]) for n in names)), "")
-        reason = reason or _unselected(names, include, exclude, ends)
+        kinds = [kind for n in names if (kind := kind_of(modules[n]))]
+        dims = {kind.channel_dim for kind in kinds} or {0}
+        if not reason and len(dims) > 1:
+            reason = "shared by layers whose output channels are different dimensions of it"
+        reason = reason or _unselected(names, kinds, include, exclude, ends)
         shape, size, notes = _main(module).shape, group_size, [reason]
-        if not reason and isinstance(group_size, int) and shape[1:].numel() % group_size:
+        row = 0 if reason else _channels(shape, min(dims))[1:].numel()
+        if not reason and isinstance(group_size, int) and row % group_size:
             size = "channel"
-            notes.append(f"scale per channel: {group_size} does not divide {shape[1:].numel()}")
+            notes.append(f"scale per channel: {group_size} does not divide {row}")
         if len(names) > 1:
             notes.append(f"weight shared by {', '.join(names[1:])}")
         own = {id(p): p.numel() for name in names for p in _own(modules[name])}
@@ -150,6 +158,7 @@ def plan(
                 shape=tuple(shape),
                 parameters=sum(n for key, n in own.items() if key not in counted),
                 grid=None if reason else chosen,
+                channel_dim=min(dims),
                 group_size=size,
                 note="; ".join(filter(None, notes)),
             )
@@ -163,6 +172,11 @@ def plan(
             f"({reasons or 'it has no parameters'}); name layers with include, or exclude fewer."
         )
     return result
+
+
+def _channels(shape: Sequence[int], channel_dim: int) -> torch.Size:
+    """Return the shape of a weight channels first."""
+    return channels_first(torch.empty(tuple(shape), device="meta"), channel_dim).shape
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -183,37 +197,30 @@ def _has_matrix(module: nn.Module) -> bool:
 def _unsupported(module: nn.Module) -> str:
     """Return why this module cannot be quantized, or an empty string."""
     own = dict(module.named_parameters(recurse=False))
-    kind = type(module).__name__
-    supported = isinstance(module, SUPPORTED)
-    if isinstance(module, ParametrizationList) or (supported and "weight" not in own):
+    name, kind = type(module).__name__, kind_of(module)
+    if isinstance(module, ParametrizationList) or (kind and "weight" not in own):
         return "a weight computed from other parameters"
-    if not supported:
+    if kind is None:
         matrix = any(parameter.dim() > 1 for parameter in own.values())
-        return f"{kind} is not Linear or Conv" if matrix else "no weight matrix"
+        return f"{name} is not Linear, Conv or Embedding" if matrix else "no weight matrix"
     if not own["weight"].is_floating_point():
         return f"its weight is {own['weight'].dtype}"
-    return "" if _uses_weight_linearly(module) else f"{kind} transforms its weight before use"
+    if obstacle := kind.obstacle(module):
+        return obstacle
+    return "" if _uses_weight_linearly(module, kind) else f"{name} transforms its weight before use"
 
 
-def _uses_weight_linearly(module: nn.Module) -> bool:
+def _uses_weight_linearly(module: nn.Module, kind: Kind) -> bool:
     """Tell whether doubling the weight doubles the output, probing forwards that are not torch's.
 
     Weight standardisation, for one, fails: snapped weights would not be what is multiplied. A
     power of two scales floating-point results exactly, so the comparison is for equality.
     """
-    stock = next(cls for cls in SUPPORTED if isinstance(module, cls))
     methods = ("forward", "_conv_forward")
-    if all(getattr(type(module), m, None) is getattr(stock, m, None) for m in methods):
+    if all(getattr(type(module), m, None) is getattr(kind.stock, m, None) for m in methods):
         return True
     own = module.get_parameter("weight")
-    if isinstance(module, nn.Linear):
-        shape = [1, module.in_features]
-    else:
-        spans = zip(
-            cast(nn.Conv2d, module).kernel_size, cast(nn.Conv2d, module).dilation, strict=True
-        )
-        shape = [1, cast(nn.Conv2d, module).in_channels, *(2 * (k - 1) * d + 2 for k, d in spans)]
-    x, weight = (_ramp(size, own) for size in (shape, own.shape))
+    x, weight = kind.sample(module), ramp(own.shape, own)
     bias = dict(module.named_parameters(recurse=False)).get("bias")
     state = {} if bias is None else {"module.bias": torch.zeros_like(bias)}
     outputs = []
@@ -243,14 +250,12 @@ class _Bare(nn.Module):
         return cast(Tensor, self.module.forward(x))
 
 
-def _ramp(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Return fixed values from -1 to 1, of the dtype and on the device of `like`."""
-    ramp = torch.linspace(-1, 1, math.prod(shape), dtype=like.dtype, device=like.device)
-    return ramp.reshape(tuple(shape))
-
-
 def _unselected(
-    names: Sequence[str], include: Sequence[str], exclude: Sequence[str], ends: dict[str, str]
+    names: Sequence[str],
+    kinds: Sequence[Kind],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    ends: dict[str, str],
 ) -> str:
     """Return why a layer that could be quantized is not to be, or an empty string."""
     for pattern in exclude:
@@ -259,6 +264,8 @@ def _unselected(
     if include:
         matched = any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in include)
         return "" if matched else "not included"
+    if any(kind.on_request for kind in kinds):
+        return "an embedding, kept in full precision unless include names it"
     end = next((ends[name] for name in names if name in ends), "")
     return f"{end} layer, kept in full precision" if end else ""
 
@@ -290,7 +297,8 @@ def apply(model: nn.Module, plan: Plan) -> None:
             raise ModelError(
                 f"{layer.names[0]}.weight holds NaN or infinite values; check the file."
             )
-        scales.append(fit_scale(weight, cast(Grid, layer.grid), layer.group_size))
+        first = channels_first(weight, layer.channel_dim)
+        scales.append(fit_scale(first, cast(Grid, layer.grid), layer.group_size))
     for layer, scale in zip(plan.quantized, scales, strict=True):
         for name in layer.names:
             quantize_layer_(model.get_submodule(name), cast(Grid, layer.grid), scale)

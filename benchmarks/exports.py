@@ -86,7 +86,9 @@ def random_artifact(name: str, bits: str, folder: Path) -> None:
         loaded = models.load(str(source), "causal-lm", ())
     else:
         loaded = models.load(name, "image-classification", classes, pretrained=False, image_size=32)
-    askewq.quantize(loaded.model, bits if bits == "ternary" else int(bits))  # type: ignore[arg-type]  # a width
+    width = bits if bits == "ternary" else int(bits)
+    include = ["*"] if name == "gpt2" else []  # its embeddings, too, of which one is the head
+    askewq.quantize(loaded.model, width, include=include)  # type: ignore[arg-type]  # a width
     askewq.snap_(loaded.model)
     folder.mkdir(parents=True)
     checkpoint.save(loaded.model, folder / artifact.ARTIFACT)

@@ -1,10 +1,10 @@
 """Resident weights of packed networks beside float32, and what unpacking on use costs.
 
 timm's resnet50, and a Llama-shaped network of about 100 M parameters, at 2 bits. A run of askewq
-leaves the first and the last layer in float; "all" quantizes every Linear, Conv and Embedding, so
-that what stays float are biases and norms. Bytes are those of all parameters and buffers, shared
-ones once. The slowdown is of a forward pass, medians of interleaved rounds, batch 1 and 8 images,
-1 and 128 tokens.
+leaves embeddings, the first and the last layer in float; with include="*" it quantizes every
+Linear, Conv and Embedding, so that what stays float are biases and norms. Bytes are those of all
+parameters and buffers, shared ones once. The slowdown is of a forward pass, medians of interleaved
+rounds, batch 1 and 8 images, 1 and 128 tokens.
 
     python benchmarks/memory.py [--rounds 5] [--threads 2] [--models resnet50 llama]
 """
@@ -21,8 +21,7 @@ import transformers
 from torch import nn
 
 from askewq import checkpoint, wrap
-from askewq.grid import fit_scale, make_grid
-from askewq.layers import SUPPORTED, quantize_layer_, snap_
+from askewq.layers import snap_
 from askewq.packed import PackedTensor, load_packed_into
 
 
@@ -43,18 +42,6 @@ def llama() -> nn.Module:
 def resnet() -> nn.Module:
     """Return timm's resnet50 with 1000 classes."""
     return timm.create_model("resnet50", pretrained=False).eval()
-
-
-def quantize(model: nn.Module, everything: bool) -> None:
-    """Snap a network to 2 bits, in place: what a run would quantize, or every weight matrix."""
-    if not everything:
-        wrap.quantize(model, 2)
-    else:
-        grid = make_grid(2)
-        for module in list(model.modules()):
-            if isinstance(module, (*SUPPORTED, nn.Embedding)):
-                quantize_layer_(module, grid, fit_scale(module.weight, grid))
-    snap_(model)
 
 
 def held(model: nn.Module) -> int:
@@ -79,9 +66,10 @@ def in_turn(tasks: list[Callable[[], object]], rounds: int) -> list[float]:
 def compare(
     name: str, make: Callable[[], nn.Module], inputs: dict[str, torch.Tensor], rounds: int
 ) -> None:
-    for everything in (False, True):
+    for include in ([], ["*"]):
         model = make()
-        quantize(model, everything)
+        wrap.quantize(model, 2, include=include)
+        snap_(model)
         content = checkpoint.artifact_of(model)
         dense, packed = make(), make()
         checkpoint.load_into(dense, content)
@@ -90,7 +78,7 @@ def compare(
         low = sum(w.codes.nbytes + w.scale.nbytes for w in weights)
         float32 = 4 * sum(torch.Size(w.shape).numel() for w in weights)
         parameters = sum(p.numel() for p in dense.parameters())
-        what = "all" if everything else "as a run leaves it"
+        what = "include *" if include else "as a run leaves it"
         print(f"\n{name}, {what}: {parameters / 1e6:.1f} M parameters")
         total, before = held(packed), held(dense)
         print(f"  quantized {float32 / 1e6:7.1f} MB -> {low / 1e6:6.1f} MB, 1/{float32 / low:.1f}")

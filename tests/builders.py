@@ -387,6 +387,12 @@ SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
     "bert": lambda: {"model": str(bert()), "dataset": str(text_csv())},
     "bert-pairs": lambda: {"model": str(bert()), "dataset": str(text_pairs_json())},
     "llama": lambda: {"model": str(llama()), "dataset": str(corpus()), "max_length": 16},
+    "gpt2": lambda: {  # with its embeddings, of which one is the head
+        "model": str(gpt2()),
+        "dataset": str(corpus()),
+        "max_length": 16,
+        "include": ["*"],
+    },
     "vit": lambda: {"model": str(vit()), "dataset": str(image_parquet())},
 }
 
@@ -500,19 +506,14 @@ def packed(loaded: Any, folder: Path, quantize: Callable[[nn.Module], object]) -
 def put_on_grid(
     model: nn.Module, name: str, bits: Any, group_size: Any = "channel", kind: Any = "integer"
 ) -> None:
-    """Quantize one layer, of whatever class; askewq.quantize refuses some of these."""
-    from askewq.grid import fit_scale, make_grid
+    """Quantize one layer, beside others on other grids."""
+    from askewq.grid import channels_first, fit_scale, make_grid
+    from askewq.kinds import channel_dim
     from askewq.layers import quantize_layer_
 
     layer, grid = model.get_submodule(name), make_grid(bits, kind)
-    quantize_layer_(layer, grid, fit_scale(layer.get_parameter("weight"), grid, group_size))
-
-
-def every_conv1d(model: nn.Module, bits: Any = 2) -> None:
-    """Quantize all of transformers' Conv1D layers of a model."""
-    names = [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
-    for name in names:
-        put_on_grid(model, name, bits)
+    weight = channels_first(layer.get_parameter("weight"), channel_dim(layer))
+    quantize_layer_(layer, grid, fit_scale(weight, grid, group_size))
 
 
 class PowerCutError(Exception):

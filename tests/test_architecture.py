@@ -20,11 +20,14 @@ PACKAGE = Path(askewq.__file__).parent
 # A file imports from floors below, or from its own floor as long as no cycle arises.
 FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal", "text"),
-    ("disk", "digest", "signals", "divergence", "config", "grid", "pack", "methods", "mixed"),
+    (
+        *("config", "grid", "kinds", "pack", "methods", "mixed"),
+        *("disk", "digest", "trust", "signals", "divergence"),
+    ),
     ("layers", "kernels", "optim", "rivals"),
     ("wrap", "checkpoint", "packed"),
     (
-        *("trust", "preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
+        *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
     ),
     (

@@ -10,11 +10,12 @@ import torch
 from builders import files, manifest
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from askewq import checkpoint, digest, wrap
 from askewq.checkpoint import Artifact
 from askewq.errors import DivergenceError, FormatError, UnverifiedWarning
-from askewq.grid import BITS, Grid, make_grid
+from askewq.grid import BITS, Grid, fit_scale, make_grid
 from askewq.layers import quantize_layer_, quantized_layers, snap_
 
 SHAPE = (3, 7)
@@ -82,23 +83,23 @@ def rewrite(path: Path, change) -> None:
 GOLDEN = {
     (1, "integer"): (
         "66169f26612e2267433969e0ef5fd78e064f2caf0bca812032a693b20665083c",
-        "c2968a5971f5cf7b523373b375f012fe59247952750582ee68938b41cb8aba6a",
+        "ac4ce410aa28614bea3a8995903bdd1e50f2fc5c0c64e4c7fe33bc2ac125059a",
     ),
     ("ternary", "integer"): (
         "3fa12f69a7046734acd2d33b8665fcbeb43c4e457816c8623156cbd4541583bc",
-        "c8eb015f750e796fe26c792adf6bfa7db58d5c1effd1591d534f6a3e64f4bcf9",
+        "ce06c315d2f722b73b11ada1149361d86b2edbc1bf74c4d1ad12f2f24e972a4b",
     ),
     (2, "integer"): (
         "2c9cdbb14cc23e986c1217f03f602c3087ca4181dde4cef4a70c4bfe6bbc9bb6",
-        "0c09f6ce46fca11f4de76067d056ee13364a3a0b299a7ac0e309e95e55ea5822",
+        "17f9ffa19392176d3fca1e9ab8666cbadbfdf9abdc7593375172eaac29a5743b",
     ),
     (2, "half-integer"): (
         "3ec5b7c60a4f4c824c5293d6a035701ce4a71ba4aff7789ec7ea95a5bf95274e",
-        "2ebf236d96650de5379e3e3ba09256c8a3ea2df47fa0010b13446e996047c562",
+        "074cef3ef6fc73db794aca6f99399d8f15d79714fc63a2ae5bc65e79a244f880",
     ),
     (3, "integer"): (
         "317459f8d9af2a8ced95b1b4e2e49f07ec706e968d40e96cd9dc387703220c14",
-        "3484c4353d06da4c4b2a73006ae366950033bab34b73efea08587531c00360bf",
+        "06af39c34bec5cfcb655ca4629ba15059b000676711626518b6cbe597161c32f",
     ),
 }
 
@@ -106,6 +107,8 @@ GOLDEN = {
 def as_version_1(manifest, tensors):
     """Change a manifest to what version 1 had in its place, in compact JSON."""
     del manifest["digest"]
+    for entry in manifest["weights"].values():
+        assert entry.pop("channel_dim") == 0
     return json.dumps({**manifest, "version": 1}, sort_keys=True, separators=(",", ":"))
 
 
@@ -158,12 +161,13 @@ class TestBytes:
         checkpoint.save(Golden(make_grid(2)), path)
         assert manifest(path) == {
             "version": 2,
-            "digest": "b6695e5b30fa7f1b2c9a67ab1f7aa84994fee639629f6382ece616fd223c4833",
+            "digest": "f0c176d4ad5c9581fd62429976f22b9cb8d5d3468397cbfba3f9d8216038f600",
             "weights": {
                 "layer.weight": {
                     "bits": 2,
                     "grid": {"first": -2.0, "step": 1.0, "size": 4},
                     "shape": [3, 7],
+                    "channel_dim": 0,
                 }
             },
             "shared": {},
@@ -178,6 +182,32 @@ class TestBytes:
             "norm.running_var",
             "norm.num_batches_tracked",
         }
+
+    def test_golden_channels_last(self, tmp_path):
+        """Codes of a weight [in, out] are written output by output, in a file of version 2."""
+        layer = Conv1D(3, 2)
+        quantize_layer_(layer, make_grid(2), torch.ones(3, 1))
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([[-2.0, -1.0, 0.0], [1.0, 0.0, -1.0]]))
+        path = tmp_path / "m.safetensors"
+        checkpoint.save(layer, path)
+        found = manifest(path)
+        assert len(found.pop("digest")) == 64
+        assert found == {
+            "version": 2,
+            "weights": {
+                "weight": {
+                    "bits": 2,
+                    "grid": {"first": -2.0, "step": 1.0, "size": 4},
+                    "shape": [2, 3],
+                    "channel_dim": 1,
+                }
+            },
+            "shared": {},
+        }
+        # 0 3, 1 2, 2 1, the first in the lowest bits
+        assert load_file(path)["weight.codes"].tolist() == [0b10_01_11_00, 0b01_10]
+        assert load_file(path)["weight.scale"].shape == (3, 1)
 
     def test_saving_twice_gives_the_same_bytes(self, tmp_path):
         """A file depends on the model alone."""
@@ -351,6 +381,7 @@ W, CODES, SCALE = "conv.weight", "conv.weight.codes", "conv.weight.scale"
 ENTRY = ("weights", W)
 MUTATIONS = {
     "newer version": (say("version", 3), "version 3"),
+    "no channel_dim": (unsay(*ENTRY, "channel_dim"), "channel_dim"),
     "older version": (say("version", 0), "version 0"),
     "no version": (unsay("version"), "version"),
     "version as text": (say("version", "1"), "version"),
@@ -412,6 +443,54 @@ MUTATIONS = {
     "packed and dense": (put(W, lambda t: torch.zeros(6, 2, 3, 3)), W),
     "filling bits": (put(CODES, with_last(255)), W),
 }
+
+
+def conv1d_file(folder: Path) -> Path:
+    """Write a file of version 2: a weight [in, out] with two groups an output."""
+    layer = Conv1D(5, 4)
+    quantize_layer_(layer, make_grid(3), torch.rand(5, 2) + 0.1)
+    checkpoint.save(layer, folder / "m.safetensors")
+    return folder / "m.safetensors"
+
+
+class TestChannelsLast:
+    @pytest.mark.parametrize(("bits", "kind"), GRIDS)
+    @pytest.mark.parametrize("group_size", ["channel", "tensor", 3])
+    def test_round_trip(self, tmp_path, bits, kind, group_size):
+        """What is read has the bits of what was saved, in the layer's own orientation."""
+        layer, grid = Conv1D(5, 6), make_grid(bits, kind)
+        quantize_layer_(layer, grid, fit_scale(layer.weight.t(), grid, group_size))
+        layer.snap_()
+        checkpoint.save(layer, tmp_path / "m")
+        fresh = Conv1D(5, 6)
+        checkpoint.load_into(fresh, checkpoint.read(tmp_path / "m"))
+        assert fresh.weight.is_contiguous()
+        assert bytes_of(fresh.weight) == bytes_of(layer.latent)
+        assert bytes_of(checkpoint.read(tmp_path / "m").weights["weight"].dense()) == bytes_of(
+            layer.latent
+        )
+
+    @pytest.mark.parametrize("dim", [2, -1, True, 1.0, "1", None])
+    def test_a_dimension_that_is_none(self, tmp_path, dim):
+        """A channel_dim is a dimension of the weight."""
+        path = conv1d_file(tmp_path)
+        rewrite(path, say("weights", "weight", "channel_dim", dim))
+        with pytest.raises(FormatError, match="no dimension"):
+            checkpoint.read(path)
+
+    def test_the_scale_belongs_to_that_dimension(self, tmp_path):
+        """With another channel_dim the scale does not fit, and the file is refused."""
+        path = conv1d_file(tmp_path)
+        rewrite(path, say("weights", "weight", "channel_dim", 0))
+        with pytest.raises(FormatError, match=r"'weight\.scale' must be float32 \[4, groups\]"):
+            checkpoint.read(path)
+
+    def test_an_old_entry_in_a_new_version(self, tmp_path):
+        """Version 1 knows no channel_dim: the keys of a version are exact."""
+        path = conv1d_file(tmp_path)
+        rewrite(path, say("version", 1))
+        with pytest.raises(FormatError, match="must have exactly the keys"):
+            checkpoint.read(path)
 
 
 class TestStrictReader:
@@ -578,3 +657,67 @@ def test_a_network_in_channels_last(tmp_path):
         checkpoint.load_into(network, stored)
     assert not second.conv.weight.is_contiguous()
     assert torch.equal(first.conv.weight, second.conv.weight)
+
+
+class TestShards:
+    @pytest.fixture
+    def path(self, tmp_path):
+        """An artifact in two files and an index, as transformers writes large models."""
+        checkpoint.save(snapped_net(3), tmp_path / "whole")
+        tensors, metadata = load_file(tmp_path / "whole"), {"askewq": self.text(tmp_path / "whole")}
+        names = sorted(tensors)
+        parts = {"m-1.safetensors": names[::2], "m-2.safetensors": names[1::2]}
+        for file, part in parts.items():
+            save_file({name: tensors[name] for name in part}, tmp_path / file, metadata)
+        places = {name: file for file, part in parts.items() for name in part}
+        index = tmp_path / "m.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        return tmp_path / "m.safetensors"
+
+    @staticmethod
+    def text(path: Path) -> str:
+        return json.dumps(manifest(path), sort_keys=True, separators=(",", ":"))
+
+    def test_they_are_one_artifact(self, path):
+        """What is read from the shards is what one file would hold."""
+        one = checkpoint.serialize(checkpoint.read(path.with_name("whole")))
+        two = checkpoint.serialize(checkpoint.read(path))
+        assert one[1] == two[1]
+        assert one[0].keys() == two[0].keys()
+        assert all(torch.equal(one[0][name], tensor) for name, tensor in two[0].items())
+
+    def test_a_single_file_comes_first(self, path):
+        """Where there is one file it is read, as transformers does."""
+        checkpoint.save(snapped_net(2), path)
+        assert checkpoint.files_of(path) == [path]
+
+    def test_shards_of_two_artifacts(self, path):
+        """Another manifest in a shard is refused, naming the file."""
+        second = path.with_name("m-2.safetensors")
+        rewrite(second, say("shared", {}))
+        with pytest.raises(FormatError, match=r"m-2\.safetensors does not go with"):
+            checkpoint.read(path)
+
+    def test_a_tensor_twice(self, path):
+        """A tensor that two shards hold is refused."""
+        first, second = (load_file(path.with_name(f"m-{i}.safetensors")) for i in (1, 2))
+        tensors, name = {**second, next(iter(first)): next(iter(first.values()))}, "m-2.safetensors"
+        metadata = {"askewq": self.text(path.with_name(name))}
+        save_file(tensors, path.with_name(name), metadata)
+        with pytest.raises(FormatError, match="no tensor twice"):
+            checkpoint.read(path)
+
+    def test_a_missing_shard(self, path):
+        """A shard that is not there is named."""
+        path.with_name("m-2.safetensors").unlink()
+        with pytest.raises(FormatError, match=r"m-2\.safetensors is not a readable"):
+            checkpoint.read(path)
+
+    @pytest.mark.parametrize(
+        "content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../m-1"}}']
+    )
+    def test_a_damaged_index(self, path, content):
+        """An index names files beside it, or is refused."""
+        path.with_name("m.safetensors.index.json").write_text(content)
+        with pytest.raises(FormatError, match=r"index\.json"):
+            checkpoint.read(path)

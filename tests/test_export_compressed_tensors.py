@@ -6,7 +6,7 @@ import re
 import builders
 import pytest
 import torch
-from builders import every_conv1d, packed, put_on_grid, untrained
+from builders import packed, put_on_grid, untrained
 from compressed_tensors.compressors.pack_quantized import helpers
 from conftest import GRIDS, grid_name, random_tensor
 from safetensors.torch import load_file
@@ -260,7 +260,7 @@ class TestRefuses:
 
     def test_conv1d(self, tmp_path):
         """Transformers' Conv1D layers are named, all of them."""
-        source = source_of("gpt2", tmp_path, every_conv1d)
+        source = source_of("gpt2", tmp_path, lambda m: askewq.quantize(m, 2))
         *layers, last = TARGET.refusals(source, Options())
         assert len(layers) == 8
         assert all(" is a Conv1D, and transformers unpacks Linear only." in r for r in layers)
@@ -269,17 +269,12 @@ class TestRefuses:
 
     def test_an_embedding_and_its_tied_head(self, tmp_path):
         """A quantized embedding is named; its tied head follows it when it is written dense."""
-
-        def tied(model):
-            askewq.quantize(model, 2)
-            put_on_grid(model, "model.embed_tokens", 4)
-            head, embedding = model.lm_head, model.model.embed_tokens
-            put_on_grid(model, "lm_head", 4)
-            head.weight_scale = embedding.weight_scale
-
-        source = source_of("llama", tmp_path, tied)
+        source = source_of("llama", tmp_path, lambda m: askewq.quantize(m, 2, include=["*"]))
         assert source.artifact.shared == {"lm_head.weight": "model.embed_tokens.weight"}
-        assert "model.embed_tokens is a Embedding" in TARGET.refusals(source, Options())[0]
+        assert TARGET.refusals(source, Options()) == [
+            "model.embed_tokens is an Embedding, and transformers unpacks Linear only.",
+            "--dense-rest writes these as ordinary weights.",
+        ]
         assert_same_logits(source, write(source, tmp_path / "out", dense_rest=True))
 
     def test_shared_linear_weights(self, tmp_path):

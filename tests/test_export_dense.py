@@ -29,10 +29,9 @@ FACTORIES = {"own": lambda: builders.own("small"), "tied": lambda: builders.own(
 
 
 def quantize(kind, bits, grid="integer"):
-    """Return what quantizes a model of a kind; askewq.quantize leaves all of GPT-2 alone."""
-    if kind == "gpt2":
-        return lambda model: builders.every_conv1d(model, bits)
-    return lambda model: askewq.quantize(model, bits, grid=grid)
+    """Return what quantizes a model of a kind: GPT-2 with its embeddings and tied head."""
+    include = ("*",) if kind == "gpt2" else ()
+    return lambda model: askewq.quantize(model, bits, grid=grid, include=include)
 
 
 def source_of(kind, folder, quantization):

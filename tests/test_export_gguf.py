@@ -5,6 +5,7 @@ import functools
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 
 import builders
 import gguf
@@ -17,10 +18,12 @@ from askewq.checkpoint import Artifact, PackedWeight
 from askewq.export_gguf import TARGET
 from askewq.grid import make_grid, scale_shape
 from askewq.hf_models import load_tokenizer
+from askewq.layers import snap_
 from askewq.pack import pack
 from askewq.preprocessing import TextPreprocessing
 from askewq.spec import LoadedModel, ModelSpec
 from askewq.target import ExportSource, Options
+from askewq.wrap import quantize
 
 SIZES = {
     "vocab_size": 14,
@@ -187,6 +190,31 @@ torch.save(read_back({str(tmp_path)!r}, torch.load({str(tmp_path / "inputs.pt")!
         for head in (0, 64):  # of 64 rows; row i turns with row i + 32
             assert torch.equal(read[head : head + 64 : 2], weight[head : head + 32])
             assert torch.equal(read[head + 1 : head + 64 : 2], weight[head + 32 : head + 64])
+
+
+class TestFitted:
+    @pytest.mark.parametrize(
+        ("kind", "grid"),
+        [("llama", make_grid(2)), ("tied", make_grid(1)), ("tied", make_grid("ternary")),
+         ("tied", make_grid(2, "half-integer")), ("tied", make_grid(8))],
+    )  # fmt: skip
+    def test_scales_that_askewq_fits_are_exact(self, kind, grid, tmp_path):
+        """Embeddings and head included, nothing is lost and no flag is needed."""
+        half = "half-integer" if grid.first % 1 else "integer"
+        model = copy.deepcopy(plain(kind))
+        quantize(model, grid.bits, grid=half, include=["*"])
+        snap_(model)
+        content = checkpoint.artifact_of(model)
+        fresh = copy.deepcopy(plain(kind))
+        checkpoint.load_into(fresh, content)
+        made = replace(source(kind), artifact=content)
+        made.loaded.model = fresh
+        assert TARGET.refusals(made, Options()) == []
+        (note,) = (n for n in TARGET.notes(made, Options()) if " weights as " in n)
+        assert note.endswith("equal to the bit")
+        TARGET.write(made, Options(), tmp_path)
+        assert difference(made, tmp_path) == 0
+        assert stored_types(tmp_path)["token_embd.weight"] != "F32"
 
 
 class TestLossy:

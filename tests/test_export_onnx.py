@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import builders
 import onnx
@@ -18,12 +19,14 @@ from conftest import GRIDS, grid_name
 from onnx import TensorProto
 from torch import nn
 
+import askewq
 from askewq import artifact, checkpoint, export_onnx
 from askewq.checkpoint import Artifact, PackedWeight
 from askewq.errors import ExportError
 from askewq.export_onnx import PREFIX, TARGET, example, fill, graph
-from askewq.grid import make_grid, scale_shape
+from askewq.grid import channels_first, make_grid, scale_shape
 from askewq.hf_models import load_processor, load_tokenizer
+from askewq.kinds import channel_dim
 from askewq.onnx_weights import Storage, storage
 from askewq.pack import pack, packed_size
 from askewq.preprocessing import ImagePreprocessing
@@ -76,12 +79,14 @@ def source(full: LoadedModel, bits, kind="integer", group="channel", names=()) -
     model, weights, grid = copy.deepcopy(full.model), {}, make_grid(bits, kind)
     for name in names or quantizable(model):
         weight = model.get_parameter(name)
-        fitting = not isinstance(group, int) or weight[0].numel() % group == 0
-        shape = scale_shape(weight.shape, group if fitting else "channel")
-        rows = weight.detach().reshape(shape[0] * shape[1], -1)
+        dim = channel_dim(model.get_submodule(name.removesuffix(".weight")))
+        first = channels_first(weight.detach(), dim)
+        fitting = not isinstance(group, int) or first[0].numel() % group == 0
+        shape = scale_shape(first.shape, group if fitting else "channel")
+        rows = first.reshape(shape[0] * shape[1], -1)
         scale = (rows.abs().amax(1) / -grid.first).reshape(shape)
-        codes = pack(grid.codes(weight.detach(), scale), bits)
-        weights[name] = PackedWeight(grid, tuple(weight.shape), codes, scale)
+        codes = pack(grid.codes(first, scale), bits)
+        weights[name] = PackedWeight(grid, tuple(weight.shape), codes, scale, dim)
         weight.data.copy_(weights[name].dense())
     return ExportSource(
         None, LoadedModel(model, full.spec, full.preprocessing), Artifact(weights, {}, {})
@@ -89,10 +94,7 @@ def source(full: LoadedModel, bits, kind="integer", group="channel", names=()) -
 
 
 def quantizable(model) -> list[str]:
-    """Return the weights that askewq would quantize, and the matrices [in, out] of GPT-2."""
-    if type(model).__name__ == "GPT2LMHeadModel":
-        matrices = model.transformer.h.named_parameters(prefix="transformer.h")
-        return [name for name, weight in matrices if weight.dim() == 2]
+    """Return the weights that askewq would quantize."""
     return [f"{layer.names[0]}.weight" for layer in plan(model, 2).quantized]
 
 
@@ -211,6 +213,36 @@ class TestLogits:
         assert len(users) == len(made.artifact.weights)
         assert {user for user, _ in users} <= {"Conv", "Gemm", "MatMul"}
         assert {producer for _, producer in users} == {"DequantizeLinear"}
+
+
+class TestEmbeddings:
+    @pytest.mark.parametrize("grid", TESTED, ids=grid_name)
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    def test_a_tied_head_uses_the_same_codes(self, kind, grid, tmp_path):
+        """Embeddings named by the user are packed, the one that is the head, too, once."""
+        full = builders.untrained(kind)
+        half = "half-integer" if grid.first % 1 else "integer"
+        askewq.quantize(full.model, grid.bits, grid=half, include=["*"])
+        askewq.snap_(full.model)
+        content = checkpoint.artifact_of(full.model)
+        tied = full.model.get_input_embeddings()
+        assert len(content.shared) == 1
+        made = ExportSource(None, loaded_again(full, content), content)
+        model = fill(graph(made.loaded, content, 25), content)
+        onnx.checker.check_model(model)
+        large = [t for t in model.graph.initializer if math.prod(t.dims) == tied.weight.numel()]
+        assert len(large) == 1
+        onnx.save_model(model, str(tmp_path / "model.onnx"))
+        inputs = inputs_of(kind)
+        got = TARGET.read_back(str(tmp_path), inputs)
+        assert difference(got, logits(made, inputs), inputs) < 1e-5
+
+
+def loaded_again(full: LoadedModel, content: Artifact) -> LoadedModel:
+    """Return the plain network that an artifact is loaded into."""
+    plain_one = builders.untrained(Path(full.spec.name).name)
+    checkpoint.load_into(plain_one.model, content)
+    return LoadedModel(plain_one.model.eval(), plain_one.spec, plain_one.preprocessing)
 
 
 class TestStorage:

@@ -212,7 +212,7 @@ def assert_fitted(weight: torch.Tensor, grid: Grid, scale: torch.Tensor, tries: 
         scan = torch.logspace(low.log10(), high.log10(), tries, dtype=torch.float64)
         best = squared_errors(row, grid, scan).min()
         error = squared_errors(row, grid, fitted.reshape(1))[0]
-        rounding = 1e-12 * row.square().sum()  # of a float32 scale
+        rounding = 2**-22 * row.square().sum()  # of the scale to 11 bits
         assert error <= 1.01 * best + rounding, f"row {i}: {error:.4g} where {best:.4g} is possible"
 
 
@@ -260,11 +260,49 @@ def test_an_outlier_does_not_hide_the_best_scale(bits):
 @given(seed=seeds, shape=st.tuples(st.integers(1, 5), st.integers(1, 40)), scale=scales)
 @hypothesis.settings(max_examples=30)
 def test_one_bit_has_the_closed_form(seed, shape, scale):
-    """For levels -1 and +1 the best scale is the mean absolute weight of the row."""
+    """For levels -1 and +1 the best scale is the mean absolute weight of the row, in 11 bits."""
     weight = scale * random_tensor(seed % 1000, *shape)
     expected = torch.tensor([[math.fsum(map(abs, row)) / len(row)] for row in weight.tolist()])
     fitted = fit_scale(weight, make_grid(1))
-    torch.testing.assert_close(fitted, expected.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(fitted, expected.double(), rtol=2**-11, atol=0)
+
+
+# From the least normal float32 to near the largest: rows of all these are fitted side by side.
+magnitudes = st.floats(2.0**-126, 2.0**126)
+
+
+@given(
+    grid=grids, magnitude=magnitudes, seed=seeds, shape=st.sampled_from([(3, 1), (3, 7), (3, 40)])
+)
+def test_fitted_scales_are_fp16_numbers(grid, magnitude, seed, shape):
+    """Eleven significant bits: within fp16's normal range a scale is an fp16 number, always > 0."""
+    weight = (magnitude * random_tensor(seed % 1000, *shape)).float().clamp(-3e38, 3e38)
+    weight[0] = weight[0].clamp(0, 1)  # a row that may be all zeros
+    scale = fit_scale(weight, grid)
+    assert bool(((scale > 0) & torch.isfinite(scale)).all())
+    fraction, _ = torch.frexp(scale)
+    assert torch.equal(fraction * 2**11, (fraction * 2**11).round())
+    normal = (scale >= 2.0**-14) & (scale <= 65504)
+    assert torch.equal(scale[normal].half().float(), scale[normal])
+
+
+@pytest.mark.parametrize("value", [3.4e38, torch.finfo(torch.float32).max])
+@every_grid
+def test_the_largest_weights_have_a_finite_scale(grid, value):
+    """A scale never rounds up to infinity."""
+    assert torch.isfinite(fit_scale(torch.full((1, 4), value), grid)).all()
+
+
+@given(grid=grids, seed=seeds, shape=st.sampled_from([(3, 1), (3, 2), (3, 9), (3, 70)]))
+def test_rounding_the_scale_costs_no_more_than_theory_allows(grid, seed, shape):
+    """The squared error grows by at most 2^-22 of the row's squared norm."""
+    weight = random_tensor(seed % 1000, *shape)
+    rounded = fit_scale(weight, grid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("askewq.grid.SCALE_DIGITS", 52)
+        exact = fit_scale(weight, grid)
+    errors = [(weight - grid.snap(weight, s)).square().sum(1) for s in (rounded, exact)]
+    assert bool((errors[0] <= errors[1] + (2**-22 + 1e-12) * weight.square().sum(1)).all())
 
 
 @pytest.mark.parametrize("group_size", ["tensor", "channel", 9, 3])

@@ -9,9 +9,11 @@ import torch
 from conftest import GRIDS, grid_name
 from timm.layers import Conv2dSame
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from askewq.errors import DivergenceError
-from askewq.grid import fit_scale, make_grid
+from askewq.errors import DivergenceError, ModelError
+from askewq.grid import channels_first, fit_scale, make_grid
+from askewq.kinds import channel_dim
 from askewq.layers import (
     QuantizedLayer,
     follow_,
@@ -46,6 +48,7 @@ LAYERS = {
     "Conv3d": (lambda: nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 4)),
     "timm's Conv2dSame": (lambda: Conv2dSame(4, 6, 3, stride=2), (2, 4, 7, 7)),
     "own subclass": (lambda: DoublingLinear(6, 4), (3, 6)),
+    "Conv1D": (lambda: Conv1D(4, 6), (3, 6)),
 }
 every_layer = pytest.mark.parametrize(("build", "inputs"), LAYERS.values(), ids=LAYERS.keys())
 
@@ -53,7 +56,8 @@ every_layer = pytest.mark.parametrize(("build", "inputs"), LAYERS.values(), ids=
 def quantized(layer: nn.Module, bits: int | str = 2) -> nn.Module:
     """Return the layer made quantization-aware, with a fitted scale."""
     grid = make_grid(bits)
-    quantize_layer_(layer, grid, fit_scale(layer.weight, grid))
+    weight = channels_first(layer.weight, channel_dim(layer))
+    quantize_layer_(layer, grid, fit_scale(weight, grid))
     return layer
 
 
@@ -95,6 +99,25 @@ def test_state_dict_keeps_its_keys(build, inputs):
     after = quantized(layer).state_dict()
     assert list(after) == [*before, "weight_scale"]
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_a_layer_of_no_kind_is_refused():
+    """What has no known output channels cannot be quantized by hand either."""
+    with pytest.raises(ModelError, match=r"Bilinear is no layer .* Linear, Conv1d, .* Conv1D"):
+        quantize_layer_(nn.Bilinear(2, 2, 2), make_grid(2), torch.ones(2, 1))
+
+
+def test_embeddings_keep_their_forward_and_gradients():
+    """An embedding on a grid reads the rows of its Parameter, to the bit, and gives them theirs."""
+    plain = nn.Embedding(7, 4, padding_idx=0)
+    layer, ids = copy.deepcopy(plain), torch.tensor([[0, 3, 3], [6, 1, 0]])
+    quantized(layer)
+    for table in (plain, layer):
+        table(ids).square().sum().backward()
+    assert torch.equal(layer(ids), plain(ids))
+    assert torch.equal(layer.weight.grad, plain.weight.grad)
+    layer.snap_()
+    assert torch.equal(layer(ids), layer.grid.snap(plain.weight, layer.weight_scale)[ids])
 
 
 def test_layers_of_one_class_share_one_class():

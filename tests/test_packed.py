@@ -1,6 +1,7 @@
 """Layers that keep their codes: the very weights of the dense load, in less memory."""
 
 import copy
+import itertools
 import pickle
 
 import builders
@@ -13,6 +14,8 @@ from torch import nn
 import askewq
 from askewq import checkpoint
 from askewq.errors import FormatError, PlanError
+from askewq.grid import fit_scale
+from askewq.kinds import channel_dim
 from askewq.layers import quantize_layer_, snap_
 from askewq.packed import PackedLayer, PackedTensor, artifact_of, load_packed_into
 
@@ -21,6 +24,7 @@ INPUTS = {
     "timm-vit": lambda: {"x": torch.randn(2, 3, 32, 32)},
     "bert": lambda: {"input_ids": torch.tensor([[2, 4, 5, 3], [2, 7, 6, 3]])},
     "llama": lambda: {"input_ids": torch.tensor([[2, 4, 5, 6]])},
+    "gpt2": lambda: {"input_ids": torch.tensor([[2, 4, 5, 6]])},
     "vit": lambda: {"pixel_values": torch.randn(2, 3, 16, 16)},
 }
 CASTS = (None, torch.bfloat16, torch.float16, torch.float64)
@@ -68,7 +72,7 @@ def saved_network(path, grid):
     network = EveryLayer()
     for name, layer in network.named_children():
         if name != "head":
-            out = layer.weight.shape[0]
+            out = layer.weight.shape[channel_dim(layer)]
             quantize_layer_(layer, grid, torch.rand(out, 1) + 0.1)
     quantize_layer_(network.head, grid, network.embedding.weight_scale)
     snap_(network)
@@ -91,6 +95,60 @@ def test_every_kind_of_layer_on_every_grid(tmp_path, grid):
     for name, layer in model.named_children():
         assert torch.equal(layer.weight, dense.get_submodule(name).weight)
         assert not layer.weight.requires_grad
+
+
+class TestEmbeddings:
+    @pytest.mark.parametrize("columns", [1, 5, 7, 8, 40])
+    @pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+    def test_rows_are_the_dense_ones(self, grid, columns):
+        """Rows that begin anywhere in a byte, in any shape and order, have the dense bits."""
+        for group_size, dtype in itertools.product(("channel", "tensor"), CASTS):
+            table = nn.Embedding(11, columns)
+            quantize_layer_(table, grid, fit_scale(table.weight, grid, group_size))
+            content = checkpoint.artifact_of(table)
+            dense, model = nn.Embedding(11, columns), nn.Embedding(11, columns)
+            checkpoint.load_into(dense, content)
+            load_packed_into(model, content)
+            dense.to(dtype), model.to(dtype)
+            for ids in (torch.randint(0, 11, (2, 7)), torch.arange(11), torch.tensor(10)):
+                assert torch.equal(model(ids), dense(ids))
+                assert torch.equal(model(ids.int()), dense(ids))
+            assert model(torch.zeros(0, dtype=torch.int64)).shape == (0, columns)
+
+    def test_the_whole_table_is_never_unpacked(self, monkeypatch):
+        """A look-up takes memory for its rows alone; a subclass with its own forward takes all."""
+
+        class Scaled(nn.Embedding):
+            def forward(self, ids):
+                return 2 * super().forward(ids)
+
+        unpacked, whole = [], PackedTensor.forward
+
+        def seen(weight):
+            unpacked.append(weight)
+            return whole(weight)
+
+        for kind in (nn.Embedding, Scaled):
+            table = kind(11, 8)
+            quantize_layer_(table, GRIDS[2], torch.ones(11, 1))
+            content = checkpoint.artifact_of(table)
+            dense, model = kind(11, 8), kind(11, 8)
+            checkpoint.load_into(dense, content)
+            load_packed_into(model, content)
+            with monkeypatch.context() as patch:
+                patch.setattr(PackedTensor, "forward", seen)
+                assert torch.equal(model(torch.tensor([3])), dense(torch.tensor([3])))
+        assert len(unpacked) == 1
+
+    @pytest.mark.parametrize("index", [-1, 11])
+    def test_an_index_that_is_no_row(self, index):
+        """It raises as the dense embedding does."""
+        table = nn.Embedding(11, 8)
+        quantize_layer_(table, GRIDS[2], torch.ones(1, 1))
+        model = nn.Embedding(11, 8)
+        load_packed_into(model, checkpoint.artifact_of(table))
+        with pytest.raises(IndexError):
+            model(torch.tensor([index]))
 
 
 @pytest.mark.parametrize("dtype", CASTS, ids=str)
@@ -162,7 +220,7 @@ class TestState:
         for one, two in zip(packed_weights(model), packed_weights(other), strict=True):
             assert one.codes.data_ptr() != two.codes.data_ptr()
 
-    @pytest.mark.parametrize("kind", ["timm", "bert", "llama", "vit"])
+    @pytest.mark.parametrize("kind", ["timm", "bert", "llama", "gpt2", "vit"])
     def test_the_content_is_the_file_s(self, kind):
         """What a packed model is written as again is the file that it came from."""
         folder, _ = finished(kind)
@@ -222,9 +280,10 @@ class TestRefusals:
             askewq.quantize(askewq.load(finished("bert")[0], packed=True), 2)
 
 
-def test_memory_is_that_of_the_file():
-    """Parameters and buffers of a packed model take what the file stores."""
-    folder, _ = finished("timm")
+@pytest.mark.parametrize("kind", ["timm", "gpt2"])
+def test_memory_is_that_of_the_file(kind):
+    """Parameters and buffers of a packed model take what the file stores, tied weights once."""
+    folder, _ = finished(kind)
     model = askewq.load(folder, packed=True)
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     stored, _ = checkpoint.serialize(checkpoint.read(folder / "model.safetensors"))

@@ -16,6 +16,7 @@ import askewq
 from askewq import checkpoint, config, loop, train, training_state, wrap
 from askewq.errors import DivergenceError, ExactnessError, OutputError, RecipeError
 from askewq.evaluate import evaluate_artifact
+from askewq.grid import channels_first
 from askewq.kernels import can_compile
 
 KINDS = sorted(builders.SETTINGS)
@@ -25,6 +26,7 @@ EXTRA_FILES = {
     "bert": TOKENIZER,
     "bert-pairs": TOKENIZER,
     "llama": TOKENIZER,
+    "gpt2": TOKENIZER,
     "vit": {"preprocessor_config.json"},
 }
 
@@ -50,7 +52,8 @@ def packed(folder: Path) -> checkpoint.Artifact:
 def on_levels(folder: Path) -> bool:
     """Tell whether every packed weight is a level of its grid times its scale."""
     for weight in packed(folder).weights.values():
-        rows = weight.dense().reshape(weight.scale.numel(), -1) / weight.scale.reshape(-1, 1)
+        first = channels_first(weight.dense(), weight.channel_dim)
+        rows = first.reshape(weight.scale.numel(), -1) / weight.scale.reshape(-1, 1)
         levels = weight.grid.levels()
         if not (rows[..., None] - levels).abs().amin(-1).lt(1e-4).all():
             return False

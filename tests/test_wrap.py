@@ -100,7 +100,7 @@ def test_an_embedding_counts_as_the_first_layer():
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     result = plan(model, 2)
     assert names(result) == ["1"]
-    assert notes(result)["0"] == "Embedding is not Linear or Conv"
+    assert notes(result)["0"] == "an embedding, kept in full precision unless include names it"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_settings_that_do_not_exist(settings, fragment):
         (
             lambda: nn.Sequential(nn.Embedding(5, 4), nn.LSTM(4, 4)),
             {},
-            "Embedding is not Linear or Conv",
+            "0: an embedding, kept in full precision unless include names it",
         ),
         (mlp, {"exclude": ["2"]}, "name layers with include, or exclude fewer"),
     ],
@@ -273,21 +273,68 @@ def test_a_share_of_the_last_layers_weight_is_the_last_layer():
     assert notes(result)["1"] == "last layer, kept in full precision; weight shared by 3"
 
 
-@pytest.mark.parametrize("include", [(), ("lm_head",), ("*",)])
-def test_a_head_tied_to_an_embedding_stays_float(include):
-    """The weight that an Embedding reads is not quantized, and the table says why."""
-    model = tiny_llama()
-    if include == ("lm_head",):
-        with pytest.raises(PlanError, match="Embedding is not Linear or Conv"):
-            plan(model, 2, include=include)
-        return
-    result = plan(model, 2, include=include)
+def test_a_head_tied_to_an_embedding_stays_float_by_default():
+    """The weight that an Embedding reads is not quantized unasked, and the table says why."""
+    result = plan(tiny_llama(), 2)
     tied = next(layer for layer in result.layers if "lm_head" in layer.names)
     assert tied.names == ("model.embed_tokens", "lm_head")
     assert tied.grid is None
-    assert tied.note == "Embedding is not Linear or Conv; weight shared by lm_head"
+    assert tied.note == (
+        "an embedding, kept in full precision unless include names it; weight shared by lm_head"
+    )
     assert tied.parameters == 60 * 16
-    assert "lm_head" not in names(result)
+
+
+@pytest.mark.parametrize("include", ["*", "lm_head", "model.embed_tokens"])
+def test_a_named_embedding_is_quantized_once_with_the_head_tied_to_it(include):
+    """Either name selects the weight; both users see it, with one scale a row."""
+    model = tiny_llama()
+    result = quantize(model, 2, include=[include])
+    entries = [layer for layer in result.quantized if "lm_head" in layer.names]
+    assert [layer.note for layer in entries] == ["weight shared by lm_head"]
+    embedding, head = model.model.embed_tokens, model.lm_head
+    assert isinstance(embedding, QuantizedLayer)
+    assert isinstance(head, QuantizedLayer)
+    assert embedding.weight is head.weight
+    assert embedding.weight_scale.shape == (60, 1)
+    assert torch.equal(embedding.weight_scale, head.weight_scale)
+
+
+def test_everything_but_the_head():
+    """`include="*"` with an exclude is everything with the embedding, and the last layer float."""
+    result = plan(tiny_llama(tied=False), 2, include=["*"], exclude=["lm_head"])
+    assert "model.embed_tokens" in names(result)
+    assert notes(result)["lm_head"] == "excluded by 'lm_head'"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"max_norm": 1.0}, "max_norm rescales its weight in place"),
+        ({"sparse": True}, "its gradients are sparse"),
+    ],
+)
+def test_embeddings_that_cannot_be_quantized(settings, reason):
+    """A table that changes itself, or is trained row by row, stays float even when it is named."""
+    model = nn.Sequential(nn.Embedding(9, 4, **settings), nn.Linear(4, 4))
+    assert notes(plan(model, 2, include=["*"]))["0"] == reason
+
+
+def test_embeddings_with_a_forward_of_their_own():
+    """A scaled embedding is linear in its weight; one that takes other inputs is left alone."""
+
+    class Scaled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * 3.0
+
+    class Normalised(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return nn.functional.normalize(super().forward(ids), dim=-1)
+
+    model = nn.Sequential(Scaled(9, 4), Normalised(9, 4), nn.Linear(4, 4))
+    result = plan(model, 2, include=["*"])
+    assert names(result) == ["0", "2"]
+    assert notes(result)["1"] == "Normalised transforms its weight before use"
 
 
 def test_excluding_one_name_of_a_shared_weight_excludes_it():
@@ -384,8 +431,8 @@ def test_what_is_no_linear_layer_is_named_with_its_kind():
     )  # fmt: skip
     assert notes(plan(model, 2)) == {
         "0": "first layer, kept in full precision",
-        "1": "ConvTranspose2d is not Linear or Conv",
-        "2": "Bilinear is not Linear or Conv",
+        "1": "ConvTranspose2d is not Linear, Conv or Embedding",
+        "2": "Bilinear is not Linear, Conv or Embedding",
         "3": "no weight matrix",
         "5": "last layer, kept in full precision",
     }
@@ -415,6 +462,7 @@ COUNTED = {
     "BERT": tiny_bert,
     "Llama, tied": tiny_llama,
     "Llama, untied": lambda: tiny_llama(tied=False),
+    "GPT-2": lambda: tiny_gpt2(),
     "T5": tiny_t5,
     "ViT": tiny_vit,
     "attention": lambda: between(nn.MultiheadAttention(4, 2)),
@@ -454,19 +502,43 @@ def test_most_of_a_model_is_quantized(build, least):
     assert result.quantized_parameters / result.total_parameters > least
 
 
-def test_a_model_of_other_layers_only_cannot_be_quantized():
-    """GPT-2's weights sit in transformers' own Conv1D: an error that names the class."""
-    model = transformers.GPT2LMHeadModel(
+def tiny_gpt2() -> nn.Module:
+    return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=60, n_positions=20, n_embd=16, n_layer=1, n_head=2)
     )
-    with pytest.raises(PlanError, match="Conv1D is not Linear or Conv"):
-        plan(model, 2)
+
+
+@pytest.mark.parametrize(("group_size", "scales"), [("channel", 1), (4, 4), ("tensor", None)])
+def test_conv1d_has_its_output_channels_last(group_size, scales):
+    """The scales of GPT-2's [in, out] weights belong to outputs: those of the transposed Linear."""
+    model = tiny_gpt2()
+    weight = model.transformer.h[0].attn.c_attn.weight.detach().clone()
+    result = quantize(model, 2, group_size=group_size)
+    assert names(result) == [
+        f"transformer.h.0.{name}"
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    layer = model.transformer.h[0].attn.c_attn
+    assert layer.weight_scale.shape == ((1, 1) if scales is None else (48, scales))
+    assert torch.equal(layer.weight_scale, fit_scale(weight.t(), make_grid(2), group_size))
+    for planned in result.quantized:
+        scale = model.get_submodule(planned.names[0]).weight_scale
+        assert planned.packed_bytes == planned.weights // 4 + 4 * scale.numel()
+
+
+def test_layers_that_disagree_about_channels_cannot_share():
+    """A square weight of a Linear and a Conv1D would need scales of both dimensions."""
+    model = between(nn.Linear(4, 4))
+    conv = transformers.pytorch_utils.Conv1D(4, 4)
+    conv.weight = model[1].weight
+    result = plan(nn.Sequential(*model, conv, nn.Linear(4, 4)), 2)
+    assert notes(result)["1"].startswith("shared by layers whose output channels are different")
 
 
 def test_attention_weights_outside_a_linear_layer_are_named():
     """The input projection of nn.MultiheadAttention is a matrix, and the note must not deny it."""
     result = plan(between(nn.MultiheadAttention(4, 2)), 2)
-    assert notes(result)["1"] == "MultiheadAttention is not Linear or Conv"
+    assert notes(result)["1"] == "MultiheadAttention is not Linear, Conv or Embedding"
     assert "1.out_proj" in names(result)
 
 

@@ -1,0 +1,106 @@
+"""The layers whose weight can be on a grid: their classes, and where their output channels are.
+
+Everything else about a layer is the same for all of them: `grid.channels_first` views its weight
+as output channels, and rows that share a scale lie within one.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from askewq.errors import ModelError
+
+
+def _fits(_: nn.Module) -> str:
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A class of layers.
+
+    Attributes:
+        stock: the class whose forward uses the weight linearly; subclasses may have their own.
+        channel_dim: the dimension of the weight that counts output channels.
+        sample: a small input, to see what a forward does with the weight.
+        obstacle: why one layer of this class cannot be quantized all the same; empty: it can.
+        on_request: quantized only where the user names the layer.
+    """
+
+    stock: type[nn.Module]
+    channel_dim: int
+    sample: Callable[[nn.Module], Tensor]
+    obstacle: Callable[[nn.Module], str] = _fits
+    on_request: bool = False
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """Return the kind of a layer; None: its weight cannot be on a grid."""
+    return next((kind for kind in _kinds() if isinstance(layer, kind.stock)), None)
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """Return the dimension of a layer's weight that counts its output channels.
+
+    Raises:
+        ModelError: a layer of no kind.
+    """
+    kind = kind_of(layer)
+    if kind is None:
+        raise ModelError(
+            f"{type(layer).__name__} is no layer that askewq can quantize; those are "
+            f"{', '.join(kind.stock.__name__ for kind in _kinds())}, and their subclasses."
+        )
+    return kind.channel_dim
+
+
+def ramp(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return fixed values from -1 to 1, of the dtype and on the device of `like`."""
+    values = torch.linspace(-1, 1, math.prod(shape), dtype=like.dtype, device=like.device)
+    return values.reshape(tuple(shape))
+
+
+def _features(layer: nn.Module) -> Tensor:
+    return ramp((1, cast(nn.Linear, layer).in_features), layer.get_parameter("weight"))
+
+
+def _image(layer: nn.Module) -> Tensor:
+    conv = cast(nn.Conv2d, layer)
+    spans = zip(conv.kernel_size, conv.dilation, strict=True)
+    shape = (1, conv.in_channels, *(2 * (k - 1) * d + 2 for k, d in spans))
+    return ramp(shape, layer.get_parameter("weight"))
+
+
+def _rows_in(layer: nn.Module) -> Tensor:
+    weight = layer.get_parameter("weight")
+    return ramp((1, weight.shape[0]), weight)
+
+
+def _indices(layer: nn.Module) -> Tensor:
+    weight = layer.get_parameter("weight")
+    return torch.arange(min(len(weight), 8), device=weight.device).unsqueeze(0)
+
+
+def _embedding_obstacle(layer: nn.Module) -> str:
+    table = cast(nn.Embedding, layer)
+    if table.max_norm is not None:
+        return "max_norm rescales its weight in place"
+    return "its gradients are sparse" if table.sparse else ""
+
+
+_TORCH = (
+    Kind(nn.Linear, 0, _features),
+    *(Kind(conv, 0, _image) for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    Kind(nn.Embedding, 0, _indices, _embedding_obstacle, on_request=True),
+)
+
+
+def _kinds() -> tuple[Kind, ...]:
+    """Return all kinds; a model has a layer of transformers only where transformers is imported."""
+    module: Any = sys.modules.get("transformers.pytorch_utils")
+    return _TORCH if module is None else (*_TORCH, Kind(module.Conv1D, 1, _rows_in))
