@@ -4,8 +4,6 @@ docs/format.md specifies it. What is read back is, bit for bit, what was saved; 
 not follow the specification is refused by name.
 """
 
-import json
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,56 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from askewq import digest, disk, trust
-from askewq.errors import FormatError, RecipeError, UnverifiedWarning, near
-from askewq.grid import Grid, channels_back, channels_first, make_grid
+from askewq import digest, disk, manifest, trust
+from askewq.errors import FormatError, UnverifiedWarning, near
 from askewq.layers import QuantizedLayer, quantized_layers
-from askewq.pack import check_packed, pack, unpack_values
+from askewq.manifest import VERSION, WITHOUT_DIGEST, PackedWeight
+from askewq.pack import pack
 
-VERSION = 2
-# Files of version 1 have no digest, and channels come first in all of their weights.
-WITHOUT_DIGEST = 1
-_KEYS = {"version", "weights", "shared", "digest"}
-_ENTRY_KEYS = {"bits", "grid", "shape", "channel_dim"}
 METADATA_KEY = "askewq"
 # The header is read before anything is known of it, and as Python objects it takes up to twenty
 # times its bytes: it may have this many, or its share of the file.
 HEADER_BYTES, HEADER_SHARE = 2**22, 16
-
-
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """One quantized weight.
-
-    Attributes:
-        grid: the levels, in units of the scale.
-        shape: of the weight, as the layer has it.
-        codes: packed, uint8, 1-D, in the order of the weight channels first.
-        scale: [out, groups].
-        channel_dim: the dimension of `shape` that counts output channels.
-    """
-
-    grid: Grid
-    shape: tuple[int, ...]
-    codes: Tensor
-    scale: Tensor
-    channel_dim: int = 0
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """The shape channels first, [out, ...]."""
-        return tuple(channels_first(torch.empty(self.shape, device="meta"), self.channel_dim).shape)
-
-    def dense(self, out: Tensor | None = None) -> Tensor:
-        """Return the snapped weight, float32, of its shape; `out`: where to write it."""
-        ready = out is not None and out.is_contiguous() and out.device == self.codes.device
-        place = out if ready and self.channel_dim == 0 else None
-        first = unpack_values(self.codes, self.grid, self.scale, self.channels, place)
-        if out is None:
-            return channels_back(first, self.channel_dim)
-        if place is None:
-            channels_first(out, self.channel_dim).copy_(first)
-        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +63,12 @@ def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in artifact.tensors.items()
     }
-    manifest: dict[str, Any] = {"version": VERSION, "weights": {}, "shared": artifact.shared}
+    content: dict[str, Any] = {"version": VERSION, "weights": {}, "shared": artifact.shared}
     for name, weight in artifact.weights.items():
         tensors[f"{name}.codes"] = weight.codes.cpu()
         tensors[f"{name}.scale"] = weight.scale.detach().float().cpu().contiguous()
-        entry = {**_describe(weight.grid, weight.shape), "channel_dim": weight.channel_dim}
-        manifest["weights"][name] = entry
-    return tensors, {METADATA_KEY: digest.seal(manifest, tensors)}
+        content["weights"][name] = manifest.entry_of(weight)
+    return tensors, {METADATA_KEY: digest.seal(content, tensors)}
 
 
 def artifact_of(model: nn.Module) -> Artifact:
@@ -143,11 +100,6 @@ def artifact_of(model: nn.Module) -> Artifact:
 def _key(module: str, leaf: str) -> str:
     """Return the state-dict key of a tensor; the model itself may be the module."""
     return f"{module}.{leaf}" if module else leaf
-
-
-def _describe(grid: Grid, shape: tuple[int, ...]) -> dict[str, Any]:
-    levels = {"first": grid.first, "step": grid.step, "size": grid.size}
-    return {"bits": grid.bits, "grid": levels, "shape": list(shape)}
 
 
 def shared_names(model: nn.Module) -> dict[str, str]:
@@ -225,28 +177,29 @@ def _read(paths: Sequence[Path]) -> Artifact:
             )
         tensors |= more
     every = dict(tensors)
-    manifest = _manifest(text, paths[0])
+    content = manifest.parse(text, paths[0])
     weights = {
-        name: _packed_weight(name, entry, tensors) for name, entry in manifest["weights"].items()
+        name: manifest.packed_weight(name, entry, tensors)
+        for name, entry in content["weights"].items()
     }
-    for name, source in manifest["shared"].items():
+    for name, source in content["shared"].items():
         if source not in weights and source not in tensors:
             raise FormatError(f"{name!r} is said to share {source!r}, which is not in the file.")
         if name in weights or name in tensors:
             raise FormatError(f"{name!r} is both shared and stored.")
-    if manifest["version"] == WITHOUT_DIGEST:
+    if content["version"] == WITHOUT_DIGEST:
         warnings.warn(
             f"{paths[0]} is of format version 1, which has no digest: damage that leaves it "
             "readable would not be noticed.",
             UnverifiedWarning,
             stacklevel=4,  # whoever called `read`
         )
-        return Artifact(weights, tensors, manifest["shared"])
+        return Artifact(weights, tensors, content["shared"])
     try:
-        digest.check_seal(text, manifest["digest"], every)
+        digest.check_seal(text, content["digest"], every)
     except FormatError as error:
         raise FormatError(f"{paths[0]}: {error}") from error
-    return Artifact(weights, tensors, manifest["shared"], manifest["digest"])
+    return Artifact(weights, tensors, content["shared"], content["digest"])
 
 
 def _check_header(path: Path) -> None:
@@ -274,94 +227,6 @@ def _content(path: Path) -> tuple[dict[str, Tensor], str]:
             "file, not a packed artifact; pass the folder that `askewq finetune` wrote."
         )
     return tensors, metadata[METADATA_KEY]
-
-
-def _manifest(text: str, path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"the manifest in {path} is not JSON: {error}") from error
-    if not isinstance(manifest, dict) or type(manifest.get("version")) is not int:
-        raise FormatError(f"the manifest in {path} names no version.")
-    if manifest["version"] not in (WITHOUT_DIGEST, VERSION):
-        raise FormatError(
-            f"{path} has format version {manifest['version']}; this askewq reads versions "
-            f"{WITHOUT_DIGEST} and {VERSION}. A newer askewq wrote it: upgrade to read it."
-        )
-    first = manifest["version"] == WITHOUT_DIGEST
-    _check_keys(manifest, _KEYS - {"digest"} if first else _KEYS, "the manifest")
-    for key in ("weights", "shared"):
-        if not isinstance(manifest[key], dict):
-            raise FormatError(f"{key!r} in the manifest must be a mapping.")
-    if not all(isinstance(source, str) for source in manifest["shared"].values()):
-        raise FormatError("'shared' in the manifest must map names to names.")
-    for name, entry in manifest["weights"].items():
-        expected = _ENTRY_KEYS - {"channel_dim"} if first else _ENTRY_KEYS
-        _check_keys(entry, expected, f"the manifest's entry {name!r}")
-    return manifest
-
-
-def _check_keys(entry: Any, expected: set[str], what: str) -> None:
-    if not isinstance(entry, dict) or set(entry) != expected:
-        given = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise FormatError(f"{what} must have exactly the keys {sorted(expected)}, not {given}.")
-
-
-def _packed_weight(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> PackedWeight:
-    """Take a weight's codes and scale out of `tensors`, checking every part."""
-    shape, dim = entry["shape"], entry.get("channel_dim", 0)
-    if not isinstance(shape, list) or not shape or not all(_is_size(size) for size in shape):
-        raise FormatError(f"{name!r} has no usable shape: {shape!r}.")
-    if type(dim) is not int or not 0 <= dim < len(shape):
-        raise FormatError(f"{name!r} has no dimension {dim!r} that could count its channels.")
-    grid = _grid(name, entry)
-    missing = [key for key in (f"{name}.codes", f"{name}.scale") if key not in tensors]
-    if missing:
-        raise FormatError(f"the file lacks {', '.join(missing)}, which its manifest announces.")
-    if name in tensors:
-        raise FormatError(f"{name!r} is stored both packed and dense.")
-    codes, scale = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scale")
-    if codes.dtype != torch.uint8 or codes.dim() != 1:
-        raise FormatError(
-            f"'{name}.codes' must be uint8 of one dimension, not {codes.dtype} {list(codes.shape)}."
-        )
-    try:
-        check_packed(codes, grid.bits, math.prod(shape))
-    except FormatError as error:
-        raise FormatError(f"'{name}.codes': {error}") from error
-    out = shape[dim]
-    if scale.dtype != torch.float32 or scale.dim() != 2 or not _divides(scale.shape, out, shape):
-        raise FormatError(
-            f"'{name}.scale' must be float32 [{out}, groups] or [1, 1], groups dividing the "
-            f"weights of an output channel, not {scale.dtype} {list(scale.shape)}."
-        )
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise FormatError(f"'{name}.scale' holds a value that is not positive and finite.")
-    return PackedWeight(grid, tuple(shape), codes, scale, dim)
-
-
-def _grid(name: str, entry: dict[str, Any]) -> Grid:
-    levels = entry["grid"] if isinstance(entry["grid"], dict) else {}
-    for kind in ("integer", "half-integer"):
-        if type(levels.get("size")) is not int:
-            break
-        try:
-            grid = make_grid(entry["bits"], kind)
-        except (RecipeError, TypeError):
-            continue
-        if _describe(grid, ()) == {"bits": entry["bits"], "grid": levels, "shape": []}:
-            return grid
-    raise FormatError(f"{name!r} has a grid that askewq does not know: {entry}.")
-
-
-def _is_size(size: Any) -> bool:
-    return isinstance(size, int) and not isinstance(size, bool) and size > 0
-
-
-def _divides(scale: torch.Size, out: int, shape: list[int]) -> bool:
-    if tuple(scale) == (1, 1):
-        return True
-    return scale[0] == out and scale[1] > 0 and math.prod(shape) // out % scale[1] == 0
 
 
 def check_fit(model: nn.Module, artifact: Artifact) -> None:

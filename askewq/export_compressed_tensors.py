@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from askewq.checkpoint import PackedWeight
 from askewq.grid import Grid
+from askewq.manifest import PackedWeight
 from askewq.pack import pack, unpack
 from askewq.report import bits_name
 from askewq.target import ExportSource, Options, Target

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from askewq.checkpoint import PackedWeight
 from askewq.gguf_tokenizer import add_tokenizer, vocabulary
 from askewq.gguf_types import LARGEST, BlockType, choose, encode
+from askewq.manifest import PackedWeight
 from askewq.spec import LoadedModel
 from askewq.target import ExportSource, Options, Target
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from askewq.checkpoint import PackedWeight
 from askewq.grid import Grid
+from askewq.manifest import PackedWeight
 from askewq.pack import unpack
 
 

@@ -23,6 +23,7 @@ from askewq import checkpoint
 from askewq.artifact import check_config, config_content
 from askewq.errors import FormatError, ModelError
 from askewq.hf_models import plain_json
+from askewq.manifest import PackedWeight
 from askewq.packed import PackedLayer, PackedTensor, artifact_of, attach_, layer_of, seal_, unseal_
 from askewq.spec import ModelSpec
 from askewq.vocabulary import MODEL_TYPE
@@ -179,7 +180,7 @@ class AskewQuantizer(HfQuantizer):
         return False
 
 
-def _on_meta(weight: checkpoint.PackedWeight, layer: nn.Module) -> PackedTensor:
+def _on_meta(weight: PackedWeight, layer: nn.Module) -> PackedTensor:
     """Return a packed weight without content, of the type that the layer was built with."""
     empty = replace(weight, codes=weight.codes.to("meta"), scale=weight.scale.to("meta"))
     packed = PackedTensor(empty)

@@ -10,8 +10,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from askewq.checkpoint import PackedWeight
 from askewq.grid import channels_back
+from askewq.manifest import PackedWeight
 from askewq.pack import pack, unpack
 from askewq.vocabulary import Bits
 

@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from askewq.checkpoint import Artifact, PackedWeight, check_fit, shared_names
+from askewq.checkpoint import Artifact, check_fit, shared_names
 from askewq.errors import FormatError
 from askewq.grid import Grid
+from askewq.manifest import PackedWeight
 from askewq.mixed import Mixin, mix_, unmix_
 from askewq.pack import unpack_rows
 

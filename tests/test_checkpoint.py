@@ -17,6 +17,7 @@ from askewq.checkpoint import Artifact
 from askewq.errors import DivergenceError, FormatError, UnverifiedWarning
 from askewq.grid import BITS, Grid, fit_scale, make_grid
 from askewq.layers import quantize_layer_, quantized_layers, snap_
+from askewq.manifest import PackedWeight
 
 SHAPE = (3, 7)
 GRIDS = [(bits, "integer") for bits in BITS] + [(b, "half-integer") for b in range(2, 9)]
@@ -641,7 +642,7 @@ class TestFailingSave:
 def test_dense_state_gives_independent_names():
     """An artifact's dense state lists every key of a state dict, shared names included."""
     codes = torch.zeros(1, dtype=torch.uint8)
-    weight = checkpoint.PackedWeight(make_grid(1), (2, 4), codes, torch.tensor([[1.0], [2.0]]))
+    weight = PackedWeight(make_grid(1), (2, 4), codes, torch.tensor([[1.0], [2.0]]))
     state = Artifact({"a": weight}, {"b": torch.ones(1)}, {"c": "a", "d": "b"}).dense_state()
     assert state["c"].tolist() == [[-1.0] * 4, [-2.0] * 4]
     assert state["d"].tolist() == [1.0]

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 import askewq
 from askewq import export_compressed_tensors as exporter
-from askewq.checkpoint import PackedWeight
 from askewq.errors import ExportError
 from askewq.export import _expected, _open, export
 from askewq.export_compressed_tensors import TARGET, coding, packed_tensors
 from askewq.grid import fit_scale, make_grid
+from askewq.manifest import PackedWeight
 from askewq.pack import pack
 from askewq.target import Options
 

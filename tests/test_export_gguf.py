@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from askewq import artifact, checkpoint
-from askewq.checkpoint import Artifact, PackedWeight
+from askewq.checkpoint import Artifact
 from askewq.export_gguf import TARGET
 from askewq.grid import make_grid, scale_shape
 from askewq.hf_models import load_tokenizer
 from askewq.layers import snap_
+from askewq.manifest import PackedWeight
 from askewq.pack import pack
 from askewq.preprocessing import TextPreprocessing
 from askewq.spec import LoadedModel, ModelSpec

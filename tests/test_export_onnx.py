@@ -21,12 +21,13 @@ from torch import nn
 
 import askewq
 from askewq import artifact, checkpoint, export_onnx
-from askewq.checkpoint import Artifact, PackedWeight
+from askewq.checkpoint import Artifact
 from askewq.errors import ExportError
 from askewq.export_onnx import PREFIX, TARGET, example, fill, graph
 from askewq.grid import channels_first, make_grid, scale_shape
 from askewq.hf_models import load_processor, load_tokenizer
 from askewq.kinds import channel_dim
+from askewq.manifest import PackedWeight
 from askewq.onnx_weights import Storage, storage
 from askewq.pack import pack, packed_size
 from askewq.preprocessing import ImagePreprocessing

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import GRIDS, grid_name, random_tensor
 
-from askewq.checkpoint import PackedWeight
 from askewq.gguf_types import TYPES, choose, encode
 from askewq.grid import make_grid
+from askewq.manifest import PackedWeight
 from askewq.pack import pack
 
 

@@ -17,6 +17,7 @@ from askewq.errors import FormatError, PlanError
 from askewq.grid import fit_scale
 from askewq.kinds import channel_dim
 from askewq.layers import quantize_layer_, snap_
+from askewq.manifest import PackedWeight
 from askewq.packed import PackedLayer, PackedTensor, artifact_of, load_packed_into
 
 INPUTS = {
@@ -270,7 +271,7 @@ class TestRefusals:
 
         grid = GRIDS[2]
         codes = checkpoint.pack(torch.zeros(2, 2, dtype=torch.uint8), grid.bits)
-        weight = checkpoint.PackedWeight(grid, (2, 2), codes, torch.ones(2, 1))
+        weight = PackedWeight(grid, (2, 2), codes, torch.ones(2, 1))
         with pytest.raises(FormatError, match="'table' of Odd cannot stay packed"):
             load_packed_into(Odd(), checkpoint.Artifact({"table": weight}, {}, {}))
 
