@@ -20,8 +20,9 @@ _SINGLE = {"close_start": 0.0, "close_end": 0.9, "close_power": 1.0}
 _PAPER = {"close_start": 0.5, "close_end": 1.0, "close_power": 1.0}
 _DECOUPLED = {"alpha": 0.5, "clip": 0.1}
 _COUPLED = {"alpha": 5.0, "clip": 5.0}
-# Of the quantized weights at 1 bit and ternary, in level spacings; beta2 goes with it.
-LEVEL_LR, LEVEL_BETA2 = 0.01, 0.99
+# Of the quantized weights at 1 bit and ternary, in level spacings; the betas of the moments go
+# with it (recipes/README.md).
+LEVEL_LR, LEVEL_BETAS = 0.01, (0.8, 0.99)
 
 
 class Pacer(Protocol):
@@ -51,7 +52,7 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
     level_lr = LEVEL_LR if coarse and not told else recipe.level_lr
     adamw = not batch_norm or level_lr is not None
     optimizer = recipe.optimizer or ("adamw" if adamw else "sgd")
-    lr = 0.02 if optimizer == "sgd" else 1e-4 if level_lr is None else 3e-3
+    lr = 0.02 if optimizer == "sgd" else 1e-4 if level_lr is None else 1e-2
     made: dict[str, Any] = {"task": task, "optimizer": optimizer, "lr": lr, "level_lr": level_lr}
     if recipe.full_precision_steps:
         made["full_precision_lr"] = 1e-4 if level_lr is not None else recipe.lr or lr
@@ -101,6 +102,6 @@ def low_bit_optimizer(
     if recipe.optimizer == "sgd":
         make, own = AskewSGD, own | {"momentum": recipe.momentum}
     elif recipe.level_lr is not None:
-        own |= {"level_lr": recipe.level_lr, "betas": (0.9, LEVEL_BETA2)}
+        own |= {"level_lr": recipe.level_lr, "betas": LEVEL_BETAS}
     skewed = make(model, lr, **own)
     return skewed, skewed

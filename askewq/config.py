@@ -82,7 +82,7 @@ class Recipe(BaseModel):
     optimizer: Literal["sgd", "adamw"] | None = _key(
         None, TRAIN, "sgd for models with batch norm, adamw for others"
     )
-    lr: float | None = _key(None, TRAIN, "0.02 for sgd, 1e-4 for adamw, 3e-3 beside level_lr", gt=0)
+    lr: float | None = _key(None, TRAIN, "0.02 for sgd, 1e-4 for adamw, 1e-2 beside level_lr", gt=0)
     level_lr: float | None = _key(
         None,
         TRAIN,

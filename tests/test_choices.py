@@ -84,7 +84,7 @@ def test_few_levels_and_batch_norm_ask_for_steps_in_levels(bits):
     chosen = choices.resolve(recipe, "image-classification", CONV)
     coarse = bits != 2
     assert (chosen.optimizer, chosen.level_lr) == (("adamw", 0.01) if coarse else ("sgd", None))
-    assert chosen.lr == (3e-3 if coarse else 0.02)
+    assert chosen.lr == (1e-2 if coarse else 0.02)
     warmed = recipe.model_copy(update={"full_precision_steps": 2})
     warmed = choices.resolve(warmed, "image-classification", CONV)
     assert warmed.full_precision_lr == (1e-4 if coarse else 0.02)
@@ -93,7 +93,7 @@ def test_few_levels_and_batch_norm_ask_for_steps_in_levels(bits):
         assert choices.resolve(other, "image-classification", CONV).level_lr is None
     own = config.build({**ESSENTIALS, "bits": bits, "level_lr": 0.02})
     own = choices.resolve(own, "image-classification", CONV)
-    assert (own.optimizer, own.lr, own.level_lr) == ("adamw", 3e-3, 0.02)
+    assert (own.optimizer, own.lr, own.level_lr) == ("adamw", 1e-2, 0.02)
 
 
 @pytest.mark.parametrize(
