@@ -43,7 +43,7 @@ FORMS = {
 METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
-LEVEL_LRS = (0.005, 0.007, 0.01)
+LEVEL_LRS = (0.005, 0.01, 0.02)
 MEASURED = ("accuracy", "relaxed", "step_seconds", "peak_memory_bytes")
 WEIGHTS = "checkpoints/teacher.safetensors"  # what a run in full precision leaves
 
