@@ -32,7 +32,7 @@ def accuracy(method: str, seed: int, arguments: argparse.Namespace) -> float:
     """Train once, or read what an earlier call of this command left; test accuracy in percent."""
     folder: Path = arguments.output / f"{arguments.steps}-steps" / f"{method}-{seed}"
     if not (folder / "metrics.json").is_file():
-        flags = ["--model", MODEL, "--no-pretrained", "--dataset", str(arguments.data / "cifar10")]
+        flags = ["--model", MODEL, "--dataset", str(arguments.data / "cifar10")]
         flags += ["--bits", "1", "--group-size", "tensor", "--include", "*", "--seed", str(seed)]
         flags += ["--augment", "crop-flip", "--batch-size", "128", "--mixed-precision", "bf16"]
         flags += ["--optimizer", "adamw", "--compile", "--output", str(folder), "--overwrite"]
