@@ -11,6 +11,7 @@ import gc
 import io
 import json
 import os
+import resource
 import shutil
 import struct
 import sys
@@ -535,6 +536,24 @@ def power_cut(monkeypatch: Any, at_step: int) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_step", step)
         yield
+
+
+@contextlib.contextmanager
+def file_limit() -> Iterator[Callable[..., None]]:
+    """Give a function that limits the size of files written from now on, as a quota does.
+
+    Called without a size it takes the limit back, as the end of the block does: pytest's own
+    output may be a file, too, and is written to as soon as a test's body is through.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int = soft) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    try:
+        yield limit
+    finally:
+        limit()
 
 
 def manifest(path: Path) -> dict[str, Any]:

@@ -2,25 +2,16 @@
 
 import errno
 import os
-import resource
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from builders import files
+from builders import file_limit, files
 from safetensors.torch import save_file
 
 from askewq import disk
 from askewq.errors import DiskFullError
-
-
-@pytest.fixture
-def no_file_beyond():
-    """Give a function that limits the size of every file written from now on, as a quota does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -136,11 +127,12 @@ class TestFullDisk:
         assert files(small_disk) == {"other"}
 
     @pytest.mark.parametrize("how", ["write_weights", "write_text"])
-    def test_a_limit_of_file_size(self, tmp_path, no_file_beyond, how):
+    def test_a_limit_of_file_size(self, tmp_path, how):
         """A quota is reported as a full disk is."""
-        no_file_beyond(10_000)
-        with pytest.raises(DiskFullError, match=r"80,000 bytes are needed.*Do this\."):
-            getattr(self, how)(tmp_path)
+        with file_limit() as limit:
+            limit(10_000)
+            with pytest.raises(DiskFullError, match=r"80,000 bytes are needed.*Do this\."):
+                getattr(self, how)(tmp_path)
         assert files(tmp_path) == set()
 
     @pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), OSError("?"), ValueError("no")])

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import signal
 import subprocess
 from pathlib import Path
@@ -349,25 +348,17 @@ class TestSignals:
 
 
 class TestFullDisk:
-    @pytest.fixture
-    def limit(self):
-        """Give a function that limits the size of files, and one that takes the limit back."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
     def words(self, out):
         """Return the flags of a run with a checkpoint after every step."""
         settings = {**builders.settings("own", out), "save_every": 1}
         return [w for k, v in settings.items() for w in (f"--{k.replace('_', '-')}", v)]
 
-    def test_a_checkpoint_does_not_fit(self, tmp_path, monkeypatch, limit):
+    def test_a_checkpoint_does_not_fit(self, tmp_path, monkeypatch):
         """The last good checkpoint is left and named, what is needed is said, and room helps."""
         out = tmp_path / "out"
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, builders.file_limit() as limit:
             at_step(patch, 3, lambda: limit(3_000))
             outcome = command("finetune", *self.words(out))
-            limit()
         assert outcome.code == 2
         good = out / "checkpoints" / "step-00000003"
         assert "the disk is full" in outcome.err
@@ -390,19 +381,19 @@ class TestFullDisk:
         written = sum(path.stat().st_size for path in tmp_path.iterdir())
         assert 0 <= training_state.size(model, optimizer) - written <= 2**16
 
-    def test_the_artifact_does_not_fit(self, tmp_path, monkeypatch, limit):
+    def test_the_artifact_does_not_fit(self, tmp_path, monkeypatch):
         """Training is saved before packing: with room, the run ends without a step."""
         out = tmp_path / "out"
         original = checkpoint.save
 
-        def save(model, path):
-            limit(1_000)
-            original(model, path)
+        with monkeypatch.context() as patch, builders.file_limit() as limit:
 
-        with monkeypatch.context() as patch:
+            def save(model, path):
+                limit(1_000)
+                original(model, path)
+
             patch.setattr(checkpoint, "save", save)
             outcome = command("finetune", *self.words(out))
-            limit()
         assert outcome.code == 2
         assert "Training is done and saved" in outcome.err
         assert not (out / "model.safetensors").exists()
@@ -411,33 +402,31 @@ class TestFullDisk:
             assert command("finetune", "--resume", "--output", out).code == 0
         assert digest(out) == digest(finished("own")[0])
 
-    def test_the_teacher_does_not_fit(self, tmp_path, monkeypatch, limit):
+    def test_the_teacher_does_not_fit(self, tmp_path, monkeypatch):
         """The network that is to teach is written before the first step; room helps here, too."""
         out = tmp_path / "out"
         original = training_state.save_network
 
-        def save_network(model, path):
-            limit(1_000)
-            original(model, path)
+        with monkeypatch.context() as patch, builders.file_limit() as limit:
 
-        with monkeypatch.context() as patch:
+            def save_network(model, path):
+                limit(1_000)
+                original(model, path)
+
             patch.setattr(training_state, "save_network", save_network)
             outcome = command("finetune", *self.words(out), "--distill", 0.5)
-            limit()
         assert outcome.code == 2
         assert "the disk is full" in outcome.err
         assert command("finetune", "--resume", "--output", out).code == 0
 
-    def test_no_room_at_all(self, tmp_path, limit):
+    def test_no_room_at_all(self, tmp_path):
         """A run that cannot even write its recipe says so, and can be started again."""
         out = tmp_path / "out"
         recipe = builders.recipe("own", out)
-        limit(10)
-        try:
+        with builders.file_limit() as limit:
+            limit(10)
             with pytest.raises(DiskFullError, match="Nothing was trained yet"):
                 output.prepare(recipe)
-        finally:
-            limit()
         output.check(recipe)
 
 
