@@ -6,7 +6,6 @@ not follow the specification is refused by name.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,14 +264,9 @@ def load_into(model: nn.Module, artifact: Artifact) -> None:
     """
     check_fit(model, artifact)
     target = model.state_dict()
-
-    def unpack(key: str) -> None:
-        with torch.no_grad():  # every thread has its own
-            artifact.weights[key].dense(target[key])
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(unpack, artifact.weights))
     with torch.no_grad():
+        for key, weight in artifact.weights.items():
+            weight.dense(target[key])
         for key, tensor in artifact.tensors.items():
             target[key].copy_(tensor)
         for key, source in artifact.shared.items():

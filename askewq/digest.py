@@ -17,6 +17,8 @@ from askewq.errors import FormatError
 # Stands in the manifest where its digest will be, when the digest is computed.
 UNSEALED = "0" * 64
 
+_entry_text = json.JSONEncoder(separators=(",", ":")).encode
+
 # The names of types in the header of a safetensors file.
 _TYPES = {
     torch.bool: "BOOL",
@@ -54,7 +56,7 @@ def of_weights(manifest: str, tensors: Mapping[str, Tensor]) -> str:
         if tensor.dtype not in _TYPES:
             raise FormatError(f"{name!r} is {tensor.dtype}, which the format does not have.")
         entry = [name, _TYPES[tensor.dtype], list(tensor.shape)]
-        digest.update(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+        digest.update(_entry_text(entry).encode() + b"\n")
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
     return digest.hexdigest()
 

@@ -4,13 +4,14 @@ Packing is codes of float32 weights and their bytes; unpacking is bytes to float
 weight [2048, 2048] with a scale per row; rates are in GB of float32 weights a second, medians of
 interleaved rounds. The memory copy is `clone` of the same weight. Loading compares safetensors with
 load_state_dict and the packed file at 2 bits: into a network that is there, and building it, too,
-as a user does.
+as a user does; each with the file in the page cache and, as after a start of the machine, not.
 
     python benchmarks/pack.py [--rounds 15] [--threads 2]
 """
 
 import argparse
 import functools
+import os
 import statistics
 import tempfile
 import time
@@ -30,11 +31,16 @@ from askewq.pack import pack, unpack_values
 SHAPE = (2048, 2048)
 
 
-def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each task; every round runs all of them in turn."""
+def interleaved(
+    tasks: dict[str, Callable[[], object]],
+    rounds: int,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Return the median seconds of each task; every round runs all, each after `before`."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for i in range(rounds + 2):
         for name, task in tasks.items():
+            before()
             began = time.perf_counter()
             task()
             if i >= 2:  # the first two rounds warm up
@@ -62,6 +68,13 @@ def compare_packing(rounds: int) -> None:
         )
 
 
+def out_of_page_cache(path: Path) -> None:
+    """Let the next read of a file come from the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def compare_loading(rounds: int) -> None:
     model = timm.create_model("resnet50", pretrained=False).eval()
     askewq.quantize(model, 2)
@@ -85,12 +98,18 @@ def compare_loading(rounds: int) -> None:
             "build, safetensors": lambda: fill_dense(build()),
             "build, packed": lambda: fill_packed(build()),
         }
-        seconds = interleaved(tasks, rounds)
+
+        def forget() -> None:
+            for path in (packed, dense):
+                out_of_page_cache(path)
+
+        warm, cold = interleaved(tasks, rounds), interleaved(tasks, rounds, before=forget)
         sizes = dense.stat().st_size / 1e6, packed.stat().st_size / 1e6
     print(f"\nresnet50 from {sizes[0]:.1f} MB of safetensors and {sizes[1]:.1f} MB packed, in ms")
-    for way, label in (("", "a network that is there"), ("build, ", "building it, too")):
-        first, second = (1e3 * seconds[way + name] for name in ("safetensors", "packed"))
-        print(f"{label:24} {first:7.1f} {second:7.1f}  ratio {second / first:.2f}")
+    for seconds, place in ((warm, "in the page cache"), (cold, "on the disk")):
+        for way, label in (("", "a network that is there"), ("build, ", "building it, too")):
+            first, second = (1e3 * seconds[way + name] for name in ("safetensors", "packed"))
+            print(f"{place:18} {label:24} {first:7.1f} {second:7.1f}  ratio {second / first:.2f}")
 
 
 def main() -> None:
