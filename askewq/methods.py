@@ -148,8 +148,9 @@ def binaryrelax(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -> T
     return straight(weight, (strength * level + weight.detach()) / (strength + 1))
 
 
-# Coefficients (c1, c2) of SAWB by bits and first level, made by benchmarks/sawb.py.
-SAWB = {
+# Coefficients (c1, c2) of SAWB by bits and first level, made by benchmarks/sawb.py; first level 0
+# is that of inputs without a sign.
+SAWB: dict[tuple[Bits, float], tuple[float, float]] = {
     (1, -1.0): (0.0, -1.0),
     ("ternary", -1.0): (2.537, 1.618),
     (2, -2.0): (2.410, 1.707),
@@ -158,6 +159,18 @@ SAWB = {
     (3, -3.5): (2.106, 1.927),
     (4, -8.0): (1.597, 1.594),
     (4, -7.5): (1.612, 1.621),
+    (5, -16.0): (1.089, 1.143),
+    (6, -32.0): (0.686, 0.740),
+    (7, -64.0): (0.414, 0.455),
+    (8, -128.0): (0.223, 0.246),
+    (1, 0.0): (1.0, 0.0),
+    (2, 0.0): (2.317, 2.105),
+    (3, 0.0): (1.687, 1.692),
+    (4, 0.0): (1.127, 1.186),
+    (5, 0.0): (0.7, 0.75),
+    (6, 0.0): (0.42, 0.46),
+    (7, 0.0): (0.23, 0.25),
+    (8, 0.0): (0.12, 0.13),
 }
 
 

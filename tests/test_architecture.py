@@ -24,7 +24,7 @@ FLOORS = [
         *("config", "grid", "kinds", "pack", "methods", "mixed"),
         *("disk", "digest", "trust", "signals", "divergence"),
     ),
-    ("layers", "kernels", "optim", "rivals", "manifest"),
+    ("layers", "activations", "kernels", "optim", "rivals", "manifest"),
     ("wrap", "checkpoint", "packed"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
