@@ -67,8 +67,9 @@ def round_to(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """
     units = x.detach().to(torch.promote_types(x.dtype, torch.float32)) / scale
     lowest, highest = grid.first, grid.first + grid.step * grid.last
-    if grid.first == -1 and grid.step == 2:
-        level = torch.where(units < 0, -1.0, 1.0)
+    if grid.step == 2:
+        sign = torch.where(x < 0, -1.0, 1.0)
+        level = torch.where(units.isnan(), units, sign)
         factor = 1 - units.tanh().square()
     else:
         level = units.round().clamp(lowest, highest)

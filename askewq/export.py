@@ -109,7 +109,7 @@ def export(
     with _appearing(output.absolute()) as partial:
         target.write(source, options, partial)
         logits = _read_back(target, partial, inputs, factory)
-        comparison = _compare(logits, expected, target.bound(options), to)
+        comparison = _compare(logits, expected, target.bound(source, options), to)
         result = {
             "format": to,
             "askewq": __version__,

@@ -45,6 +45,19 @@ class Options:
     allow_lossy: bool = False
 
 
+def rounded_inputs(source: ExportSource, to: str) -> list[str]:
+    """Return, as a refusal, that a format holds weights alone; nothing if no input is rounded."""
+    inputs = source.artifact.inputs
+    if not inputs:
+        return []
+    first = next(iter(inputs))
+    return [
+        f"the artifact rounds the inputs of {len(inputs)} layers ({first} to "
+        f"{inputs[first].grid.bits} bits), and --to {to} holds weights alone, so that it would be "
+        "another model: use --to onnx, or fine-tune with --act-bits none."
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One export format.
@@ -67,7 +80,7 @@ class Target:
     name: str
     needs: tuple[str, ...]
     extra: str
-    bound: Callable[[Options], float]
+    bound: Callable[[ExportSource, Options], float]
     refusals: Callable[[ExportSource, Options], list[str]]
     notes: Callable[[ExportSource, Options], list[str]]
     write: Callable[[ExportSource, Options, Path], None]

@@ -42,7 +42,7 @@ FLOORS = [
             "hf_loading",
         ),
         *("export", "export_dense", "export_compressed_tensors"),
-        *("export_onnx", "onnx_weights", "export_gguf", "gguf_types", "gguf_tokenizer"),
+        *("export_onnx", "onnx_inputs", "onnx_weights", "export_gguf", "gguf_types", "gguf_tokenizer"),
     ),
     ("loop", "train", "demo", "inspection"),
     ("cli",),
