@@ -31,7 +31,7 @@ BOUNDS: dict[DenseType, float] = {"fp32": 0.0, "fp16": 2e-2, "bf16": 1e-1}
 _TIMM_FACTS = ("classifier", "first_conv", "fixed_input_size")
 
 
-def _bound(source: ExportSource, options: Options) -> float:
+def _bound(options: Options) -> float:
     return BOUNDS[options.dtype]
 
 

@@ -32,7 +32,7 @@ ONE_FILE = 2**31 - 2**20  # protobuf holds less than 2 GiB; a megabyte for the g
 # Relative difference of logits. onnxruntime adds in another order than torch, so that an input that
 # lies half-way between two levels to the last bit is rounded to the other one, and what follows
 # from one level of one input is seen in the logits.
-BOUND, BOUND_INPUTS = 1e-4, 5e-2
+BOUND, BOUND_OF_INPUTS = 1e-4, 5e-2
 
 # Of parameters in the graph: a name such as `add` alone may be that of a result, too.
 PREFIX = "model."
@@ -80,7 +80,7 @@ def _notes_of_inputs(artifact: Artifact) -> list[str]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for name, rounded in artifact.inputs.items():
         bits, kind = rounded.grid.bits, type_name(rounded)
-        how = ", clipped to their levels" if bits != width(rounded) else ""
+        how = ", limited to their levels" if rounded.grid.size < 2 ** width(rounded) else ""
         kinds[f"{bits_name(bits)}, in {kind}{how}"].append(name)
     found = [f"inputs of {len(names)} layers: {kind}" for kind, names in kinds.items()]
     if found:
@@ -331,17 +331,14 @@ def read_back(folder: "str", inputs: "dict[str, Tensor]") -> "Tensor":
     return torch.from_numpy(session.run(["logits"], given)[0])
 
 
-def _bound(source: ExportSource, options: Options) -> float:
-    return BOUND_INPUTS if source.artifact.inputs else BOUND
-
-
 TARGET = Target(
     name="onnx",
     needs=("onnx", "onnxscript", "onnxruntime"),
     extra="onnx",
-    bound=_bound,
+    bound=lambda options: BOUND,
     refusals=refusals,
     notes=notes,
     write=write,
     read_back=read_back,
+    bound_of_inputs=BOUND_OF_INPUTS,
 )

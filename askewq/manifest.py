@@ -111,7 +111,7 @@ def parse(text: str, path: Path) -> dict[str, Any]:
         VERSION: _KEYS,
         WITH_INPUTS: _KEYS | {"inputs"},
     }
-    _check_keys(manifest, keys[manifest["version"]], "the manifest")
+    _check_keys(manifest, keys[manifest["version"]], f"a manifest of version {manifest['version']}")
     manifest.setdefault("inputs", {})
     for key in ("weights", "shared", "inputs"):
         if not isinstance(manifest[key], dict):

@@ -1,8 +1,10 @@
 """How ONNX holds a rounded input: QuantizeLinear and DequantizeLinear in front of the layer.
 
-The integers are of the smallest of ONNX's types that holds the levels; where the levels are fewer
-than the type's, Clip comes before, and signs are made by Less and Where. QuantizeLinear divides
-by the scale, rounds half-way to even and saturates, as `activations.round_to` does.
+The integers are of the smallest of ONNX's types that holds the levels. QuantizeLinear divides by
+the scale, rounds half-way to even and saturates, as `activations.round_to` does. Signs are made by
+Less and Where; Max and Min come before where the levels are fewer than the type's. They are no
+Clip, because onnxruntime (1.32) fails on a Clip in front of 2- and 4-bit integers; for the same
+reason they stand, doing nothing, behind a Clip of the network's own.
 """
 
 import functools
@@ -53,13 +55,15 @@ def _mark(name: str, x: Tensor) -> Tensor:
 
 def fill_inputs(model: Any, inputs: dict[str, PackedInput]) -> None:
     """Put the nodes that round in the place of the marks, in place."""
-    nodes = []
+    nodes: list[Any] = []
+    clipped = {node.output[0] for node in model.graph.node if node.op_type == "Clip"}
     for node in model.graph.node:
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
-        name = node.attribute[0].s.decode()
-        made, tensors = _round(node.output[0], node.input[0], node.output[0], inputs[name])
+        rounded = inputs[node.attribute[0].s.decode()]
+        limited = rounded.grid.bits != width(rounded) or node.input[0] in clipped
+        made, tensors = _round(node.input[0], node.output[0], rounded, limited)
         nodes += made
         model.graph.initializer.extend(tensors)
     kept = [_copy(node) for node in nodes]
@@ -77,8 +81,8 @@ def _copy(message: Any) -> Any:
     return made
 
 
-def _round(name: str, x: str, y: str, rounded: PackedInput) -> tuple[list[Any], list[Any]]:
-    """Return the nodes that make `y` of `x`, and their initializers, which `name` begins."""
+def _round(x: str, y: str, rounded: PackedInput, limited: bool) -> tuple[list[Any], list[Any]]:
+    """Return the nodes that make `y` of `x`, and their initializers, whose names `y` begins."""
     import onnx
 
     grid, scale = rounded.grid, float(rounded.scale)
@@ -89,17 +93,17 @@ def _round(name: str, x: str, y: str, rounded: PackedInput) -> tuple[list[Any], 
     if grid.step == 2:
         numbers |= {"null": 0.0, "low": -scale, "high": scale}
         steps = [("Less", ["input", "null"]), ("Where", ["Less", "low", "high"])]
-    elif grid.bits != width(rounded):
+    elif limited:
         numbers |= {"low": lowest * scale, "high": highest * scale}
         steps = [("Max", ["input", "low"]), ("Min", ["Max", "high"])]
     steps += [
         ("QuantizeLinear", [steps[-1][0] if steps else "input", "scale", "zero"]),
         ("DequantizeLinear", ["QuantizeLinear", "scale", "zero"]),
     ]
-    local = {key: f"{name}.{key}" for key in (*numbers, "zero", *(kind for kind, _ in steps))}
+    local = {key: f"{y}.{key}" for key in (*numbers, "zero", *(kind for kind, _ in steps))}
     local |= {"input": x, "DequantizeLinear": y}
     nodes = [
-        onnx.helper.make_node(kind, [local[i] for i in given], [local[kind]], name=f"{name}/{kind}")
+        onnx.helper.make_node(kind, [local[i] for i in given], [local[kind]], name=f"{y}/{kind}")
         for kind, given in steps
     ]
     tensors = [onnx.helper.make_tensor(local[k], kinds.FLOAT, [], [v]) for k, v in numbers.items()]

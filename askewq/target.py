@@ -75,13 +75,15 @@ class Target:
             of named input tensors that returns the logits, by the format's own loader. Its source
             is run in a fresh process. For a module of the user's own the environment variable
             ASKEWQ_FACTORY names it there, path/to/file.py:factory.
+        bound_of_inputs: that bound where layers round their inputs, if it is wider.
     """
 
     name: str
     needs: tuple[str, ...]
     extra: str
-    bound: Callable[[ExportSource, Options], float]
+    bound: Callable[[Options], float]
     refusals: Callable[[ExportSource, Options], list[str]]
     notes: Callable[[ExportSource, Options], list[str]]
     write: Callable[[ExportSource, Options, Path], None]
     read_back: Callable[[str, dict[str, Tensor]], Tensor]
+    bound_of_inputs: float = 0.0
