@@ -96,7 +96,8 @@ def scale_of(sums: Tensor, grid: Grid) -> Tensor:
     """Return SAWB's scale of inputs with these `moments`, 0-d; the range covers their mean."""
     c1, c2 = SAWB[grid.bits, grid.first]
     square, size = sums[:2] / sums[2].clamp_min(1)
-    scale = torch.maximum(c1 * square.sqrt() - c2 * size, size / (grid.first + grid.step * grid.last))
+    highest = grid.first + grid.step * grid.last
+    scale = torch.maximum(c1 * square.sqrt() - c2 * size, size / highest)
     return scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
 

@@ -122,7 +122,7 @@ def _reason_of_input(rounded: PackedInput, left_dense: str) -> str:
     if left_dense:
         return f"is rounded, but the layer cannot be packed: it {left_dense}"
     if grid.first == 0:
-        return f"is rounded to 0 .. {grid.last}, and the format's integers without offset are signed"
+        return f"is rounded to 0 .. {grid.last}, and the format's integers have a sign"
     return "is rounded to its sign, and the format has no such levels" if grid.step == 2 else ""
 
 
@@ -221,9 +221,7 @@ def _quantization_config(source: ExportSource) -> dict[str, Any]:
     }
 
 
-def _group(
-    bits: int, size: int | None, act_bits: int | None, targets: list[str]
-) -> dict[str, Any]:
+def _group(bits: int, size: int | None, act_bits: int | None, targets: list[str]) -> dict[str, Any]:
     kind = {"type": "int", "symmetric": True, "dynamic": False}
     strategy = "channel" if size is None else "group"
     return {

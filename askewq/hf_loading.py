@@ -137,9 +137,9 @@ class AskewQuantizer(HfQuantizer):
                 self.sharing[layer] = held[source]
                 layer._is_hf_initialized = True  # type: ignore[assignment]
         for name, rounded in stored.inputs.items():
-            weight = tensor_name(name, "weight")
-            if weight in names:
-                module = names[weight].rpartition(".")[0]
+            given = names.get(tensor_name(name, "weight"))
+            if given is not None:
+                module = given.rpartition(".")[0]
                 names[tensor_name(name, "input_scale")] = tensor_name(module, "input_scale")
                 _round_on_meta(model.get_submodule(module), rounded)
         packed = {names[n] for n in (*stored.weights, *stored.shared) if n in names}

@@ -24,7 +24,6 @@ from askewq.spec import LoadedModel
 from askewq.tasks import logits_and_labels, score
 from askewq.training_state import Progress
 
-
 # By which the signs and the first scales of rounded inputs are decided, in every process.
 CALIBRATION_SAMPLES = 512
 

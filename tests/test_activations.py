@@ -95,7 +95,9 @@ class TestRounding:
     @every_grid
     def test_nan_is_not_hidden(self, grid):
         """A value that is not a number stays one, so that divergence is found."""
-        assert round_to(torch.tensor([math.nan, 1.0]), torch.tensor(1.0), grid).isnan().tolist() == [
+        assert round_to(
+            torch.tensor([math.nan, 1.0]), torch.tensor(1.0), grid
+        ).isnan().tolist() == [
             True,
             False,
         ]
@@ -152,7 +154,12 @@ def network() -> nn.Module:
     """Return a network with an input of either sign, one after ReLU, and one that is looked up."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Embedding(8, 6), nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6), nn.GELU(), nn.Linear(6, 2)
+        nn.Embedding(8, 6),
+        nn.Linear(6, 12),
+        nn.ReLU(),
+        nn.Linear(12, 6),
+        nn.GELU(),
+        nn.Linear(6, 2),
     )
 
 
@@ -452,7 +459,7 @@ class TestArtifact:
         """Who does not know inputs must not return a network that leaves them as they are."""
         saved(tmp_path)
         monkeypatch.setattr(manifest, "WITH_INPUTS", 2)  # what the reader of version 2 knew
-        with pytest.raises(FormatError, match="format version 3.*upgrade"):
+        with pytest.raises(FormatError, match=r"format version 3.*upgrade"):
             checkpoint.read(tmp_path / WEIGHTS)
 
     def test_layers_that_share_a_weight_have_inputs_of_their_own(self, tmp_path):
@@ -516,7 +523,7 @@ class TestArtifact:
             tensors["0.input_scale"] = torch.ones(())
 
         rewrite(tmp_path / WEIGHTS, change)
-        with pytest.raises(FormatError, match="'0' is .*Embedding in the model, whose input cannot"):
+        with pytest.raises(FormatError, match="'0' is Embedding in the model, whose input"):
             checkpoint.load_into(network(), checkpoint.read(tmp_path / WEIGHTS))
 
 
@@ -524,7 +531,7 @@ class TestSettings:
     @pytest.mark.parametrize("value", [0, 9, 16, -1, 2.5, True, "all", None])
     def test_values_that_are_refused(self, value):
         """The message says which are possible."""
-        with pytest.raises(RecipeError, match="act_bits: .*'none'"):
+        with pytest.raises(RecipeError, match=r"act_bits: .*'none'"):
             build({"model": "m", "dataset": "d", "output": "o", "act_bits": value})
 
     @pytest.mark.parametrize("value", ["0", "9", "16", "all"])

@@ -103,7 +103,7 @@ class TestONNX:
 
     @pytest.mark.parametrize("act_bits", [2, 3, 4])
     def test_behind_a_clip(self, tmp_path, act_bits):
-        """onnxruntime fails on Clip before narrow integers; ReLU6 is one."""
+        """Onnxruntime fails on Clip before narrow integers; ReLU6 is one."""
         model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU6(), nn.Linear(8, 3))
         full = builders.untrained("own")
         full = replace(
@@ -171,12 +171,12 @@ class TestCompressedTensors:
         assert "is rounded to its sign" in first
         assert "--to onnx" in last
         assert "--act-bits none" in last
-        source = opened("bert", tmp_path / "2", 2, 4)
+        source = opened("bert", tmp_path, 2, 4)
         name = next(iter(source.artifact.inputs))
         source.artifact.inputs[name] = PackedInput(input_grid(4, signed=False), torch.ones(()))
         [reason, _] = target.refusals(source, Options(dense_rest=True))
         assert reason.startswith(f"the input of {name} is rounded to 0 .. 15")
-        source = opened("gpt2", tmp_path / "3", 2, 4)
+        source = opened("gpt2", tmp_path, 2, 4)
         reasons = target.refusals(source, Options(dense_rest=True))
         assert "is a Conv1D" in reasons[0]
 
