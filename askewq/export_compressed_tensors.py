@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from askewq.grid import Grid
 from askewq.manifest import PackedInput, PackedWeight
+from askewq.mixed import original_class
 from askewq.pack import pack, unpack
 from askewq.report import bits_name
 from askewq.target import ExportSource, Options, Target
@@ -82,7 +83,7 @@ def _reason(source: ExportSource, name: str, weight: PackedWeight) -> str:
     layer, code = source.loaded.model.get_submodule(_module(name)), coding(weight.grid)
     if not isinstance(layer, nn.Linear):
         # The format holds Embedding too, but transformers (5.23) fails to initialise a packed one.
-        kind = type(layer).__name__
+        kind = original_class(layer).__name__
         article = "an" if kind[0] in "AEIOU" else "a"
         return f"is {article} {kind}, and transformers unpacks Linear only"
     if shared := [other for other, first in source.artifact.shared.items() if first == name]:

@@ -8,6 +8,7 @@ import re
 import builders
 import pytest
 import torch
+import transformers
 from builders import command, finetune
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from test_train import digest
 from torch import nn
 
 import askewq
-from askewq import activations, checkpoint, manifest, train
+from askewq import activations, checkpoint, manifest, models, train
 from askewq import digest as digests
 from askewq import packed as packed_layers
 from askewq.activations import RoundedInput, moments, round_to, rounded_layers, scale_of
@@ -525,6 +526,53 @@ class TestArtifact:
         rewrite(tmp_path / WEIGHTS, change)
         with pytest.raises(FormatError, match="'0' is Embedding in the model, whose input"):
             checkpoint.load_into(network(), checkpoint.read(tmp_path / WEIGHTS))
+
+
+class TestTransformers:
+    @pytest.mark.parametrize("kind", ["bert", "gpt2"])
+    def test_from_pretrained(self, kind, tmp_path):
+        """Packed, dequantized and in bf16 it rounds as askewq.load does, and saves it all again."""
+        folder, plain = untrained_artifact(kind, tmp_path)
+        auto = {"bert": "SequenceClassification", "gpt2": "CausalLM"}[kind]
+        load = getattr(transformers, f"AutoModelFor{auto}").from_pretrained
+        with torch.no_grad():
+            expected = plain(**TOKENS).logits
+            assert torch.equal(load(folder).eval()(**TOKENS).logits, expected)
+            assert torch.equal(load(folder).dequantize().eval()(**TOKENS).logits, expected)
+        half = load(folder, dtype=torch.bfloat16)
+        for name, layer in rounded_layers(half).items():
+            assert layer.input_scale.dtype == torch.float32
+            assert torch.equal(layer.input_scale, plain.get_submodule(name).input_scale)
+        load(folder).save_pretrained(tmp_path / "again")
+        (a, one), (b, two) = (
+            checkpoint.serialize(checkpoint.read(path / WEIGHTS))
+            for path in (folder, tmp_path / "again")
+        )
+        assert one == two
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+    def test_a_base_model(self, tmp_path):
+        """AutoModel gives the network without its head, its inputs rounded."""
+        folder, _ = untrained_artifact("bert", tmp_path)
+        assert len(rounded_layers(transformers.AutoModel.from_pretrained(folder))) == 13
+
+
+TOKENS = {"input_ids": torch.tensor([[2, 4, 5, 3]])}
+
+
+def untrained_artifact(kind, folder):
+    """Return an artifact of a tiny network that rounds its inputs, and that network, filled."""
+
+    def quantize(model):
+        askewq.quantize(model, 2, include=["*"] if kind == "gpt2" else [])
+        askewq.round_inputs(model, 4, lambda: model(**TOKENS))
+
+    loaded = builders.untrained(kind)
+    made = builders.packed(loaded, folder / "artifact", quantize)
+    plain = models.build(loaded.spec)
+    checkpoint.load_into(plain, checkpoint.read(made / WEIGHTS))
+    return made, plain.eval()
 
 
 class TestSettings:
