@@ -30,20 +30,22 @@ class RoundedInput(Mixin):
     Attributes:
         input_grid: the levels, in units of the scale.
         input_scale: buffer, float32, 0-d, written in place only; a cast leaves it as it is.
-        follows: whether the scale follows the batches that are trained on.
+        follows: whether the scale follows the batches that are trained on, a 0-d tensor so that a
+            compiled network is not compiled again when that changes; None: it never did.
     """
 
     prefix = "Rounded"
     input_grid: Grid
     input_scale: Tensor
-    follows: bool = False
+    follows: Tensor | None = None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the layer makes of its rounded input."""
-        if self.training and self.follows:
+        if self.training and self.follows is not None:
             with torch.no_grad():
                 scale = scale_of(moments(input, self.input_grid), self.input_grid)
-                self.input_scale.lerp_(scale, MOMENTUM)
+                moved = self.input_scale.lerp(scale, MOMENTUM)
+                self.input_scale.copy_(torch.where(self.follows, moved, self.input_scale))
         return super().forward(self.rounded(input), *args, **kwargs)
 
     def rounded(self, input: Tensor) -> Tensor:
@@ -116,7 +118,9 @@ def rounded_layers(model: nn.Module) -> dict[str, RoundedInput]:
 def follow_inputs_(model: nn.Module, on: bool) -> None:
     """Let the scales of all inputs follow the batches that are trained on, or stay."""
     for layer in rounded_layers(model).values():
-        layer.follows = on
+        if layer.follows is None:
+            layer.follows = torch.zeros_like(layer.input_scale, dtype=torch.bool)
+        layer.follows.fill_(on)
 
 
 def round_inputs(

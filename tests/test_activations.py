@@ -24,6 +24,7 @@ from askewq.activations import RoundedInput, moments, round_to, rounded_layers, 
 from askewq.config import build
 from askewq.errors import FormatError, ModelError, PlanError, RecipeError
 from askewq.grid import fit_scale, input_grid, make_grid
+from askewq.kernels import can_compile
 from askewq.layers import QuantizedLayer
 from askewq.methods import SAWB
 
@@ -346,9 +347,17 @@ class TestTraining:
         assert found["snapped"] == found["reloaded"]
 
     def test_compiled(self, tmp_path):
-        """The compiled network rounds, too, and its scales follow."""
-        found = finetune("own", tmp_path / "out", act_bits=4, compile=True)
+        """The compiled network rounds, its scales follow and stop, and it is compiled once."""
+        assert can_compile("cpu"), "without a compiler this test compares nothing"
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        found = finetune("own", tmp_path / "compiled", act_bits=4, compile=True)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert found["snapped"] == found["reloaded"]
+        finetune("own", tmp_path / "eager", act_bits=4)
+        one, two = (checkpoint.read(tmp_path / n / WEIGHTS) for n in ("compiled", "eager"))
+        for name, rounded in two.inputs.items():
+            torch.testing.assert_close(one.inputs[name].scale, rounded.scale, rtol=1e-2, atol=0)
 
     @pytest.mark.parametrize("at", [1, 5, 8])
     def test_resumed(self, tmp_path, monkeypatch, at):
