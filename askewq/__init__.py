@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from askewq import registration
 
 if TYPE_CHECKING:
+    from askewq.activations import follow_inputs_ as follow_inputs_
+    from askewq.activations import round_inputs as round_inputs
     from askewq.anneal import Closing as Closing
     from askewq.artifact import load as load
     from askewq.config import Recipe as Recipe
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "follow_inputs_": "activations.follow_inputs_",
+    "round_inputs": "activations.round_inputs",
     "Closing": "anneal.Closing",
     "AskewError": "errors.AskewError",
     "Grid": "grid.Grid",

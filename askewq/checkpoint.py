@@ -7,7 +7,7 @@ not follow the specification is refused by name.
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from askewq import digest, disk, manifest, trust
+from askewq import activations, digest, disk, manifest, trust
 from askewq.errors import FormatError, UnverifiedWarning, near
 from askewq.layers import QuantizedLayer, quantized_layers
-from askewq.manifest import VERSION, WITHOUT_DIGEST, PackedWeight
+from askewq.manifest import (
+    VERSION,
+    WITH_INPUTS,
+    WITHOUT_DIGEST,
+    PackedInput,
+    PackedWeight,
+    tensor_name,
+)
 from askewq.pack import pack
 
 METADATA_KEY = "askewq"
@@ -32,13 +39,15 @@ HEADER_BYTES, HEADER_SHARE = 2**22, 16
 class Artifact:
     """The content of a packed file: `weights` on a grid, other `tensors`, and `shared` names.
 
-    `digest` is that of the file it was read from, None where it has none.
+    `digest` is that of the file it was read from, None where it has none; `inputs` are those of
+    layers that round them, by the layer's name.
     """
 
     weights: dict[str, PackedWeight]
     tensors: dict[str, Tensor]
     shared: dict[str, str]
     digest: str | None = None
+    inputs: dict[str, PackedInput] = field(default_factory=dict)
 
     def dense_state(self) -> dict[str, Tensor]:
         """Return an ordinary state dict: every tensor under its own name, weights snapped."""
@@ -67,19 +76,25 @@ def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[f"{name}.codes"] = weight.codes.cpu()
         tensors[f"{name}.scale"] = weight.scale.detach().float().cpu().contiguous()
         content["weights"][name] = manifest.entry_of(weight)
+    if artifact.inputs:
+        content |= {"version": WITH_INPUTS, "inputs": {}}
+    for name, rounded in artifact.inputs.items():
+        tensors[tensor_name(name, "input_scale")] = rounded.scale.detach().cpu()
+        content["inputs"][name] = manifest.input_entry_of(rounded)
     return tensors, {METADATA_KEY: digest.seal(content, tensors)}
 
 
 def artifact_of(model: nn.Module) -> Artifact:
     """Return the content of the file for a model with quantized layers."""
-    layers = {_key(name, "weight"): layer for name, layer in quantized_layers(model).items()}
+    layers = {tensor_name(n, "weight"): layer for n, layer in quantized_layers(model).items()}
     scales = {
-        _key(name, "weight_scale")
+        tensor_name(name, "weight_scale")
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QuantizedLayer)
     }
+    scales |= input_scales(model)
     shared = shared_names(model)
-    artifact = Artifact({}, {}, {})
+    artifact = Artifact({}, {}, {}, inputs=inputs_of(model))
     for name, tensor in model.state_dict().items():
         if name in scales:
             continue
@@ -96,9 +111,32 @@ def artifact_of(model: nn.Module) -> Artifact:
     return artifact
 
 
-def _key(module: str, leaf: str) -> str:
-    """Return the state-dict key of a tensor; the model itself may be the module."""
-    return f"{module}.{leaf}" if module else leaf
+def inputs_of(model: nn.Module) -> dict[str, PackedInput]:
+    """Return how the layers of a model round their inputs, by the layer's first name."""
+    return {
+        name: PackedInput(layer.input_grid, layer.input_scale)
+        for name, layer in activations.rounded_layers(model).items()
+    }
+
+
+def input_scales(model: nn.Module) -> set[str]:
+    """Return every state-dict name of the scales of inputs."""
+    return {
+        tensor_name(name, "input_scale")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, activations.RoundedInput)
+    }
+
+
+def attach_inputs_(model: nn.Module, artifact: Artifact) -> None:
+    """Let the layers of a filled model round their inputs as the artifact says, in place."""
+    for name, rounded in artifact.inputs.items():
+        layer = model.get_submodule(name)
+        if not activations.takes_numbers(layer):
+            kind = type(layer).__name__
+            raise FormatError(f"{name!r} is {kind} in the model, whose input cannot be rounded.")
+        device = next(layer.parameters(), next(layer.buffers(), rounded.scale)).device
+        activations.round_input_(layer, rounded.grid, rounded.scale.to(device, copy=True))
 
 
 def shared_names(model: nn.Module) -> dict[str, str]:
@@ -181,6 +219,14 @@ def _read(paths: Sequence[Path]) -> Artifact:
         name: manifest.packed_weight(name, entry, tensors)
         for name, entry in content["weights"].items()
     }
+    inputs = {
+        name: manifest.packed_input(name, entry, tensors)
+        for name, entry in content["inputs"].items()
+    }
+    for name in inputs:
+        weight = tensor_name(name, "weight")
+        if content["shared"].get(weight, weight) not in weights:
+            raise FormatError(f"the input of {name!r} is rounded, but it has no packed weight.")
     for name, source in content["shared"].items():
         if source not in weights and source not in tensors:
             raise FormatError(f"{name!r} is said to share {source!r}, which is not in the file.")
@@ -198,7 +244,7 @@ def _read(paths: Sequence[Path]) -> Artifact:
         digest.check_seal(text, content["digest"], every)
     except FormatError as error:
         raise FormatError(f"{paths[0]}: {error}") from error
-    return Artifact(weights, tensors, content["shared"], content["digest"])
+    return Artifact(weights, tensors, content["shared"], content["digest"], inputs)
 
 
 def _check_header(path: Path) -> None:
@@ -259,6 +305,8 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
 def load_into(model: nn.Module, artifact: Artifact) -> None:
     """Copy the artifact's dense state into a plain model with the same parameters, in place.
 
+    Layers whose inputs the artifact rounds do so from then on.
+
     Raises:
         FormatError: as `check_fit`.
     """
@@ -272,3 +320,4 @@ def load_into(model: nn.Module, artifact: Artifact) -> None:
         for key, source in artifact.shared.items():
             if target[key].data_ptr() != target[source].data_ptr():
                 target[key].copy_(target[source])
+    attach_inputs_(model, artifact)

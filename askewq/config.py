@@ -9,10 +9,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from askewq.errors import RecipeError, near
-from askewq.vocabulary import Augmentation, Bits, Closing, GridKind, GroupSize, Method, Pull, Task
+from askewq.vocabulary import (
+    ActBits,
+    Augmentation,
+    Bits,
+    Closing,
+    GridKind,
+    GroupSize,
+    Method,
+    Pull,
+    Task,
+)
 
 MODEL, DATA, BITS, TRAIN, DISTILL, METHOD, CLOSING, OUTPUT = (
     "Model",
@@ -73,6 +91,9 @@ class Recipe(BaseModel):
     )
     group_size: GroupSize = _key(
         "channel", BITS, "weights that share a scale: a number, an output channel, or all"
+    )
+    act_bits: ActBits = _key(
+        "none", BITS, "round the inputs of the quantized layers, too: 1 to 8 bits, or none"
     )
     include: tuple[str, ...] = _key(
         (), BITS, "quantize exactly the layers that match, first, last and embeddings too; globs"
@@ -169,11 +190,12 @@ class Recipe(BaseModel):
     overwrite: bool = _key(False, OUTPUT, "replace what is in output")
     report_to: Literal["none", "tensorboard", "wandb"] = _key("none", OUTPUT, "tracker")
 
-    @field_validator("bits", mode="before")
+    @field_validator("bits", "act_bits", mode="before")
     @classmethod
-    def _refuse_truth(cls, value: Any) -> Any:
+    def _refuse_truth(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool):  # True equals 1, but nobody means one bit by it
-            raise ValueError("must be one of 1 to 8 or 'ternary'")
+            other = "ternary" if info.field_name == "bits" else "none"
+            raise ValueError(f"must be one of 1 to 8 or {other!r}")
         return value
 
     @field_validator("nan_policy")

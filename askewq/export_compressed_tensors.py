@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from askewq.grid import Grid
-from askewq.manifest import PackedWeight
+from askewq.manifest import PackedInput, PackedWeight
+from askewq.mixed import original_class
 from askewq.pack import pack, unpack
 from askewq.report import bits_name
 from askewq.target import ExportSource, Options, Target
@@ -82,7 +83,7 @@ def _reason(source: ExportSource, name: str, weight: PackedWeight) -> str:
     layer, code = source.loaded.model.get_submodule(_module(name)), coding(weight.grid)
     if not isinstance(layer, nn.Linear):
         # The format holds Embedding too, but transformers (5.23) fails to initialise a packed one.
-        kind = type(layer).__name__
+        kind = original_class(layer).__name__
         article = "an" if kind[0] in "AEIOU" else "a"
         return f"is {article} {kind}, and transformers unpacks Linear only"
     if shared := [other for other, first in source.artifact.shared.items() if first == name]:
@@ -106,6 +107,26 @@ def _packed(source: ExportSource) -> dict[str, PackedWeight]:
     return {name: w for name, w in source.artifact.weights.items() if name not in dense}
 
 
+def _unwritable_inputs(source: ExportSource) -> list[str]:
+    """Return why rounded inputs cannot be written; a float input in their place would be wrong."""
+    dense, found = _left_dense(source), []
+    for name, rounded in source.artifact.inputs.items():
+        if reason := _reason_of_input(rounded, dense.get(f"{name}.weight", "")):
+            found.append(f"the input of {name} {reason}.")
+    if found:
+        found.append("use --to onnx, fine-tune with --act-bits none, or --exclude these layers.")
+    return found
+
+
+def _reason_of_input(rounded: PackedInput, left_dense: str) -> str:
+    grid = rounded.grid
+    if left_dense:
+        return f"is rounded, but the layer cannot be packed: it {left_dense}"
+    if grid.first == 0:
+        return f"is rounded to 0 .. {grid.last}, and the format's integers have a sign"
+    return "is rounded to its sign, and the format has no such levels" if grid.step == 2 else ""
+
+
 def _refusals(source: ExportSource, options: Options) -> list[str]:
     spec = source.loaded.spec
     if spec.source != "transformers":
@@ -119,6 +140,8 @@ def _refusals(source: ExportSource, options: Options) -> list[str]:
             f"compressed-tensors {installed} is installed, and 2- to 8-bit weights need "
             f"{'.'.join(map(str, NEEDED_VERSION))}: pip install 'askewq[compressed-tensors]'."
         ]
+    if unwritable := _unwritable_inputs(source):
+        return unwritable
     dense = [f"{_module(name)} {reason}." for name, reason in _left_dense(source).items()]
     if not _packed(source):
         return [*dense, "nothing is left to be packed: use --to dense or --to onnx."]
@@ -158,6 +181,8 @@ def _write(source: ExportSource, options: Options, folder: Path) -> None:
     for name, weight in _packed(source).items():
         for leaf, tensor in packed_tensors(weight).items():
             tensors[f"{_module(name)}.{leaf}"] = tensor
+    for name, rounded in artifact.inputs.items():
+        tensors[f"{name}.input_scale"] = rounded.scale.reshape(1)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     model_config = copy.deepcopy(model.config)
     model_config.architectures = [type(model).__name__]
@@ -174,11 +199,12 @@ def _quantization_config(source: ExportSource) -> dict[str, Any]:
     """Return the format's own description: one group of modules for each kind of weight."""
     model, packed = source.loaded.model, _packed(source)
     prefix = str(getattr(model, "base_model_prefix", ""))
-    groups: dict[tuple[int, int | None], list[str]] = {}
+    groups: dict[tuple[int, int | None, int | None], list[str]] = {}
     for name, weight in packed.items():
         count = weight.scale.shape[1]
         size = weight.shape[1] // count if count > 1 else None
-        key = coding(weight.grid).bits, size
+        rounded = source.artifact.inputs.get(_module(name))
+        key = coding(weight.grid).bits, size, coding(rounded.grid).bits if rounded else None
         groups.setdefault(key, []).append(_pattern(_module(name), prefix))
     ignored = [
         _pattern(name, prefix)
@@ -191,26 +217,22 @@ def _quantization_config(source: ExportSource) -> dict[str, Any]:
         "quantization_status": "compressed",
         "ignore": ignored,
         "config_groups": {
-            f"group_{i}": _group(bits, size, targets)
-            for i, ((bits, size), targets) in enumerate(groups.items())
+            f"group_{i}": _group(*kind, targets) for i, (kind, targets) in enumerate(groups.items())
         },
     }
 
 
-def _group(bits: int, size: int | None, targets: list[str]) -> dict[str, Any]:
+def _group(bits: int, size: int | None, act_bits: int | None, targets: list[str]) -> dict[str, Any]:
+    kind = {"type": "int", "symmetric": True, "dynamic": False}
+    strategy = "channel" if size is None else "group"
     return {
         "targets": targets,
         "format": "pack-quantized",
-        "input_activations": None,
+        "input_activations": {"num_bits": act_bits, "strategy": "tensor", **kind}
+        if act_bits
+        else None,
         "output_activations": None,
-        "weights": {
-            "num_bits": bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "channel" if size is None else "group",
-            "group_size": size,
-            "dynamic": False,
-        },
+        "weights": {"num_bits": bits, "strategy": strategy, "group_size": size, **kind},
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import CONFIG
-from askewq.target import ExportSource, Options, Target
+from askewq.target import ExportSource, Options, Target, rounded_inputs
 from askewq.text import markdown
 from askewq.vocabulary import DenseType
 
@@ -36,11 +36,12 @@ def _bound(options: Options) -> float:
 
 
 def _refusals(source: ExportSource, options: Options) -> list[str]:
-    """Name the tensors with values beyond the type's range."""
+    """Name rounded inputs, and the tensors with values beyond the type's range."""
     dtype = DTYPES[options.dtype]
+    refused = rounded_inputs(source, "dense")
     if options.dtype == "fp32":
-        return []
-    return [
+        return refused
+    return refused + [
         f"{name} holds values up to {float(tensor.abs().max()):.3g}, beyond the range of "
         f"{options.dtype} ({torch.finfo(dtype).max:.3g}); use --dtype fp32."
         for name, tensor in source.artifact.dense_state().items()

@@ -18,7 +18,7 @@ from askewq.gguf_tokenizer import add_tokenizer, vocabulary
 from askewq.gguf_types import LARGEST, BlockType, choose, encode
 from askewq.manifest import PackedWeight
 from askewq.spec import LoadedModel
-from askewq.target import ExportSource, Options, Target
+from askewq.target import ExportSource, Options, Target, rounded_inputs
 
 FILE = "model.gguf"
 # llama.cpp's names of the architectures of transformers that are written correctly here.
@@ -37,6 +37,8 @@ class Written:
 
 def refusals(source: ExportSource, options: Options) -> list[str]:
     """Return why the model, or some of its weights, cannot be written."""
+    if refused := rounded_inputs(source, "gguf"):
+        return refused
     if unknown := _unknown_model(source.loaded):
         return [unknown]
     unplaced = [key for key, name in _names(source).items() if not name]

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from askewq.checkpoint import Artifact
 from askewq.errors import ExportError
+from askewq.onnx_inputs import fill_inputs, marked, type_name, width
 from askewq.onnx_weights import Storage, dequantize, storage
 from askewq.preprocessing import ImagePreprocessing, TextPreprocessing
+from askewq.report import bits_name
 from askewq.spec import LoadedModel, first_line
 from askewq.target import ExportSource, Options, Target
 
@@ -26,6 +28,11 @@ FILE = "model.onnx"
 OPSET_INT2, IR_INT2 = 25, 13  # the first opset and IR version with 2-bit integers
 OPSET = 21  # the first with 4-bit integers and blocks
 ONE_FILE = 2**31 - 2**20  # protobuf holds less than 2 GiB; a megabyte for the graph
+
+# Relative difference of logits. onnxruntime adds in another order than torch, so that an input that
+# lies half-way between two levels to the last bit is rounded to the other one, and what follows
+# from one level of one input is seen in the logits.
+BOUND, BOUND_OF_INPUTS = 1e-4, 5e-2
 
 # Of parameters in the graph: a name such as `add` alone may be that of a result, too.
 PREFIX = "model."
@@ -61,10 +68,28 @@ def notes(source: ExportSource, options: Options) -> list[str]:
     ]
     return [
         *found,
+        *_notes_of_inputs(source.artifact),
         "everything else is float32",
         "onnxruntime needs the session config entry session.qdq_matmulnbits_accuracy_level = 0; "
         "by default it may round activations to 8 bits",
     ]
+
+
+def _notes_of_inputs(artifact: Artifact) -> list[str]:
+    """Return which types the rounded inputs take."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name, rounded in artifact.inputs.items():
+        bits, kind = rounded.grid.bits, type_name(rounded)
+        how = ", limited to their levels" if rounded.grid.size < 2 ** width(rounded) else ""
+        kinds[f"{bits_name(bits)}, in {kind}{how}"].append(name)
+    found = [f"inputs of {len(names)} layers: {kind}" for kind, names in kinds.items()]
+    if found:
+        found.append(
+            "an input that lies half-way between two levels, to the last bit, may be rounded to "
+            "the other one; set the session config entry session.disable_quant_qdq = 1 to have "
+            "onnxruntime compute in float32 between the roundings, as training did"
+        )
+    return found
 
 
 def write(source: ExportSource, options: Options, folder: Path) -> None:
@@ -77,6 +102,7 @@ def write(source: ExportSource, options: Options, folder: Path) -> None:
 
     loaded, artifact = source.loaded, source.artifact
     two_bits = any(storage(weight).width == 2 for weight in artifact.weights.values())
+    two_bits = two_bits or any(width(rounded) == 2 for rounded in artifact.inputs.values())
     model = fill(graph(loaded, artifact, OPSET_INT2 if two_bits else OPSET), artifact)
     values = loaded.preprocessing.save(folder)
     description = {"task": loaded.spec.task, "labels": list(loaded.spec.labels), **values}
@@ -147,7 +173,7 @@ def graph(loaded: LoadedModel, artifact: Artifact, opset: int) -> Any:
     wrapped = _Logits(loaded.model, tuple(inputs), loaded.spec.source != "transformers").eval()
     use_cache = _set_cache(loaded.model, False)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), marked(loaded.model):
             warnings.simplefilter("ignore")  # the exporter's remarks about itself
             program = torch.onnx.export(
                 wrapped,
@@ -262,6 +288,9 @@ def fill(model: Any, artifact: Artifact) -> Any:
         filled.graph.initializer.extend(tensors)
         if kept.width == 2:
             filled.ir_version = max(filled.ir_version, IR_INT2)
+    if any(width(rounded) == 2 for rounded in artifact.inputs.values()):
+        filled.ir_version = max(filled.ir_version, IR_INT2)
+    fill_inputs(filled, artifact.inputs)
     rest = list(filled.graph.node)
     del filled.graph.node[:]
     filled.graph.node.extend([*made, *rest])
@@ -294,6 +323,7 @@ def read_back(folder: "str", inputs: "dict[str, Tensor]") -> "Tensor":
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(
         str(Path(folder) / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )
@@ -305,9 +335,10 @@ TARGET = Target(
     name="onnx",
     needs=("onnx", "onnxscript", "onnxruntime"),
     extra="onnx",
-    bound=lambda options: 1e-4,
+    bound=lambda options: BOUND,
     refusals=refusals,
     notes=notes,
     write=write,
     read_back=read_back,
+    bound_of_inputs=BOUND_OF_INPUTS,
 )

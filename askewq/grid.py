@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from askewq.errors import RecipeError
-from askewq.vocabulary import Bits, GridKind, GroupSize
+from askewq.vocabulary import ActBits, Bits, GridKind, GroupSize
 
 # Code changes along a row's sweep up to which the exact sweep is made.
 SWEEP_UP_TO = 2**16
@@ -128,6 +128,19 @@ def make_grid(bits: Bits, kind: GridKind = "integer") -> Grid:
     return Grid(bits, first, 1.0, size)
 
 
+def input_grid(bits: ActBits, *, signed: bool) -> Grid:
+    """Return the levels of a layer's inputs: integers, 0 among them but for the signs of 1 bit.
+
+    Unsigned they are 0 .. 2^b - 1; signed those of `make_grid`.
+
+    Raises:
+        RecipeError: bits that are none of 1 to 8.
+    """
+    if type(bits) is not int or not 1 <= bits <= 8:
+        raise RecipeError(f"act_bits = {bits!r} is no width of inputs; use 1 to 8, or 'none'.")
+    return make_grid(bits) if signed else Grid(bits, 0.0, 1.0, 2**bits)
+
+
 def scale_shape(shape: torch.Size, group_size: GroupSize) -> tuple[int, int]:
     """Return ``(out, groups)``, the shape of the scale of a weight [out, ...].
 
@@ -175,7 +188,7 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     float32 = torch.finfo(torch.float32)
     rows = weight.detach().reshape(shape[0] * shape[1], -1)
     changes = rows.shape[1] * grid.size // 2  # of codes along the sweep of a row, at most
-    if grid.bits == 1:
+    if grid.levels().tolist() == [-1, 1]:
         scale = rows.to(torch.float64).abs().mean(dim=1)
     elif changes <= SWEEP_UP_TO:
         parts = rows.split(max(1, CHUNK // changes))
@@ -228,7 +241,7 @@ def _scan(rows: Tensor, grid: Grid) -> Tensor:
     """Return the best of 96 scales for every row: 32 over the whole range, 64 around the best."""
     exponent = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent.clamp(-100, 100)
     rows = torch.ldexp(rows, -exponent)  # near 1, so that no square overflows
-    extremes = abs(grid.first), grid.first + grid.step * grid.last
+    extremes = [e for e in (-grid.first, grid.first + grid.step * grid.last) if e]
     high = rows.abs().amax(1, keepdim=True) / min(extremes)
     low = rows.square().mean(1, keepdim=True).sqrt() / max(extremes)
     best, most = high, torch.zeros_like(high)

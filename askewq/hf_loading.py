@@ -19,11 +19,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from askewq import checkpoint
+from askewq import activations, checkpoint
 from askewq.artifact import check_config, config_content
 from askewq.errors import FormatError, ModelError
 from askewq.hf_models import plain_json
-from askewq.manifest import PackedWeight
+from askewq.manifest import PackedInput, PackedWeight, tensor_name
 from askewq.packed import PackedLayer, PackedTensor, artifact_of, attach_, layer_of, seal_, unseal_
 from askewq.spec import ModelSpec
 from askewq.vocabulary import MODEL_TYPE
@@ -136,6 +136,12 @@ class AskewQuantizer(HfQuantizer):
                 del layer._parameters["weight"]
                 self.sharing[layer] = held[source]
                 layer._is_hf_initialized = True  # type: ignore[assignment]
+        for name, rounded in stored.inputs.items():
+            given = names.get(tensor_name(name, "weight"))
+            if given is not None:
+                module = given.rpartition(".")[0]
+                names[tensor_name(name, "input_scale")] = tensor_name(module, "input_scale")
+                _round_on_meta(model.get_submodule(module), rounded)
         packed = {names[n] for n in (*stored.weights, *stored.shared) if n in names}
         tied = model.all_tied_weights_keys
         for target, source in list(tied.items()):
@@ -180,6 +186,12 @@ class AskewQuantizer(HfQuantizer):
         return False
 
 
+def _round_on_meta(layer: nn.Module, rounded: PackedInput) -> None:
+    """Let a layer round its input, with a scale for transformers' loader to fill."""
+    activations.round_input_(layer, rounded.grid, rounded.scale.to("meta"))
+    layer._is_hf_initialized = True  # type: ignore[assignment]
+
+
 def _on_meta(weight: PackedWeight, layer: nn.Module) -> PackedTensor:
     """Return a packed weight without content, of the type that the layer was built with."""
     empty = replace(weight, codes=weight.codes.to("meta"), scale=weight.scale.to("meta"))
@@ -215,7 +227,8 @@ def _check_complete(model: Any, stored: checkpoint.Artifact, names: dict[str, st
     Raises:
         FormatError: naming what is missing.
     """
-    given = {names[name] for name in (*stored.tensors, *stored.shared) if name in names}
+    scales = [tensor_name(name, "input_scale") for name in stored.inputs]
+    given = {names[name] for name in (*stored.tensors, *stored.shared, *scales) if name in names}
     inside = {
         f"{names[name]}.{leaf}"
         for name in stored.weights

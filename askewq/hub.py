@@ -7,7 +7,7 @@ from typing import Any
 from askewq import checkpoint
 from askewq.artifact import ARTIFACT, read_spec
 from askewq.errors import FormatError, HubError
-from askewq.report import bits_name
+from askewq.report import width_name
 from askewq.spec import first_line
 
 METRICS, CARD = "metrics.json", "README.md"
@@ -61,7 +61,7 @@ def _message(folder: Path) -> str:
     try:
         metrics: dict[str, Any] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
         return (
-            f"{metrics['model']} at {bits_name(metrics['bits'])}: {metrics['metric']} "
+            f"{metrics['model']} at {width_name(metrics)}: {metrics['metric']} "
             f"{metrics['reloaded']:.2f} (full precision {metrics['full_precision']:.2f})"
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -36,5 +36,6 @@ def inspect(recipe: Recipe, *, verify: bool = False) -> None:
         group_size=recipe.group_size,
         include=recipe.include,
         exclude=recipe.exclude,
+        act_bits=recipe.act_bits,
     )
     report.print_plan(plan)

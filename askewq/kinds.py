@@ -30,6 +30,7 @@ class Kind:
         sample: a small input, to see what a forward does with the weight.
         obstacle: why one layer of this class cannot be quantized all the same; empty: it can.
         on_request: quantized only where the user names the layer.
+        looks_up: its input are indices, which cannot be rounded.
     """
 
     stock: type[nn.Module]
@@ -37,6 +38,7 @@ class Kind:
     sample: Callable[[nn.Module], Tensor]
     obstacle: Callable[[nn.Module], str] = _fits
     on_request: bool = False
+    looks_up: bool = False
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
@@ -96,7 +98,7 @@ def _embedding_obstacle(layer: nn.Module) -> str:
 _TORCH = (
     Kind(nn.Linear, 0, _features),
     *(Kind(conv, 0, _image) for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
-    Kind(nn.Embedding, 0, _indices, _embedding_obstacle, on_request=True),
+    Kind(nn.Embedding, 0, _indices, _embedding_obstacle, on_request=True, looks_up=True),
 )
 
 

@@ -24,6 +24,9 @@ from askewq.spec import LoadedModel
 from askewq.tasks import logits_and_labels, score
 from askewq.training_state import Progress
 
+# By which the signs and the first scales of rounded inputs are decided, in every process.
+CALIBRATION_SAMPLES = 512
+
 
 class Loop:
     """What both phases of a run share.
@@ -222,6 +225,19 @@ class Loop:
             report.print_evaluation(phase, step, result)
         if self.recipe.report_to != "none":
             self.accelerator.log({result.metric: result.value}, step=step)
+
+    def calibrate(self) -> None:
+        """Show the network training samples, the first of the first epoch, without augmentation."""
+        self.model.eval()
+        self.train_loader.set_epoch(0)
+        count = 0
+        with torch.no_grad(), self.accelerator.autocast():
+            for raw in self.train_loader:
+                batch = prepare_batch(raw, self.loaded.preprocessing)
+                logits, _ = logits_and_labels(self.model, self.loaded.spec, batch)
+                count += len(logits)
+                if count >= CALIBRATION_SAMPLES:
+                    break
 
     def evaluate(self, *also: nn.Module) -> Evaluation:
         """Evaluate the model; `also` names models that must equal it to the bit."""

@@ -1,4 +1,4 @@
-"""The manifest of a packed file: what it says of every weight, and whether that can be true.
+"""The manifest of a packed file: what it says of weights and inputs, and whether it can be true.
 
 docs/format.md specifies it; whatever does not follow the specification is refused by name.
 """
@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from askewq.errors import FormatError, RecipeError
-from askewq.grid import Grid, channels_back, channels_first, make_grid
+from askewq.grid import Grid, channels_back, channels_first, input_grid, make_grid
 from askewq.pack import check_packed, unpack_values
 
+# Of a file whose layers round their inputs; without such, version 2 says all.
+WITH_INPUTS = 3
 VERSION = 2
 # Files of version 1 have no digest, and channels come first in all of their weights.
 WITHOUT_DIGEST = 1
 _KEYS = {"version", "weights", "shared", "digest"}
 _ENTRY_KEYS = {"bits", "grid", "shape", "channel_dim"}
+_INPUT_KEYS = {"bits", "signed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,19 @@ class PackedWeight:
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class PackedInput:
+    """How one layer rounds its input: the levels, and their scale, 0-d."""
+
+    grid: Grid
+    scale: Tensor
+
+
+def input_entry_of(rounded: PackedInput) -> dict[str, Any]:
+    """Return what the manifest says of an input."""
+    return {"bits": rounded.grid.bits, "signed": rounded.grid.first < 0}
+
+
 def entry_of(weight: PackedWeight) -> dict[str, Any]:
     """Return what the manifest says of a weight."""
     return {
@@ -84,14 +100,20 @@ def parse(text: str, path: Path) -> dict[str, Any]:
         raise FormatError(f"the manifest in {path} is not JSON: {error}") from error
     if not isinstance(manifest, dict) or type(manifest.get("version")) is not int:
         raise FormatError(f"the manifest in {path} names no version.")
-    if manifest["version"] not in (WITHOUT_DIGEST, VERSION):
+    if manifest["version"] not in (WITHOUT_DIGEST, VERSION, WITH_INPUTS):
         raise FormatError(
             f"{path} has format version {manifest['version']}; this askewq reads versions "
-            f"{WITHOUT_DIGEST} and {VERSION}. A newer askewq wrote it: upgrade to read it."
+            f"{WITHOUT_DIGEST} to {WITH_INPUTS}. A newer askewq wrote it: upgrade to read it."
         )
     first = manifest["version"] == WITHOUT_DIGEST
-    _check_keys(manifest, _KEYS - {"digest"} if first else _KEYS, "the manifest")
-    for key in ("weights", "shared"):
+    keys = {
+        WITHOUT_DIGEST: _KEYS - {"digest"},
+        VERSION: _KEYS,
+        WITH_INPUTS: _KEYS | {"inputs"},
+    }
+    _check_keys(manifest, keys[manifest["version"]], f"a manifest of version {manifest['version']}")
+    manifest.setdefault("inputs", {})
+    for key in ("weights", "shared", "inputs"):
         if not isinstance(manifest[key], dict):
             raise FormatError(f"{key!r} in the manifest must be a mapping.")
     if not all(isinstance(source, str) for source in manifest["shared"].values()):
@@ -99,6 +121,10 @@ def parse(text: str, path: Path) -> dict[str, Any]:
     for name, entry in manifest["weights"].items():
         expected = _ENTRY_KEYS - {"channel_dim"} if first else _ENTRY_KEYS
         _check_keys(entry, expected, f"the manifest's entry {name!r}")
+    if manifest["version"] == WITH_INPUTS and not manifest["inputs"]:
+        raise FormatError(f"{path} has format version {WITH_INPUTS} without any 'inputs'.")
+    for name, entry in manifest["inputs"].items():
+        _check_keys(entry, _INPUT_KEYS, f"the manifest's entry of the input of {name!r}")
     return manifest
 
 
@@ -143,6 +169,38 @@ def packed_weight(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) 
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise FormatError(f"'{name}.scale' holds a value that is not positive and finite.")
     return PackedWeight(grid, tuple(shape), codes, scale, dim)
+
+
+def packed_input(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> PackedInput:
+    """Take the scale of a layer's input out of `tensors`, checking every part.
+
+    Raises:
+        FormatError: what the entry says is impossible, or not what the tensor is.
+    """
+    if type(entry["signed"]) is not bool:
+        raise FormatError(f"the input of {name!r} is signed or not, and not {entry['signed']!r}.")
+    try:
+        grid = input_grid(entry["bits"], signed=entry["signed"])
+    except RecipeError as error:
+        raise FormatError(
+            f"the input of {name!r} has {entry['bits']!r} bits; 1 to 8 are possible."
+        ) from error
+    key = tensor_name(name, "input_scale")
+    if key not in tensors:
+        raise FormatError(f"the file lacks {key}, which its manifest announces.")
+    scale = tensors.pop(key)
+    if scale.dtype != torch.float32 or scale.dim() != 0:
+        raise FormatError(
+            f"{key!r} must be float32 without dimensions, not {scale.dtype} {list(scale.shape)}."
+        )
+    if not (math.isfinite(float(scale)) and float(scale) > 0):
+        raise FormatError(f"{key!r} is not positive and finite.")
+    return PackedInput(grid, scale)
+
+
+def tensor_name(module: str, leaf: str) -> str:
+    """Return the state-dict name of a module's tensor; the model itself may be the module."""
+    return f"{module}.{leaf}" if module else leaf
 
 
 def _grid(name: str, entry: dict[str, Any]) -> Grid:

@@ -148,8 +148,9 @@ def binaryrelax(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -> T
     return straight(weight, (strength * level + weight.detach()) / (strength + 1))
 
 
-# Coefficients (c1, c2) of SAWB by bits and first level, made by benchmarks/sawb.py.
-SAWB = {
+# Coefficients (c1, c2) of SAWB by bits and first level, made by benchmarks/sawb.py; first level 0
+# is that of inputs without a sign.
+SAWB: dict[tuple[Bits, float], tuple[float, float]] = {
     (1, -1.0): (0.0, -1.0),
     ("ternary", -1.0): (2.537, 1.618),
     (2, -2.0): (2.410, 1.707),
@@ -158,6 +159,18 @@ SAWB = {
     (3, -3.5): (2.106, 1.927),
     (4, -8.0): (1.597, 1.594),
     (4, -7.5): (1.612, 1.621),
+    (5, -16.0): (0.984, 1.010),
+    (6, -32.0): (0.640, 0.676),
+    (7, -64.0): (0.386, 0.415),
+    (8, -128.0): (0.218, 0.236),
+    (1, 0.0): (2.537, 1.617),
+    (2, 0.0): (2.317, 2.105),
+    (3, 0.0): (1.687, 1.692),
+    (4, 0.0): (1.127, 1.186),
+    (5, 0.0): (0.648, 0.685),
+    (6, 0.0): (0.398, 0.428),
+    (7, 0.0): (0.228, 0.248),
+    (8, 0.0): (0.129, 0.141),
 }
 
 

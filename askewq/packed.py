@@ -13,7 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from askewq.checkpoint import Artifact, check_fit, shared_names
+from askewq.checkpoint import (
+    Artifact,
+    attach_inputs_,
+    check_fit,
+    input_scales,
+    inputs_of,
+    shared_names,
+)
 from askewq.errors import FormatError
 from askewq.grid import Grid
 from askewq.manifest import PackedWeight
@@ -134,7 +141,7 @@ def unseal_(layer: nn.Module) -> None:
     """Give a packed layer its class and a dense Parameter back, in place."""
     dense = nn.Parameter(cast(Tensor, layer.weight))
     del layer._modules["weight"]
-    unmix_(layer)
+    unmix_(layer, PackedLayer)
     layer.register_parameter("weight", dense)
 
 
@@ -159,6 +166,7 @@ def load_packed_into(model: nn.Module, artifact: Artifact) -> None:
         for name, source in artifact.shared.items():
             if name not in packed:
                 target[name].copy_(artifact.tensors[source])
+    attach_inputs_(model, artifact)
 
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
@@ -190,7 +198,8 @@ def artifact_of(model: nn.Module) -> Artifact:
             else:
                 shared[name] = source
     inside = {f"{name}.{leaf}" for name in (*weights, *shared) for leaf in ("codes", "scale")}
+    inside |= input_scales(model)
     shared |= {name: source for name, source in shared_names(model).items() if name not in inside}
     state = model.state_dict()
     tensors = {n: t for n, t in state.items() if n not in inside and n not in shared}
-    return Artifact(weights, tensors, shared)
+    return Artifact(weights, tensors, shared, inputs=inputs_of(model))

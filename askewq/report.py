@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from askewq.config import Recipe, to_yaml
 from askewq.evaluate import Evaluation
 from askewq.grid import Grid
 from askewq.hf_models import auto_class_name
+from askewq.manifest import PackedInput
 from askewq.spec import LoadedModel, ModelSpec
 from askewq.text import fence, markdown, printable
+from askewq.vocabulary import ActBits
 from askewq.wrap import Plan, PlannedLayer
 
 # Into a file or a pipe every row of a table is one line.
@@ -52,6 +54,8 @@ def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> 
     for text in loaded.notes:
         note(text)
     print_coverage(plan)
+    if recipe.act_bits != "none":
+        _say(f"inputs of these layers: {bits_name(recipe.act_bits)}")
     _say(
         f"training: {steps} steps of {recipe.batch_size * recipe.grad_accumulation} samples a "
         f"process, {recipe.optimizer} lr {recipe.lr:g}, {recipe.method}"
@@ -72,15 +76,29 @@ def print_coverage(plan: Plan) -> None:
             _say(f"  float: {layer.names[0]} ({layer.kind}): {layer.note}")
 
 
+def print_inputs(plan: Plan, signed: dict[str, bool], act_bits: ActBits) -> None:
+    """Say what the calibration decided, and which layers it did not reach."""
+    _say(
+        f"inputs: {len(signed)} layers at {bits_name(act_bits)}, {sum(signed.values())} of them "
+        "signed, the others never negative in calibration"
+    )
+    for layer in plan.layers:
+        if layer.act_bits != "none" and not signed.keys() & set(layer.names):
+            note(f"{layer.names[0]} was not called in calibration: its input is not rounded")
+
+
 def print_plan(plan: Plan) -> None:
     """Print every layer with parameters, its grid or the reason why it stays float."""
     table = Table(box=None, pad_edge=False)
-    for column in ("layer", "class", "shape", "grid", "note"):
+    rounds = any(layer.act_bits != "none" for layer in plan.layers)
+    for column in ("layer", "class", "shape", "grid", *["input"] * rounds, "note"):
         table.add_column(column, overflow="fold")
     for layer in plan.layers:
         grid = _describe(layer.grid, layer) if layer.grid else "float"
         shape = "x".join(map(str, layer.shape))
-        _row(table, layer.names[0] or "(model)", layer.kind, shape, grid, layer.note)
+        given = "float" if layer.act_bits == "none" else bits_name(layer.act_bits)
+        cells = [layer.names[0] or "(model)", layer.kind, shape, grid, *[given] * rounds]
+        _row(table, *cells, layer.note)
     console.print(table)
     print_coverage(plan)
 
@@ -95,12 +113,15 @@ def _describe(grid: Grid, layer: PlannedLayer) -> str:
 def print_artifact(spec: ModelSpec, packed: Artifact) -> None:
     """Print what an artifact holds."""
     table = Table(box=None, pad_edge=False)
-    for column in ("weight", "shape", "bits", "scales", "bytes"):
+    rounds = bool(packed.inputs)
+    for column in ("weight", "shape", "bits", "scales", *["input"] * rounds, "bytes"):
         table.add_column(column, overflow="fold")
     count = size = 0
     for name, weight in packed.weights.items():
         shape, scales = ("x".join(map(str, s)) for s in (weight.shape, weight.scale.shape))
-        _row(table, name, shape, str(weight.grid.bits), scales, f"{weight.codes.nbytes:,}")
+        given = packed.inputs.get(name.rpartition(".")[0])
+        cells = [name, shape, str(weight.grid.bits), scales, *[_input(given)] * rounds]
+        _row(table, *cells, f"{weight.codes.nbytes:,}")
         count += math.prod(weight.shape)
         size += weight.codes.nbytes + weight.scale.nbytes
     console.print(table)
@@ -110,6 +131,12 @@ def print_artifact(spec: ModelSpec, packed: Artifact) -> None:
         f"{count:,} parameters in {size_text(size)} ({8 * size / max(count, 1):.2f} bits a "
         f"weight); everything else {size_text(rest)}",
     )
+
+
+def _input(rounded: PackedInput | None) -> str:
+    if rounded is None:
+        return "float"
+    return f"{bits_name(rounded.grid.bits)} {'signed' if rounded.grid.first < 0 else 'unsigned'}"
 
 
 @contextmanager
@@ -143,7 +170,7 @@ def print_result(metrics: dict[str, Any], out: Path) -> None:
     sizes = metrics["bytes"]
     rows = (
         ("full precision", "full_precision", size_text(sizes["full_precision"])),
-        (f"rounded to {bits_name(metrics['bits'])}, no training", "rounded", ""),
+        (f"rounded to {width_name(metrics)}, no training", "rounded", ""),
         (f"{metrics['method']}, before the snap", "relaxed", ""),
         (f"{metrics['method']}, snapped", "snapped", ""),
         ("reloaded from the packed file", "reloaded", size_text(sizes["packed"])),
@@ -181,6 +208,13 @@ def bits_name(bits: Any) -> str:
     return f"{bits} bit{'' if bits == 1 else 's'}"
 
 
+def width_name(settings: Mapping[str, Any]) -> str:
+    """Return '2 bits', or '2 bits, inputs 4 bits' where inputs are rounded."""
+    inputs = settings.get("act_bits", "none")
+    more = "" if inputs == "none" else f", inputs {bits_name(inputs)}"
+    return f"{bits_name(settings['bits'])}{more}"
+
+
 _PIPELINE: dict[str, str] = {
     "image-classification": "image-classification",
     "text-classification": "text-classification",
@@ -205,7 +239,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> 
     return f"""---
 {header.strip()}
 ---
-# {markdown(recipe.model)} at {bits_name(recipe.bits)}
+# {markdown(recipe.model)} at {width_name(metrics)}
 
 **Load it with askewq.** The weights are packed; without askewq, transformers and timm refuse them.
 
@@ -244,7 +278,7 @@ def _metadata(metrics: dict[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[
     dataset = {"name": Path(recipe.dataset).name, "type": recipe.dataset if public else "local"}
     task = {"type": _PIPELINE[spec.task]}
     result = {"task": task, "dataset": dataset, "metrics": [measured]}
-    name = f"{Path(recipe.model).name} at {bits_name(recipe.bits)}"
+    name = f"{Path(recipe.model).name} at {width_name(metrics)}"
     header["model-index"] = [{"name": name, "results": [result]}]
     return header
 

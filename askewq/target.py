@@ -45,6 +45,19 @@ class Options:
     allow_lossy: bool = False
 
 
+def rounded_inputs(source: ExportSource, to: str) -> list[str]:
+    """Return, as a refusal, that a format holds weights alone; nothing if no input is rounded."""
+    inputs = source.artifact.inputs
+    if not inputs:
+        return []
+    first = next(iter(inputs))
+    return [
+        f"the artifact rounds the inputs of {len(inputs)} layers ({first} to "
+        f"{inputs[first].grid.bits} bits), and --to {to} holds weights alone, so that it would be "
+        "another model: use --to onnx, or fine-tune with --act-bits none."
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One export format.
@@ -62,6 +75,7 @@ class Target:
             of named input tensors that returns the logits, by the format's own loader. Its source
             is run in a fresh process. For a module of the user's own the environment variable
             ASKEWQ_FACTORY names it there, path/to/file.py:factory.
+        bound_of_inputs: that bound where layers round their inputs, if it is wider.
     """
 
     name: str
@@ -72,3 +86,4 @@ class Target:
     notes: Callable[[ExportSource, Options], list[str]]
     write: Callable[[ExportSource, Options, Path], None]
     read_back: Callable[[str, dict[str, Tensor]], Tensor]
+    bound_of_inputs: float = 0.0

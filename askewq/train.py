@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from askewq import (
+    activations,
     artifact,
     checkpoint,
     choices,
@@ -38,8 +39,11 @@ from askewq.kernels import can_compile
 from askewq.loop import Loop
 from askewq.spec import LoadedModel
 from askewq.tasks import check_logits, logits_and_labels
+from askewq.vocabulary import ActBits
 
 FULL_PRECISION, LOW_BIT = "full precision", "low-bit"
+# Progress at which the scales of rounded inputs stay, unless the intervals are closed before.
+INPUTS_FOLLOW_UNTIL = 0.9
 
 
 def finetune(recipe: Recipe) -> dict[str, Any]:
@@ -106,6 +110,7 @@ class _Run:
             group_size=recipe.group_size,
             include=recipe.include,
             exclude=recipe.exclude,
+            act_bits=recipe.act_bits,
         )
         self.steps = recipe.max_steps or max(
             1, math.ceil(recipe.epochs * len(train) / recipe.grad_accumulation)
@@ -206,6 +211,8 @@ class _Run:
         if recipe.distill:
             self.loop.taught_by = self.teacher or self._own_teacher(resumed=folder is not None)
         wrap.apply(self.model, self.plan)
+        if recipe.act_bits != "none":
+            self._round_inputs(recipe.act_bits)
         if self.loop.progress.rounded is None:
             with layers.snapped(self.model):
                 self.loop.progress.rounded = self.loop.evaluate().value
@@ -213,16 +220,30 @@ class _Run:
         optimizer, pacer = choices.low_bit_optimizer(recipe, self.model, lr)
         inside = pacer.feasible_share()
         counted_at = 0.0
+        follow_until = min(recipe.close_end or INPUTS_FOLLOW_UNTIL, INPUTS_FOLLOW_UNTIL)
 
         def before_step(progress: float) -> dict[str, float]:
             nonlocal inside, counted_at
             pacer.anneal(progress)
+            activations.follow_inputs_(self.model, progress < follow_until)
             if progress - counted_at > 0.02:  # counting reads every weight: fifty times a run
                 inside, counted_at = pacer.feasible_share(), progress
             return {**pacer.shown(progress), "inside": inside}
 
         self.loop.run(LOW_BIT, optimizer, start, start + self.steps, folder, before_step)
         self.inside = pacer.feasible_share()
+
+    def _round_inputs(self, act_bits: ActBits) -> None:
+        """Let the layers round their inputs; what the calibration decided is never asked again."""
+        progress = self.loop.progress
+        if progress.inputs is not None:  # the scales are in the checkpoint
+            activations.attach_(self.model, act_bits, progress.inputs)
+            return
+        progress.inputs = activations.round_inputs(
+            self.model, act_bits, self.loop.calibrate, reduce=self.accelerator.reduce
+        )
+        if self.accelerator.is_main_process:
+            report.print_inputs(self.plan, progress.inputs, act_bits)
 
     def _own_teacher(self, *, resumed: bool) -> distill.Teacher:
         """Return the network as it is before it is quantized; a resumed run reads it back."""
@@ -263,6 +284,7 @@ class _Run:
             "model": self.recipe.model,
             "task": self.recipe.task,
             "bits": self.recipe.bits,
+            "act_bits": self.recipe.act_bits,
             "method": self.recipe.method,
             "metric": same.metric,
             "full_precision": self.loop.progress.full_precision,

@@ -33,6 +33,7 @@ class Progress:
         phase: which of the two loops made the last of them.
         skipped: steps whose update was passed over, see `divergence`.
         teacher: SHA-256 of the file with the network that teaches, if the run wrote one.
+        inputs: of the layers that round their inputs, whether the levels are signed.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class Progress:
     full_precision: float | None = None
     rounded: float | None = None
     teacher: str | None = None
+    inputs: dict[str, bool] | None = None
 
 
 def size(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -14,11 +14,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from askewq.errors import ModelError, PlanError, near
-from askewq.grid import Grid, channels_first, fit_scale, make_grid, scale_shape
+from askewq.grid import Grid, channels_first, fit_scale, input_grid, make_grid, scale_shape
 from askewq.kinds import Kind, kind_of, ramp
 from askewq.layers import quantize_layer_, quantized_layers
 from askewq.pack import packed_size
-from askewq.vocabulary import Bits, GridKind, GroupSize
+from askewq.vocabulary import ActBits, Bits, GridKind, GroupSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class PlannedLayer:
         channel_dim: the dimension of the weight that counts output channels.
         group_size: of the scale; a layer whose rows it does not divide falls back to "channel".
         note: why it stays float, or what is special.
+        act_bits: of the layer's input, which `activations.round_inputs` rounds.
     """
 
     names: tuple[str, ...]
@@ -44,6 +45,7 @@ class PlannedLayer:
     channel_dim: int
     group_size: GroupSize
     note: str
+    act_bits: ActBits = "none"
 
     @property
     def weights(self) -> int:
@@ -100,6 +102,7 @@ def plan(
     group_size: GroupSize = "channel",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    act_bits: ActBits = "none",
 ) -> Plan:
     """Return what quantizing `model` would do; the model is not touched.
 
@@ -108,12 +111,15 @@ def plan(
     and much of the accuracy. `include` (glob patterns on module names) selects exactly the named
     layers, first, last and embeddings among them if they match; `exclude` takes layers away again.
     A weight that several layers share is quantized once, for all of them, if one is named.
+    `act_bits` are those of the quantized layers' inputs; the indices of embeddings are left.
 
     Raises:
         RecipeError: bits, grid or group size that do not exist.
-        PlanError: a pattern without a match, or nothing left to quantize.
+        PlanError: a pattern without a match, or nothing left to quantize, or no input to round.
     """
     chosen = make_grid(bits, grid)
+    if act_bits != "none":
+        input_grid(act_bits, signed=True)
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise PlanError(
@@ -148,6 +154,10 @@ def plan(
         if not reason and isinstance(group_size, int) and row % group_size:
             size = "channel"
             notes.append(f"scale per channel: {group_size} does not divide {row}")
+        rounds = act_bits != "none" and not reason
+        if rounds and all(kind.looks_up for kind in kinds):
+            rounds = False
+            notes.append("its inputs are indices, which are not rounded")
         if len(names) > 1:
             notes.append(f"weight shared by {', '.join(names[1:])}")
         own = {id(p): p.numel() for name in names for p in _own(modules[name])}
@@ -161,6 +171,7 @@ def plan(
                 channel_dim=min(dims),
                 group_size=size,
                 note="; ".join(filter(None, notes)),
+                act_bits=act_bits if rounds else "none",
             )
         )
         counted |= own.keys()
@@ -170,6 +181,12 @@ def plan(
         raise PlanError(
             f"none of the model's {len(layers)} layers with parameters can be quantized "
             f"({reasons or 'it has no parameters'}); name layers with include, or exclude fewer."
+        )
+    if act_bits != "none" and not any(layer.act_bits != "none" for layer in layers):
+        raise PlanError(
+            f"act_bits = {act_bits}, but all {len(result.quantized)} quantized layers look rows up "
+            "by index, so that there is no input to round; include a Linear or Conv layer, or "
+            "leave act_bits out."
         )
     return result
 

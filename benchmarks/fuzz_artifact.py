@@ -2,8 +2,9 @@
 
 The places: the header's length, the header, the manifest in it (its digest apart), codes, scales,
 other tensors, and config.json. The ways: a bit or a byte flipped, two bytes swapped, a piece
-truncated, repeated, overwritten or inserted. Two artifacts are damaged in turn, a network with 2
-bits, ternary weights and shared tensors, one with scales by group and bfloat16.
+truncated, repeated, overwritten or inserted. Three artifacts are damaged in turn, a network with 2
+bits, ternary weights and shared tensors, one with scales by group and bfloat16, one with rounded
+inputs.
 
     python benchmarks/fuzz_artifact.py [--cases 20000] [--seed 0]
 
@@ -13,6 +14,7 @@ peak memory of the process grow by more than twice the file.
 
 import argparse
 import collections
+import copy
 import json
 import random
 import resource
@@ -27,6 +29,7 @@ from torch import nn
 
 import askewq
 from askewq import artifact, checkpoint
+from askewq.activations import rounded_layers
 from askewq.errors import FormatError
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec
@@ -50,18 +53,20 @@ class Network(nn.Module):
 
 
 def write_artifacts(folder: Path, larger: int = 600) -> list[tuple[Path, Network]]:
-    """Write the two artifacts; return their folders with fresh networks to fill.
+    """Write the three artifacts; return their folders with fresh networks to fill.
 
     Args:
         larger: width of the second one, a multiple of 20; half a megabyte by default.
     """
     made = []
-    for name, width, bits, group, dtype in (
-        ("a", 24, ("ternary", 2), "channel", torch.float16),
-        ("b", larger, (3, 8), 20, torch.bfloat16),
+    for name, width, bits, group, dtype, act_bits in (
+        ("a", 24, ("ternary", 2), "channel", torch.float16, "none"),
+        ("b", larger, (3, 8), 20, torch.bfloat16, "none"),
+        ("c", 24, (2, 4), "channel", torch.float16, 4),
     ):
         torch.manual_seed(0)
         network = Network(width, dtype)
+        from askewq.activations import attach_
         from askewq.grid import fit_scale, make_grid
         from askewq.layers import quantize_layer_
 
@@ -70,6 +75,8 @@ def write_artifacts(folder: Path, larger: int = 600) -> list[tuple[Path, Network
             size = "channel" if layer is network.stem else group
             quantize_layer_(layer, grid, fit_scale(layer.weight, grid, size))
         askewq.snap_(network)
+        if act_bits != "none":
+            attach_(network, act_bits, {"stem": True, "body": False})
         out = folder / name
         out.mkdir()
         checkpoint.save(network, out / artifact.ARTIFACT)
@@ -143,7 +150,8 @@ def content_of(folder: Path, network: nn.Module) -> tuple[object, ...]:
         name: (str(t.dtype), tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes())
         for name, t in network.state_dict().items()
     }
-    return spec, preprocessing, weights
+    inputs = {name: layer.input_grid for name, layer in rounded_layers(network).items()}
+    return spec, preprocessing, weights, inputs
 
 
 def peak() -> int:
@@ -159,13 +167,14 @@ def fuzz(cases: int, seed: int, folder: Path) -> tuple[collections.Counter[str],
     subjects = []
     for out, network in write_artifacts(folder):
         path, config = out / artifact.ARTIFACT, out / CONFIG
-        expected = content_of(out, network)
+        expected = content_of(out, copy.deepcopy(network))
         packed, text = path.read_bytes(), config.read_bytes()
         parts = [(name, path, packed, place) for name, place in regions(packed).items()]
         parts.append(("config", config, text, (0, len(text))))
         subjects.append((out, network, expected, parts))
     for case in range(cases):
-        out, network, expected, parts = subjects[case % 2]
+        out, plain, expected, parts = subjects[case % len(subjects)]
+        network = copy.deepcopy(plain)
         name, path, content, place = draw.choice(parts)
         how, damaged = damage(content, place, draw)
         path.write_bytes(damaged)

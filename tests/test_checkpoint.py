@@ -381,7 +381,8 @@ def with_last(value):
 W, CODES, SCALE = "conv.weight", "conv.weight.codes", "conv.weight.scale"
 ENTRY = ("weights", W)
 MUTATIONS = {
-    "newer version": (say("version", 3), "version 3"),
+    "newer version": (say("version", 4), "format version 4"),
+    "version 3 without inputs": (say("version", 3), "version 3 must have exactly the keys"),
     "no channel_dim": (unsay(*ENTRY, "channel_dim"), "channel_dim"),
     "older version": (say("version", 0), "version 0"),
     "no version": (unsay("version"), "version"),

@@ -157,7 +157,7 @@ class TestRefuses:
         ("damage", "words"),
         [
             ("newer", ["askewq_version 3", "newer askewq"]),
-            ("newer file", ["format version 3", "upgrade"]),
+            ("newer file", ["format version 4", "upgrade"]),
             ("truncated", ["model.safetensors", "not a readable"]),
             ("no weights", ["model.safetensors"]),
             ("no artifact", ["not an askewq artifact"]),
@@ -171,7 +171,7 @@ class TestRefuses:
         if damage == "newer":
             config.write_text(config.read_text().replace('_version": 2', '_version": 3'))
         elif damage == "newer file":
-            manifest = builders.manifest(weights) | {"version": 3}
+            manifest = builders.manifest(weights) | {"version": 4}
             save_file(load_file(weights), weights, {"askewq": json.dumps(manifest)})
         elif damage == "truncated":
             weights.write_bytes(weights.read_bytes()[:-1])

@@ -1,0 +1,208 @@
+"""Rounded inputs of layers: a grid and a scale a layer, found by calibration, followed, frozen.
+
+A layer rounds its input by one more change of class, above that of layers.py or packed.py, so that
+``layer(x)`` does wherever the layer is: in training, evaluation, the artifact and the exporters
+there is one grid and one scale. The scale is SAWB's (methods.py), of the values that are not zero.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from askewq.errors import ModelError
+from askewq.grid import Grid, input_grid
+from askewq.kinds import kind_of
+from askewq.layers import QuantizedLayer
+from askewq.methods import SAWB, straight
+from askewq.mixed import Mixin, mix_
+from askewq.vocabulary import ActBits
+
+# Weight of a new batch in the scale, as in torch's batch norm.
+MOMENTUM = 0.1
+
+
+class RoundedInput(Mixin):
+    """Mixin of a layer whose input is rounded.
+
+    Attributes:
+        input_grid: the levels, in units of the scale.
+        input_scale: buffer, float32, 0-d, written in place only; a cast leaves it as it is.
+        follows: whether the scale follows the batches that are trained on, a 0-d tensor so that a
+            compiled network is not compiled again when that changes; None: it never did.
+    """
+
+    prefix = "Rounded"
+    input_grid: Grid
+    input_scale: Tensor
+    follows: Tensor | None = None
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the layer makes of its rounded input."""
+        if self.training and self.follows is not None:
+            with torch.no_grad():
+                scale = scale_of(moments(input, self.input_grid), self.input_grid)
+                moved = self.input_scale.lerp(scale, MOMENTUM)
+                self.input_scale.copy_(torch.where(self.follows, moved, self.input_scale))
+        return super().forward(self.rounded(input), *args, **kwargs)
+
+    def rounded(self, input: Tensor) -> Tensor:
+        """Return the input on its levels."""
+        return round_to(input, self.input_scale, self.input_grid)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoundedInput":
+        """Move the scale with the layer; a cast concerns the weight alone."""
+        scale = self.input_scale
+        super()._apply(fn, recurse)
+        if self.input_scale.dtype != scale.dtype:
+            self.input_scale = scale.to(self.input_scale.device)
+        return self
+
+
+def round_to(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Return the nearest levels times the scale, in the type of x; half-way goes to the even one.
+
+    The gradient passes where x was rounded, that is up to half a level beyond the outermost ones,
+    and not where it was cut off. The signs of 1 bit have the gradient of scale * tanh(x / scale).
+    """
+    units = x.detach().to(torch.promote_types(x.dtype, torch.float32)) / scale
+    lowest, highest = grid.first, grid.first + grid.step * grid.last
+    if grid.step == 2:
+        sign = torch.where(x < 0, -1.0, 1.0)
+        level = torch.where(units.isnan(), units, sign)
+        factor = 1 - units.tanh().square()
+    else:
+        level = units.round().clamp(lowest, highest)
+        factor = (units >= lowest - 0.5) & (units <= highest + 0.5)
+    return straight(x, (level * scale).to(x.dtype), factor)
+
+
+def moments(x: Tensor, grid: Grid | None = None) -> Tensor:
+    """Return the sums of squares and of sizes and the counts of values and of negative ones.
+
+    Zeros are not counted: they are on a level at every scale. Nor is what `grid` cuts off at 0.
+
+    Returns:
+        Float32 [4].
+    """
+    wide = x.detach().float()
+    if grid is not None and grid.first == 0:
+        wide = wide.relu()
+    counts = (wide != 0).sum(), (wide < 0).sum()
+    return torch.stack([wide.square().sum(), wide.abs().sum(), *(n.float() for n in counts)])
+
+
+def scale_of(sums: Tensor, grid: Grid) -> Tensor:
+    """Return SAWB's scale of inputs with these `moments`, 0-d; the range covers their mean."""
+    c1, c2 = SAWB[grid.bits, grid.first]
+    square, size = sums[:2] / sums[2].clamp_min(1)
+    highest = grid.first + grid.step * grid.last
+    scale = torch.maximum(c1 * square.sqrt() - c2 * size, size / highest)
+    return scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+def round_input_(layer: nn.Module, grid: Grid, scale: Tensor) -> None:
+    """Let a layer round its input, in place; `scale` is 0-d."""
+    layer.register_buffer("input_scale", scale)
+    mix_(layer, RoundedInput)
+    layer.input_grid = grid  # type: ignore[assignment]  # a plain attribute
+
+
+def rounded_layers(model: nn.Module) -> dict[str, RoundedInput]:
+    """Return the layers that round their input, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, RoundedInput)}
+
+
+def follow_inputs_(model: nn.Module, on: bool) -> None:
+    """Let the scales of all inputs follow the batches that are trained on, or stay."""
+    for layer in rounded_layers(model).values():
+        if layer.follows is None:
+            layer.follows = torch.zeros_like(layer.input_scale, dtype=torch.bool)
+        layer.follows.fill_(on)
+
+
+def round_inputs(
+    model: nn.Module,
+    act_bits: ActBits,
+    run: Callable[[], object],
+    *,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, bool]:
+    """Let the quantized layers of a model round their inputs, in place, after a calibration.
+
+    A layer whose inputs are never negative gets the levels 0 .. 2^b - 1, every other one signed
+    levels. Embeddings, which are given indices, and layers that are never called stay as they are.
+
+    Args:
+        act_bits: 1 to 8.
+        run: calls the model on samples; the more there are the surer the signs.
+        reduce: adds up a tensor over all processes.
+
+    Returns:
+        Whether the levels are signed, by the layer's name.
+
+    Raises:
+        RecipeError: bits that do not exist.
+        ModelError: no quantized layer was called with numbers, or they round their inputs already.
+
+    Example:
+        >>> askewq.quantize(model, bits=2)
+        >>> askewq.round_inputs(model, 4, lambda: model(batch))
+        >>> askewq.follow_inputs_(model, True)  # until the last tenth of the steps, or so
+    """
+    input_grid(act_bits, signed=True)
+    if rounded := rounded_layers(model):
+        raise ModelError(f"the model rounds its inputs already ({next(iter(rounded))}).")
+    with torch.no_grad(), _watched(model) as seen:
+        run()
+    found = {name: sums if reduce is None else reduce(sums) for name, sums in seen.items()}
+    if not found:
+        raise ModelError(
+            "act_bits: no quantized layer was called with numbers, so that there is no input to "
+            "round; quantize a Linear or Conv layer, or leave act_bits out."
+        )
+    signed = {name: bool(sums[3] > 0) for name, sums in found.items()}
+    attach_(model, act_bits, signed)
+    for name, layer in rounded_layers(model).items():
+        layer.input_scale.copy_(scale_of(found[name], layer.input_grid))
+    return signed
+
+
+def attach_(model: nn.Module, act_bits: ActBits, signed: dict[str, bool]) -> None:
+    """Let layers round their inputs, in place, with scales that are filled in later."""
+    for name, sign in signed.items():
+        layer = cast(QuantizedLayer, model.get_submodule(name))
+        scale = torch.ones((), device=layer.weight_scale.device)
+        round_input_(layer, input_grid(act_bits, signed=sign), scale)
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within the block, gather the moments of what the quantized layers are given, by name."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sums = moments(args[0] if args else next(iter(kwargs.values())))
+            seen[name] = seen[name] + sums if name in seen else sums
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer) and takes_numbers(module)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def takes_numbers(layer: nn.Module) -> bool:
+    """Tell whether a layer's input are numbers, not indices."""
+    kind = kind_of(layer)
+    return kind is not None and not kind.looks_up
