@@ -24,6 +24,7 @@ from askewq import (
     layers,
     models,
     output,
+    processes,
     report,
     signals,
     snapshots,
@@ -59,43 +60,30 @@ class _Run:
     """One fine-tuning run: its parts, made once, and the order in which they are used."""
 
     def __init__(self, recipe: Recipe) -> None:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import (
-            DataLoaderConfiguration,
-            GradientAccumulationPlugin,
-            ProjectConfiguration,
-            set_seed,
-        )
+        from accelerate.utils import set_seed
 
-        # A process may run several recipes; Accelerate keeps the first one's precision otherwise.
-        AcceleratorState._reset_state()
         recipe = output.resumed(recipe) if recipe.resume else recipe
         output.check(recipe)
-        # Heads that are new to the task and own modules draw their first weights from this seed.
-        set_seed(recipe.seed)
-        self.loaded, self.data = _load(recipe)
-        self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model)
         self.out = recipe.output
-        self.accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision,
-            dynamo_backend="inductor" if recipe.compile else "no",
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=recipe.grad_accumulation, sync_with_dataloader=False
-            ),
-            dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, data_seed=recipe.seed
-            ),
-            log_with=None if recipe.report_to == "none" else recipe.report_to,
-            project_config=ProjectConfiguration(str(self.out), logging_dir=str(self.out / "logs")),
-        )
+        self.accelerator = processes.accelerator_of(recipe)
+        if recipe.compile and processes.is_sharded(self.accelerator):
+            raise RecipeError(
+                "compile = True does not go with FSDP2: a compiled network takes weights that are "
+                "made before its forward pass, and a shard has none. Leave it out, or use DDP."
+            )
         if recipe.compile and not can_compile(self.accelerator.device.type):
             raise RecipeError(
                 "compile: torch.compile does not work here, see the warning; leave it out."
             )
-        train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing)
+        # Heads that are new to the task and own modules draw their first weights from this seed.
+        set_seed(recipe.seed)
+        with self.accelerator.main_process_first():  # the others find the data set prepared
+            self.loaded, self.data = _load(recipe)
+        self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model)
+        count = self.accelerator.num_processes
+        train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing, count)
         train, self.eval_loader = self.accelerator.prepare(train, evaluation)
-        self.model: nn.Module = self.loaded.model.to(self.accelerator.device)
+        self.loaded.model.to(self.accelerator.device)
         self.teacher = distill.load_teacher(recipe, self.loaded) if recipe.distill else None
         if self.teacher is not None:
             self.teacher.model.to(self.accelerator.device)
@@ -111,6 +99,11 @@ class _Run:
             1, math.ceil(recipe.epochs * len(train) / recipe.grad_accumulation)
         )
         self.loop = Loop(self.recipe, self.accelerator, self.loaded, train, self.eval_loader)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network; another object after a phase whose weights were sharded."""
+        return self.loaded.model
 
     def execute(self) -> dict[str, Any]:
         """Run from the start, or from the newest checkpoint, to the report."""
@@ -183,6 +176,7 @@ class _Run:
             distill.check_teacher(self.teacher, batch, logits)
 
     def _prepare_output(self) -> None:
+        self.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
         if self.accelerator.is_main_process:
             output.prepare(self.recipe)
         self.accelerator.wait_for_everyone()

@@ -22,13 +22,14 @@ FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal", "text"),
     (
         *("config", "grid", "kinds", "pack", "methods", "mixed"),
-        *("disk", "digest", "trust", "signals", "divergence"),
+        *("disk", "digest", "trust", "signals", "divergence", "sharding"),
     ),
     ("layers", "kernels", "optim", "rivals", "manifest"),
     ("wrap", "checkpoint", "packed"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
+        "processes",
     ),
     (
         *(
