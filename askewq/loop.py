@@ -29,7 +29,7 @@ from askewq import (
 )
 from askewq.batches import prepare_batch
 from askewq.config import Recipe
-from askewq.errors import DivergenceError
+from askewq.errors import DivergenceError, RecipeError
 from askewq.evaluate import Evaluation, evaluate
 from askewq.spec import LoadedModel
 from askewq.tasks import logits_and_labels, score
@@ -92,7 +92,13 @@ class Loop:
             training_state.load_weights(folder, self.model)
         if processes.is_sharded(accelerator):
             self.hollow = sharding.hollow(self.model)
-        model, prepared = accelerator.prepare(self.model, optimizer)
+        try:
+            model, prepared = accelerator.prepare(self.model, optimizer)
+        except ValueError as error:
+            raise RecipeError(
+                f"Accelerate cannot prepare this network as the launcher's config says: {error}\n"
+                "With FSDP2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP or NO_WRAP suits most."
+            ) from error
         if folder is not None:
             training_state.load_optimizer(folder, optimizer, accelerator.process_index)
             before_step((progress.step - first) / (end - first))

@@ -28,7 +28,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor, in every process."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # DTensor's
+    if not is_sharded(tensor):
+        return tensor
+    full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]  # DTensor's
+    # Gathered from uneven parts it lies in the memory of padded ones.
+    return full if full.untyped_storage().nbytes() == full.nbytes else full.clone()
 
 
 def span(tensor: Tensor) -> tuple[int, int]:

@@ -45,7 +45,7 @@ FLOORS = [
         *("export", "export_dense", "export_compressed_tensors"),
         *("export_onnx", "onnx_weights", "export_gguf", "gguf_types", "gguf_tokenizer"),
     ),
-    ("loop", "train", "demo", "inspection"),
+    ("loop", "train", "demo", "inspection", "launch"),
     ("cli",),
     ("__main__",),
 ]
