@@ -121,13 +121,13 @@ class Blocks(Dataset[dict[str, Any]]):
 def loaders(
     recipe: Recipe, data: OpenData, preprocessing: Preprocessing, processes: int = 1
 ) -> tuple[DataLoader[Any] | None, DataLoader[Any]]:
-    """Return the shuffled training loader (None without a training split) and the other one.
+    """Return the shuffled training loader (None without a split, or of a stream) and the other.
 
     Raises:
         DataError: fewer samples to train on than processes.
     """
     train = None
-    if data.train is not None:
+    if data.train is not None and not recipe.streaming:
         samples = _dataset(recipe, data, data.train, preprocessing, "--train-split")
         if len(samples) < processes:
             raise DataError(
@@ -148,13 +148,17 @@ def loaders(
     return train, DataLoader(samples, batch_size=recipe.batch_size, **arguments)
 
 
-def _loader_arguments(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
+def collator(preprocessing: Preprocessing) -> Any:
+    """Return what makes a batch of samples."""
     from transformers import DataCollatorWithPadding, default_data_collator
 
-    collate: Any = default_data_collator
     if isinstance(preprocessing, TextPreprocessing) and preprocessing.tokenizer.pad_token:
-        collate = DataCollatorWithPadding(preprocessing.tokenizer)
-    workers = recipe.num_workers
+        return DataCollatorWithPadding(preprocessing.tokenizer)
+    return default_data_collator
+
+
+def _loader_arguments(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
+    workers, collate = recipe.num_workers, collator(preprocessing)
     return {"collate_fn": collate, "num_workers": workers, "persistent_workers": workers > 0}
 
 

@@ -93,7 +93,7 @@ def finetune(
     *,
     recipe: Annotated[str | None, Parameter(help="recipe to start from: a name or a file")] = None,
     num_processes: Annotated[
-        int | None,
+        int | str | None,
         Parameter(
             help="train in so many processes of this machine, one a GPU if it has any, by "
             "Accelerate's launcher",
@@ -117,7 +117,7 @@ def finetune(
 
     if launch.wanted(num_processes):
         named = {} if recipe is None else {"recipe": recipe}
-        sys.exit(launch.launch(num_processes or 1, ["finetune", *launch.words_of(named | given)]))
+        sys.exit(launch.launch(int(num_processes or 1), ["finetune", *launch.words_of(named | given)]))
     from askewq.train import finetune as run
 
     run(made)

@@ -11,12 +11,10 @@ import signal
 from typing import Any
 
 from askewq.errors import RecipeError
-
-# Tells the processes that the number in their flags is what started them.
-STARTED = "ASKEWQ_LAUNCHED"
+from askewq.processes import STARTED
 
 
-def wanted(count: int | None) -> bool:
+def wanted(count: int | str | None) -> bool:
     """Tell whether a launcher must be started.
 
     Raises:
@@ -24,7 +22,7 @@ def wanted(count: int | None) -> bool:
     """
     if count is None or os.environ.get(STARTED):
         return False
-    if count < 1:
+    if not isinstance(count, int) or count < 1:
         raise RecipeError(
             f"--num-processes {count}: it must be a whole number from 1; leave it out for one."
         )

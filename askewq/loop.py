@@ -32,6 +32,7 @@ from askewq.config import Recipe
 from askewq.errors import DivergenceError, RecipeError
 from askewq.evaluate import Evaluation, evaluate
 from askewq.spec import LoadedModel
+from askewq.streams import StreamLoader
 from askewq.tasks import logits_and_labels, score
 from askewq.training_state import Progress
 
@@ -94,13 +95,20 @@ class Loop:
             self.hollow = sharding.hollow(self.model)
         try:
             model, prepared = accelerator.prepare(self.model, optimizer)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
+            if self.hollow is None:
+                raise
             raise RecipeError(
-                f"Accelerate cannot prepare this network as the launcher's config says: {error}\n"
-                "With FSDP2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP or NO_WRAP suits most."
+                f"FSDP2 cannot wrap this network as the launcher's config says: {error}\nName the "
+                "class of its repeated block, with fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP "
+                "and fsdp_transformer_layer_cls_to_wrap, or use fsdp_auto_wrap_policy: NO_WRAP."
             ) from error
         if folder is not None:
             training_state.load_optimizer(folder, optimizer, accelerator.process_index)
+            if isinstance(self.train_loader, StreamLoader):
+                file = folder / training_state.STREAM.format(accelerator.process_index)
+                with training_state.fitting(folder):
+                    self.train_loader.load(file.read_bytes())
             before_step((progress.step - first) / (end - first))
         saved = progress.step if folder is not None else None
         progress.phase = phase
@@ -234,8 +242,12 @@ class Loop:
         model, main = self.model, self.accelerator.is_main_process
         if self.hollow is not None:
             model = sharding.fill(self.hollow, model, "cpu", keep=main)
+        own = {}
+        if isinstance(self.train_loader, StreamLoader):
+            name = training_state.STREAM.format(self.accelerator.process_index)
+            own[name] = self.train_loader.state()
         keep = self.recipe.keep
-        snapshots.save(self.accelerator, self.out, model, optimizer, self.progress, keep)
+        snapshots.save(self.accelerator, self.out, model, optimizer, self.progress, keep, own)
 
     def _weights_broken(self) -> bool:
         broken = not divergence.weights_finite(self.model)
@@ -251,6 +263,11 @@ class Loop:
 
     def _batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
         """Yield training batches without end, from the place after `consumed` ones."""
+        from accelerate.utils import send_to_device
+
+        if isinstance(self.train_loader, StreamLoader):
+            for batch in self.train_loader.batches():
+                yield send_to_device(batch, self.accelerator.device)
         epoch, skip = divmod(consumed, len(self.train_loader))
         while True:
             self.train_loader.set_epoch(epoch)

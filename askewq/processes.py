@@ -14,6 +14,9 @@ from typing import Any
 from askewq.config import Recipe
 from askewq.errors import RecipeError
 
+# Tells processes that --num-processes of their own command has started them.
+STARTED = "ASKEWQ_LAUNCHED"
+
 _FAILURE = "askewq/failure"
 
 

@@ -5,6 +5,7 @@ the others hand what is their own. `SHA256SUMS` is what `sha256sum -c` reads. Re
 files have their sums; a damaged one is set aside.
 """
 
+import os
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -83,7 +84,12 @@ def _tidy(partial: Path) -> Iterator[None]:
 
 def resume_command(out: Path) -> str:
     """Return the command that goes on with the run in a folder."""
-    return f"askewq finetune --resume --output {shlex.quote(str(out))}"
+    words = f"finetune --resume --output {shlex.quote(str(out))}"
+    count = os.environ.get("WORLD_SIZE") or "1"
+    if processes.STARTED in os.environ:
+        return f"askewq {words} --num-processes {count}"
+    launcher = f"accelerate launch --num_processes {count} -m " if int(count) > 1 else ""
+    return f"{launcher}askewq {words}"
 
 
 def newest(out: Path) -> Path | None:

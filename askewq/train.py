@@ -38,6 +38,7 @@ from askewq.errors import DataError, DivergenceError, ModelError, RecipeError, S
 from askewq.kernels import can_compile
 from askewq.loop import Loop
 from askewq.spec import LoadedModel
+from askewq.streams import StreamLoader
 from askewq.tasks import check_logits, logits_and_labels
 
 FULL_PRECISION, LOW_BIT = "full precision", "low-bit"
@@ -83,6 +84,14 @@ class _Run:
         count = self.accelerator.num_processes
         train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing, count)
         train, self.eval_loader = self.accelerator.prepare(train, evaluation)
+        if recipe.streaming:
+            train = StreamLoader(
+                self.recipe,
+                self.data,
+                self.loaded.preprocessing,
+                self.accelerator.process_index,
+                count,
+            )
         self.loaded.model.to(self.accelerator.device)
         self.teacher = distill.load_teacher(recipe, self.loaded) if recipe.distill else None
         if self.teacher is not None:

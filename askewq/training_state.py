@@ -23,7 +23,7 @@ from askewq import disk, sharding
 from askewq.errors import OutputError
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
-RANDOM = "random-{:05d}.safetensors"
+RANDOM, STREAM = "random-{:05d}.safetensors", "stream-{:05d}.json"
 VERSION = 1
 
 
@@ -98,7 +98,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         OutputError: weights of another model.
     """
-    with _fitting(folder):
+    with fitting(folder):
         load_model(model, str(folder / WEIGHTS))
 
 
@@ -108,13 +108,14 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, process: int)
     Raises:
         OutputError: state that belongs to another optimizer.
     """
-    with _fitting(folder):
+    with fitting(folder):
         _join(optimizer, load_file(folder / OPTIMIZER), _content(folder)["optimizer"])
         _load_random(_random_file(folder, process))
 
 
 @contextmanager
-def _fitting(folder: Path) -> Iterator[None]:
+def fitting(folder: Path) -> Iterator[None]:
+    """Within the block, whatever goes wrong with a checkpoint's content is an OutputError."""
     try:
         yield
     except (RuntimeError, ValueError, LookupError, TypeError, OSError, SafetensorError) as error:

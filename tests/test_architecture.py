@@ -29,7 +29,7 @@ FLOORS = [
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
-        "processes",
+        *("processes", "streams"),
     ),
     (
         *(
