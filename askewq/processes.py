@@ -42,7 +42,7 @@ def accelerator_of(recipe: Recipe) -> Any:
     sharded = _sharding()
     made = Accelerator(
         # Accelerate takes several processes without a GPU for that many runs unless it is told.
-        cpu=True if several() and not torch.accelerator.is_available() else None,
+        cpu=several() and not torch.accelerator.is_available(),
         mixed_precision=recipe.mixed_precision,
         dynamo_backend="inductor" if recipe.compile else "no",
         fsdp_plugin=sharded,
