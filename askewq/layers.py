@@ -53,8 +53,8 @@ class QuantizedLayer(Mixin):
         """The weight that the forward pass sees."""
         if self.seen is not None:
             return self.seen
-        if self.rule is None or self.rule.view is None:
-            return self.latent
+        if self.rule is None or self.rule.view is None or sharding.is_sharded(self.latent):
+            return self.latent  # sharded: FSDP2 asks; a forward pass has it gathered
         return self.from_rows(self.seen_rows())
 
     def seen_rows(self) -> Tensor:
