@@ -116,8 +116,7 @@ def _split(recipe: Recipe, splits: Any, name: str, flag: str) -> Any:
             f"has {', '.join(splits)}."
         )
     chosen = splits[name] if name in splits else _call_datasets(recipe, split=name)
-    empty = next(iter(chosen), None) is None if recipe.streaming else len(chosen) == 0
-    if empty:
+    if not recipe.streaming and len(chosen) == 0:
         raise DataError(f"{flag} {name!r} of {recipe.dataset!r} is empty.")
     return chosen
 
@@ -133,6 +132,8 @@ def _eval_split(recipe: Recipe, splits: Any) -> Any:
     split = _split(recipe, splits, name, "--eval-split")
     if recipe.streaming:
         split = _on_disk(split)
+        if len(split) == 0:
+            raise DataError(f"--eval-split {name!r} of {recipe.dataset!r} is empty.")
     return _sample(split, recipe.max_eval_samples, 0)
 
 

@@ -28,7 +28,7 @@ def accelerator_of(recipe: Recipe) -> Any:
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import (
         DataLoaderConfiguration,
         DistributedType,
@@ -55,14 +55,21 @@ def accelerator_of(recipe: Recipe) -> Any:
             str(recipe.output), logging_dir=str(recipe.output / "logs")
         ),
     )
-    if sharded is not None and made.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate switches FSDP on for GPUs alone, but gloo can do what it needs.
-        made.state.distributed_type = DistributedType.FSDP
+    if sharded is not None and made.device.type == "cpu":
+        # Accelerate switches FSDP on for GPUs alone, but gloo can do what it needs. Each of the
+        # two states is asked now and then, and the second is filled from the first.
+        for state in (PartialState(), made.state):
+            state.distributed_type = DistributedType.FSDP
         made.state.fsdp_plugin = sharded
     if made.num_processes != _count():
         raise RecipeError(
             f"the launcher started {_count()} processes, and Accelerate connected "
             f"{made.num_processes}; start them by accelerate launch, torchrun or --num-processes."
+        )
+    if sharded is not None and not is_sharded(made):
+        raise RecipeError(
+            f"the launcher's config asks for FSDP, and Accelerate makes {made.distributed_type} of "
+            "it; FSDP2 needs several processes, on GPUs or the CPU."
         )
     return made
 

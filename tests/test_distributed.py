@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_train import digest
 from together import FSDP2, command, together
 
-from askewq import batches, config, launch, loop, processes, snapshots, train
+from askewq import batches, config, launch, loop, processes, sharding, snapshots, train
 from askewq.errors import DataError, RecipeError
 
 UNEVEN = """
@@ -79,10 +79,14 @@ def runs(data: Path) -> dict[str, Path]:
         names = RUNS if count == 2 else {n: RUNS[n] for n in ("lazy", "staggered", "group")}
 
         def body(process: int, how: str = how, count: int = count, names: Any = names) -> None:
-            for name, changes in names.items():
+            sharded = []
+            hollow = sharding.hollow
+            sharding.hollow = lambda model: sharded.append(model) or hollow(model)
+            for done, (name, changes) in enumerate(names.items()):
                 given = uneven(data, **changes)
                 given["batch_size"] = given["batch_size"] * 2 // count
                 finetune("own", ROOT / f"{name}-{how}{count}", **given)
+                assert (len(sharded) > done) == (how == "fsdp")
             if count == 2:
                 os.environ |= TRANSFORMER if how == "fsdp" else {}
                 finetune("gpt2", ROOT / f"gpt2-{how}2", **GPT2)
@@ -356,6 +360,8 @@ class TestStreaming:
 
         folder = ROOT / "shards"
         folder.mkdir()
+        builders.SETTINGS["own"]()
+        (folder / "uneven.py").write_text(UNEVEN)
         for i in range(4):
             images = [(Image.new("RGB", (16, 16), (10 * i + j,) * 3), j % 3) for j in range(10)]
             builders.write_images(folder / f"train-{i}.parquet", images)
@@ -368,7 +374,7 @@ class TestStreaming:
         from askewq.data import open_data
 
         given = {"streaming": True, "max_steps": 1, "batch_size": 3, "shuffle_buffer": 4}
-        recipe = builders.recipe("own", Path("out"), dataset=str(shards), **given, **changes)
+        recipe = builders.recipe("own", Path("out"), dataset=str(shards), **{**given, **changes})
         data = open_data(recipe, "image-classification")
         preprocessing = models.load(
             recipe.model, "image-classification", data.labels, image_size=16

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from builders import Outcome
 
 # Longer than anything takes here; a process that is still there then hangs.
-PATIENCE = 120.0
+PATIENCE = 90.0
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
