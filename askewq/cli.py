@@ -117,7 +117,9 @@ def finetune(
 
     if launch.wanted(num_processes):
         named = {} if recipe is None else {"recipe": recipe}
-        sys.exit(launch.launch(int(num_processes or 1), ["finetune", *launch.words_of(named | given)]))
+        sys.exit(
+            launch.launch(int(num_processes or 1), ["finetune", *launch.words_of(named | given)])
+        )
     from askewq.train import finetune as run
 
     run(made)

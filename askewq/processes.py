@@ -181,7 +181,7 @@ def failed_first(message: str, code: int) -> tuple[int, str, int]:
     if not several():
         return process, message, code
     try:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # of the extension
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))

@@ -58,7 +58,7 @@ class StreamLoader:
             recipe,
             process,
         )
-        start = {"epoch": 0, "number": 0, "split": None, "rest": [], "done": 0}
+        start: dict[str, Any] = {"epoch": 0, "number": 0, "split": None, "rest": [], "done": 0}
         self._places: list[dict[str, Any]] = [start] * self._workers
         self._turn = 0
 

@@ -82,6 +82,7 @@ class _Run:
             self.loaded, self.data = _load(recipe)
         self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model)
         count = self.accelerator.num_processes
+        train: Any
         train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing, count)
         train, self.eval_loader = self.accelerator.prepare(train, evaluation)
         if recipe.streaming:

@@ -111,7 +111,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 class TestEquality:
     @pytest.mark.parametrize("name", [*RUNS, "gpt2"])
     def test_fsdp2_gives_the_bytes_of_ddp(self, runs, name):
-        """With weights cut to pieces two processes make the artifact that they make with whole ones.
+        """Two processes make of weights cut to pieces the artifact that they make of whole ones.
 
         Every granularity of the scale, closing and kind of method; uneven and empty pieces.
         """
@@ -119,7 +119,7 @@ class TestEquality:
 
     @pytest.mark.parametrize("name", [n for n in RUNS if n not in OWN_NOISE])
     def test_as_one_process(self, runs, data, tmp_path, name):
-        """One process with twice the batch: the same plan, scales and codes; weights but for sums."""
+        """One process with twice the batch: the same scales and codes, weights but for sums."""
         given = uneven(data, **RUNS[name])
         finetune("own", tmp_path / "one", **{**given, "batch_size": 2 * given["batch_size"]})
         one = packed(tmp_path / "one")
@@ -430,9 +430,9 @@ class TestStreaming:
             given["dataset"] = str(_reviews())
         finetune(kind, tmp_path / "uncut", **given)
         for at in (3, 9):
+            again = {**given, "resume": at == 9}
             with pytest.raises(builders.PowerCutError), builders.power_cut(monkeypatch, at):
-                more = {"resume": True} if at == 9 else {}
-                finetune(kind, tmp_path / "cut", **given, **more)
+                finetune(kind, tmp_path / "cut", **again)
         finetune(kind, tmp_path / "cut", **given, resume=True)
         assert digest(tmp_path / "cut") == digest(tmp_path / "uncut")
 

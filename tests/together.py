@@ -67,11 +67,15 @@ def together(
     if stop_after is not None:
         stop_after(ids)
     codes = _wait(ids)
-    texts = [[(folder / f"{p}.{kind}").read_text() for kind in ("out", "err")] for p in range(count)]
+    texts = [
+        [(folder / f"{p}.{kind}").read_text() for kind in ("out", "err")] for p in range(count)
+    ]
     return [Outcome(code, *text) for code, text in zip(codes, texts, strict=True)]
 
 
-def _child(process: int, body: Callable[[int], object], folder: Path, shared: dict[str, str]) -> None:
+def _child(
+    process: int, body: Callable[[int], object], folder: Path, shared: dict[str, str]
+) -> None:
     code = 70
     try:
         for number, kind in ((1, "out"), (2, "err")):
@@ -85,7 +89,7 @@ def _child(process: int, body: Callable[[int], object], folder: Path, shared: di
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # whatever it is ends the process
         traceback.print_exc()
     finally:
         sys.stdout.flush()
