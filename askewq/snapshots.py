@@ -1,8 +1,8 @@
 """The checkpoints of a run: folders that are whole or not there, each with the sums of its files.
 
 A folder is written beside its place, summed up, synced and renamed by the first process, to which
-the others hand what is their own. `SHA256SUMS` is what `sha256sum -c` reads. Reading starts at the newest folder whose
-files have their sums; a damaged one is set aside.
+the others hand what is their own. `SHA256SUMS` is what `sha256sum -c` reads. Reading starts at the
+newest folder whose files have their sums; a damaged one is set aside.
 """
 
 import os

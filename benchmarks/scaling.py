@@ -153,9 +153,8 @@ def _kept(model: Any) -> dict[str, float]:
 def measure(steps: int) -> dict[str, dict[str, Any]]:
     """Run all, print them, and return what they measured."""
     made = {}
-    print(
-        "                 steps/s   tokens/s   MB by process: weights, gradients, optimizer, scales, peak"
-    )
+    parts = "weights, gradients, optimizer, scales, peak"
+    print(f"                 steps/s   tokens/s   MB by process: {parts}")
     for name, (count, environment) in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"

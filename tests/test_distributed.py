@@ -1,4 +1,4 @@
-"""Several processes: real ones over gloo, by DDP and by FSDP2, against one process and each other."""
+"""Several processes, real ones over gloo, by DDP and FSDP2: against one and each other."""
 
 import json
 import os
