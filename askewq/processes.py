@@ -148,6 +148,19 @@ def is_sharded(accelerator: Any) -> bool:
     return bool(accelerator.is_fsdp2)
 
 
+def expect(accelerator: Any, model: Any) -> None:
+    """Prepare DDP for parameters to which a first backward pass brought no gradient, and drop it.
+
+    It would wait for theirs otherwise; looking for them costs time, so only where there are some.
+    """
+    from accelerate import DistributedDataParallelKwargs
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if any(p.grad is None for p in trained):
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    model.zero_grad()
+
+
 def anyone(accelerator: Any, number: int) -> int:
     """Return the largest number of all processes, so that they go the same way."""
     import torch

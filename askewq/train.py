@@ -171,8 +171,9 @@ class _Run:
             ) from error
         batch = prepare_batch(raw, self.loaded.preprocessing)
         self.model.eval()
+        several = self.accelerator.num_processes > 1
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(several):
                 logits, _ = logits_and_labels(self.model, spec, batch)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
@@ -182,6 +183,9 @@ class _Run:
                 "--std the channels (1 or 3)."
             ) from error
         check_logits(logits, spec)
+        if several and logits.requires_grad:
+            logits.sum().backward()
+            processes.expect(self.accelerator, self.model)
         if self.teacher is not None:
             distill.check_teacher(self.teacher, batch, logits)
 

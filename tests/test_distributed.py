@@ -28,6 +28,19 @@ def network():  # neither 2 nor 4 divides its channels; some parts are empty
         nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 10), nn.ReLU(),
         nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3),
     )
+
+
+class Idle(nn.Module):  # has a layer that no output depends on
+    def __init__(self):
+        super().__init__()
+        self.layers, self.idle = network(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def idle():
+    return Idle()
 """
 TRANSFORMER = {**FSDP2, "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 
@@ -47,7 +60,8 @@ def data() -> Path:
 
 def uneven(data: Path, **changes: Any) -> dict[str, Any]:
     """Return the settings of a run on those data with that network."""
-    short = {"model": f"{data / 'uneven.py'}:network", "dataset": str(data), "lr": 0.05}
+    name = changes.pop("factory", "network")
+    short = {"model": f"{data / 'uneven.py'}:{name}", "dataset": str(data), "lr": 0.05}
     return {**short, "max_steps": 20, "batch_size": 4, "optimizer": "sgd", **changes}
 
 
@@ -64,6 +78,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated": {"grad_accumulation": 2, "batch_size": 2, "eval_every": 7},
     "bf16": {"mixed_precision": "bf16"},
     "distilled": {"distill": 0.5, "max_steps": 6},
+    "idle": {"factory": "idle", "max_steps": 6},
 }
 # transformers' layout [in, out], cut across channels and groups; tied to an embedding.
 GPT2 = {"max_steps": 6, "group_size": 8, "closing": "staggered", "batch_size": 4}
@@ -351,6 +366,8 @@ class TestSignals:
         assert digest(tmp_path / "out") == digest(runs[f"{name}-ddp2"])
 
 
+# More workers than this machine may have cores.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 class TestStreaming:
     @pytest.fixture(scope="class")
     @staticmethod
