@@ -10,7 +10,7 @@ import os
 import signal
 from typing import Any
 
-from askewq.errors import RecipeError
+from askewq.errors import RecipeError, StoppedError
 from askewq.processes import STARTED
 
 
@@ -64,7 +64,11 @@ def words_of(flags: dict[str, Any]) -> list[str]:
 
 
 def launch(count: int, words: list[str]) -> int:
-    """Run `askewq WORDS` in some processes and return the exit code of the first that failed."""
+    """Run `askewq WORDS` in some processes and return the exit code of the first that failed.
+
+    Raises:
+        StoppedError: a signal ended a process without its having a say.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -90,11 +94,16 @@ def launch(count: int, words: list[str]) -> int:
 
 
 def _code(code: int) -> int:
-    """Return a process' exit code as a shell gives it, and say what ended it without a word."""
+    """Return a process' exit code.
+
+    Raises:
+        StoppedError: a signal ended it, so that it could not say anything itself.
+    """
     if code >= 0:
         return code
     name = signal.Signals(-code).name
-    raise RecipeError(
+    raise StoppedError(
         f"a process was ended by {name}, and the others with it. SIGKILL is what a machine without "
-        "memory left sends: try a smaller --batch-size, or fewer processes."
+        "memory left sends: try a smaller --batch-size, or fewer processes.",
+        -code,
     )

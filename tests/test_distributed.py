@@ -18,7 +18,7 @@ from test_train import digest
 from together import FSDP2, command, together
 
 from askewq import batches, config, launch, loop, processes, sharding, snapshots, train
-from askewq.errors import DataError, RecipeError
+from askewq.errors import DataError, RecipeError, StoppedError
 
 UNEVEN = """
 from torch import nn
@@ -574,6 +574,13 @@ class TestLauncher:
         assert not launch.wanted(1)
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         assert launch.wanted(3)
+
+    def test_ended_by_a_signal(self):
+        """A process that a signal ended could not say so: its launcher does, as a shell would."""
+        with pytest.raises(StoppedError, match="ended by SIGKILL, and the others") as stopped:
+            launch._code(-signal.SIGKILL)
+        assert stopped.value.exit_code == 137
+        assert launch._code(143) == 143
 
     def test_flags_survive(self, data, tmp_path):
         """The processes get the flags that their launcher was given."""
