@@ -88,8 +88,9 @@ def resume_command(out: Path) -> str:
     count = os.environ.get("WORLD_SIZE") or "1"
     if processes.STARTED in os.environ:
         return f"askewq {words} --num-processes {count}"
-    launcher = f"accelerate launch --num_processes {count} -m " if int(count) > 1 else ""
-    return f"{launcher}askewq {words}"
+    if int(count) > 1:  # --multi_gpu starts several on a machine without GPUs, too
+        return f"accelerate launch --multi_gpu --num_processes {count} -m askewq {words}"
+    return f"askewq {words}"
 
 
 def newest(out: Path) -> Path | None:
