@@ -119,17 +119,26 @@ class Blocks(Dataset[dict[str, Any]]):
 
 
 def loaders(
-    recipe: Recipe, data: OpenData, preprocessing: Preprocessing
+    recipe: Recipe, data: OpenData, preprocessing: Preprocessing, processes: int = 1
 ) -> tuple[DataLoader[Any] | None, DataLoader[Any]]:
-    """Return the shuffled training loader (None without a training split) and the other one."""
+    """Return the shuffled training loader (None without a split, or of a stream) and the other.
+
+    Raises:
+        DataError: fewer samples to train on than processes.
+    """
     train = None
-    if data.train is not None:
+    if data.train is not None and not recipe.streaming:
         samples = _dataset(recipe, data, data.train, preprocessing, "--train-split")
+        if len(samples) < processes:
+            raise DataError(
+                f"the split for --train-split has {len(samples)} samples for {processes} "
+                "processes, and each needs its own; use more data, or fewer processes."
+            )
         # A last batch of another size would change the gradient's noise, and one sample alone
         # breaks BatchNorm; the shuffle sees to it that no sample is left out for good.
         train = DataLoader(
             samples,
-            batch_size=min(recipe.batch_size, len(samples)),
+            batch_size=min(recipe.batch_size, len(samples) // processes),
             shuffle=True,
             drop_last=True,
             **_loader_arguments(recipe, preprocessing),
@@ -139,13 +148,17 @@ def loaders(
     return train, DataLoader(samples, batch_size=recipe.batch_size, **arguments)
 
 
-def _loader_arguments(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
+def collator(preprocessing: Preprocessing) -> Any:
+    """Return what makes a batch of samples."""
     from transformers import DataCollatorWithPadding, default_data_collator
 
-    collate: Any = default_data_collator
     if isinstance(preprocessing, TextPreprocessing) and preprocessing.tokenizer.pad_token:
-        collate = DataCollatorWithPadding(preprocessing.tokenizer)
-    workers = recipe.num_workers
+        return DataCollatorWithPadding(preprocessing.tokenizer)
+    return default_data_collator
+
+
+def _loader_arguments(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
+    workers, collate = recipe.num_workers, collator(preprocessing)
     return {"collate_fn": collate, "num_workers": workers, "persistent_workers": workers > 0}
 
 

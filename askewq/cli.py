@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -91,6 +92,14 @@ _EvalFlags = _flags("EvalFlags", _DATA_KEYS)
 def finetune(
     *,
     recipe: Annotated[str | None, Parameter(help="recipe to start from: a name or a file")] = None,
+    num_processes: Annotated[
+        int | str | None,
+        Parameter(
+            help="train in so many processes of this machine, one a GPU if it has any, by "
+            "Accelerate's launcher",
+            converter=_whole,
+        ),
+    ] = None,
     flags: Annotated[_FinetuneFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
 ) -> None:
     """Fine-tune a model to low-bit weights and write a packed, verified artifact.
@@ -103,9 +112,17 @@ def finetune(
     given: dict[str, Any] = dict(flags)
     if given.get("resume") and recipe is None and "output" in given:
         values = _stored_essentials(Path(given["output"]))
+    made = config.build({**values, **given}, recipe or "the command line")
+    from askewq import launch
+
+    if launch.wanted(num_processes):
+        named = {} if recipe is None else {"recipe": recipe}
+        sys.exit(
+            launch.launch(int(num_processes or 1), ["finetune", *launch.words_of(named | given)])
+        )
     from askewq.train import finetune as run
 
-    run(config.build({**values, **given}, recipe or "the command line"))
+    run(made)
 
 
 def _stored_essentials(output: Path) -> dict[str, Any]:
@@ -250,11 +267,40 @@ def main() -> None:
     try:
         app(exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
-        sys.exit(_fail(f"{error} (askewq --help)"))
+        _end(f"{error} (askewq --help)", 2)
     except AskewError as error:
-        sys.exit(_fail(str(error), error.exit_code))
+        _end(str(error), error.exit_code)
     except KeyboardInterrupt:  # before training began, or in another command
-        sys.exit(_fail("interrupted.", 130))
+        _end("interrupted.", 130)
+    except Exception as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        _end_together(error)
+
+
+def _end_together(error: Exception) -> None:
+    """End a process among several with an error that nobody raised on purpose."""
+    from askewq import processes
+
+    if processes.lost_another(error):
+        _end("another process ended without saying why.", 1)
+    traceback.print_exc()
+    _end(f"{type(error).__name__}: {error}", 1)
+
+
+def _end(message: str, code: int) -> None:
+    """Say what went wrong, and exit; of several processes one does, for the first that failed."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        sys.exit(_fail(message, code))
+    from askewq import processes
+
+    process, first, code = processes.failed_first(message, code)
+    if process == int(os.environ.get("RANK") or 0):
+        _fail(first)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An ordinary exit waits for exchanges with the others that nobody will finish.
+    os._exit(code)
 
 
 def _fail(message: str, code: int = 2) -> int:

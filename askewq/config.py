@@ -81,6 +81,10 @@ class Recipe(BaseModel):
     max_train_samples: int | None = _key(None, DATA, "train on a random part", ge=1)
     max_eval_samples: int | None = _key(None, DATA, "evaluate on a random part", ge=1)
     num_workers: int = _key(0, DATA, "processes that decode images", ge=0)
+    streaming: bool = _key(
+        False, DATA, "read training data as they are needed, for sets larger than memory; max_steps"
+    )
+    shuffle_buffer: int = _key(1000, DATA, "samples shuffled at a time (streaming)", ge=1)
 
     bits: Bits = _key(2, BITS, "1: {-1,1}; ternary: {-1,0,1}; 2: {-2,-1,0,1}; ... 8")
     grid: GridKind = _key(
@@ -285,8 +289,35 @@ def complaints(recipe: Recipe) -> list[str]:
     for key in ("teacher", "teacher_weights", "temperature"):
         if recipe.distill == 0 and _changed(recipe, key):
             wrong.append(f"{key} goes with distill, which is 0; leave {key} out")
+    if recipe.streaming:
+        wrong += _unstreamable(recipe)
+    elif _changed(recipe, "shuffle_buffer"):
+        wrong.append("shuffle_buffer goes with streaming; leave it out")
     if recipe.full_precision_lr is not None and recipe.full_precision_steps == 0:
         wrong.append("full_precision_lr goes with full_precision_steps, which is 0; leave it out")
+    return wrong
+
+
+def _unstreamable(recipe: Recipe) -> list[str]:
+    """Return what a stream, whose length nobody knows, cannot do."""
+    wrong = []
+    if recipe.max_steps is None:
+        wrong.append(
+            "streaming needs max_steps: how many samples a stream holds is not known before it ends"
+        )
+    if _changed(recipe, "epochs"):
+        wrong.append("epochs does not go with streaming, which has no length; give max_steps")
+    if recipe.max_train_samples is not None:
+        wrong.append(
+            "max_train_samples does not go with streaming: a random part needs all samples; leave "
+            "it out, max_steps decides how many are read"
+        )
+    for key in ("train_split", "eval_split"):
+        if "[" in (getattr(recipe, key) or ""):
+            wrong.append(
+                f"{key} = {getattr(recipe, key)!r} does not go with streaming: a stream has no "
+                "slices; name a whole split"
+            )
     return wrong
 
 

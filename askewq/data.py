@@ -4,7 +4,7 @@ All of it is read before any model is built; `batches` then prepares samples as 
 them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,10 @@ class Columns:
 
 @dataclass(slots=True)
 class OpenData:
-    """Two splits of a data set with the columns and labels that the task needs."""
+    """Two splits of a data set with the columns and labels that the task needs.
+
+    `train` is a datasets.IterableDataset where the recipe says streaming.
+    """
 
     train: Any
     eval: Any
@@ -52,6 +55,11 @@ def open_data(recipe: Recipe, task: Task) -> OpenData:
     splits = _call_datasets(recipe, split=None)
     train = _split(recipe, splits, recipe.train_split, "--train-split")
     evaluation = _eval_split(recipe, splits)
+    if recipe.streaming:
+        features = train.features or evaluation.features  # a stream of json has none
+        columns = _columns(recipe, task, features)
+        labels = _named_labels(features, columns.label) if columns.label else ()
+        return OpenData(train, evaluation, columns, labels)
     columns = _columns(recipe, task, train.features)
     labels = _labels(train, columns.label) if columns.label else ()
     train = _sample(train, recipe.max_train_samples, recipe.seed)
@@ -75,6 +83,8 @@ def _call_datasets(recipe: Recipe, split: str | None) -> Any:
     datasets.disable_progress_bars()
     path = Path(recipe.dataset).expanduser()
     arguments: dict[str, Any] = {"name": recipe.dataset_config, "split": split}
+    if recipe.streaming:
+        arguments["streaming"] = True
     looks_local = recipe.dataset.startswith((".", "/", "~")) or path.suffix in _FILE_BUILDERS
     if looks_local and not path.exists():
         raise DataError(f"--dataset {recipe.dataset!r}: there is no such file or folder.")
@@ -106,7 +116,7 @@ def _split(recipe: Recipe, splits: Any, name: str, flag: str) -> Any:
             f"has {', '.join(splits)}."
         )
     chosen = splits[name] if name in splits else _call_datasets(recipe, split=name)
-    if len(chosen) == 0:
+    if not recipe.streaming and len(chosen) == 0:
         raise DataError(f"{flag} {name!r} of {recipe.dataset!r} is empty.")
     return chosen
 
@@ -120,7 +130,31 @@ def _eval_split(recipe: Recipe, splits: Any) -> Any:
             "--eval-split 'train[90%:]'."
         )
     split = _split(recipe, splits, name, "--eval-split")
+    if recipe.streaming:
+        split = _on_disk(split)
+        if len(split) == 0:
+            raise DataError(f"--eval-split {name!r} of {recipe.dataset!r} is empty.")
     return _sample(split, recipe.max_eval_samples, 0)
+
+
+def _on_disk(stream: Any) -> Any:
+    """Return all samples of a stream as a split in datasets' cache: it is read again and again."""
+    import datasets
+
+    features = stream.features or {}
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    for name in images:  # copied as they are, not decoded and encoded again
+        stream = stream.cast_column(name, datasets.Image(decode=False))
+    split = datasets.Dataset.from_generator(
+        _rows, gen_kwargs={"stream": stream}, features=stream.features
+    )
+    for name in images:
+        split = split.cast_column(name, datasets.Image())
+    return split
+
+
+def _rows(stream: Any) -> Iterator[Any]:
+    yield from stream
 
 
 def _sample(split: Any, count: int | None, seed: int) -> Any:
@@ -202,6 +236,24 @@ def _check(names: Sequence[str], features: Any, flag: str, what: str) -> None:
             raise DataError(
                 f"{flag} {name!r}: no such column{near(name, features)}; there are: {present}."
             )
+
+
+def _named_labels(features: Any, column: str) -> tuple[str, ...]:
+    """Return the class names of a data set whose training split is not read beforehand.
+
+    Raises:
+        DataError: a column that does not name them.
+    """
+    import datasets
+
+    feature = features[column]
+    if not isinstance(feature, datasets.ClassLabel):
+        raise DataError(
+            f"--streaming: the label column {column!r} holds {feature}, and which labels there are "
+            "would be known at the end of the stream only; use a data set whose labels are a "
+            "ClassLabel (parquet or a folder of images), or leave out --streaming."
+        )
+    return tuple(feature.names)
 
 
 def _labels(train: Any, column: str) -> tuple[str, ...]:

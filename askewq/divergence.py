@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from askewq.sharding import local
+
 SKIP = "skip:"
 
 
@@ -19,8 +21,8 @@ def tolerated(policy: str) -> int:
 
 
 def gradients_finite(model: nn.Module) -> bool:
-    """Tell whether every gradient is; one pass over memory and one number."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    """Tell whether every gradient of this process is; one pass over memory and one number."""
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if not grads:
         return True
     # A sum is the fastest thing that NaN and infinity pass through; it may overflow by itself.
@@ -29,28 +31,35 @@ def gradients_finite(model: nn.Module) -> bool:
 
 
 def weights_finite(model: nn.Module) -> bool:
-    """Tell whether every parameter is; a buffer may hold the -inf of a mask."""
+    """Tell whether every parameter of this process is; a buffer may hold the -inf of a mask."""
     return next(_broken(model.named_parameters()), None) is None
 
 
-def trace(model: nn.Module, batch: dict[str, Tensor], run: Callable[[], object]) -> str:
+def trace(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    run: Callable[[], object],
+    told: Callable[[str], str] = str,
+) -> str:
     """Return, as a sentence, where a network stopped being finite.
 
     Args:
         batch: the input of the step, as the network gets it.
         run: makes the forward pass on it again.
+        told: returns the first text that is not empty of all processes, so that all find the same.
     """
-    if name := next(_broken(model.named_parameters()), ""):
-        count = sum(1 for _ in _broken(model.named_parameters()))
-        more = f" and {count - 1} other{'s' * (count > 2)} after it" if count > 1 else ""
-        return f"the last update left NaN or infinite values in {name}{more}"
-    if name := next(_broken(batch.items()), ""):
+    broken = list(_broken(model.named_parameters()))
+    count = len(broken)
+    more = f" and {count - 1} other{'s' * (count > 2)} after it" if count > 1 else ""
+    if names := told(f"{broken[0]}{more}" if broken else ""):
+        return f"the last update left NaN or infinite values in {names}"
+    if name := told(next(_broken(batch.items()), "")):
         return f"the weights are finite, but the batch itself is not ({name}): look at the data"
-    if name := _first_output(model, run):
+    if name := told(_first_output(model, run)):
         return f"the weights are finite, but what comes out of {name} is not"
     grads = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
     # Backward goes from the last layer to the first: the last one in order went first.
-    if name := next(_broken(reversed(grads)), ""):
+    if name := told(next(_broken(reversed(grads)), "")):
         return f"weights and outputs are finite; the gradient of {name} was the first that is not"
     return "weights, outputs and gradients are finite"
 
@@ -58,7 +67,7 @@ def trace(model: nn.Module, batch: dict[str, Tensor], run: Callable[[], object])
 def _broken(named: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
     """Yield the names of floating-point tensors that hold NaN or infinite values."""
     for name, tensor in named:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(local(tensor)).all()):
             yield name
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from askewq import artifact, config, signals
+from askewq import artifact, config, processes, signals
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import open_eval
@@ -43,7 +43,7 @@ def evaluate(
         loader: prepared by the accelerator; in several processes no sample counts twice.
 
     Raises:
-        signals.Stop: a signal came; one process alone stops in the middle of an evaluation.
+        signals.Stop: a signal came, to any of the processes.
         ExactnessError: logits of another model that differ from the first one's in any bit.
         ModelError: logits of a shape that does not fit the labels.
     """
@@ -55,8 +55,8 @@ def evaluate(
     samples = 0
     with torch.no_grad(), accelerator.autocast():
         for raw in loader:
-            if accelerator.num_processes == 1:  # others would wait for this one in vain
-                signals.check()
+            if number := processes.anyone(accelerator, signals.received()):
+                raise signals.Stop(number)
             batch = prepare_batch(raw, preprocessing)
             logits, labels = logits_and_labels(first, spec, batch)
             check_logits(logits, spec)

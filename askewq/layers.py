@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from askewq import sharding
 from askewq.errors import DivergenceError
 from askewq.grid import Grid, channels_back, channels_first
 from askewq.kinds import channel_dim
@@ -52,24 +53,56 @@ class QuantizedLayer(Mixin):
         """The weight that the forward pass sees."""
         if self.seen is not None:
             return self.seen
-        if self.rule is None or self.rule.view is None:
-            return self.latent
-        scale = self.weight_scale.view(-1, 1)
-        return self.from_rows(
-            self.rule.view(self.rows(self.latent), scale, self.grid, self.strength)
-        )
+        if self.rule is None or self.rule.view is None or sharding.is_sharded(self.latent):
+            return self.latent  # sharded: FSDP2 asks; a forward pass has it gathered
+        return self.from_rows(self.seen_rows())
+
+    def seen_rows(self) -> Tensor:
+        """Return the weight that the forward pass sees, as `rows`; of a shard, this part."""
+        rows = self.rows(self.latent)
+        if self.rule is None or self.rule.view is None or not rows.numel():
+            return rows
+        return self.rule.view(rows, self.row_scale(), self.grid, self.strength)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as rows that share a scale, [rows, columns].
 
-        Contiguous; a view where the rows lie in memory like that, else a copy.
+        Contiguous; a view where the rows lie in memory like that, else a copy. Of a tensor that is
+        spread over processes, this process' part.
         """
-        first = channels_first(tensor, self.channel_dim)
-        return first.reshape(self.weight_scale.numel(), -1).contiguous()
+        first = channels_first(sharding.local(tensor), self.channel_dim)
+        height = self._height()
+        return first.reshape(height, first.numel() // max(1, height)).contiguous()
+
+    def _height(self) -> int:
+        """Return the number of rows."""
+        if not sharding.is_sharded(self.latent) or self.weight_scale.numel() == 1:
+            return self.weight_scale.numel()
+        out, groups = self.weight_scale.shape
+        if self.channel_dim:
+            return out
+        start, stop = sharding.span(self.latent)
+        return (stop - start) * groups
+
+    def row_scale(self) -> Tensor:
+        """Return the scale of each of the `rows`, [rows, 1].
+
+        Where a weight is cut across its groups, [rows, columns]: the scale of each element.
+        """
+        scale = sharding.whole(self.weight_scale)
+        if not sharding.is_sharded(self.latent) or scale.numel() == 1:
+            return scale.view(-1, 1)
+        start, stop = sharding.span(self.latent)
+        if self.channel_dim == 0:
+            return scale[start:stop].reshape(-1, 1)
+        if scale.shape[1] == 1:
+            return scale
+        # A transposed weight, [in, out]: its shards are cut across the rows.
+        return scale.repeat_interleave(self.latent.shape[0] // scale.shape[1], 1)[:, start:stop]
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """Return rows, [rows, columns], in the weight's shape; contiguous."""
-        shape = channels_first(self.latent, self.channel_dim).shape
+        shape = channels_first(sharding.local(self.latent), self.channel_dim).shape
         return channels_back(rows.reshape(shape), self.channel_dim)
 
     def codes(self) -> Tensor:
@@ -89,6 +122,10 @@ class QuantizedLayer(Mixin):
     @torch.no_grad()
     def snap_(self) -> None:
         """Move every weight to its nearest level, in place."""
+        if sharding.is_sharded(self.latent):
+            if (rows := self.rows(self.latent)).numel():
+                self._write_(self.grid.snap(rows, self.row_scale()))
+            return
         values = self.grid.values(self.codes(), self.weight_scale)
         channels_first(self.latent, self.channel_dim).copy_(values)
 
@@ -97,15 +134,18 @@ class QuantizedLayer(Mixin):
         """Do to the weight what the layer's method does after an update, in place."""
         if self.rule is None:
             return
-        scale = self.weight_scale.view(-1, 1)
         if self.rule.learns_scale:
+            scale = sharding.local(self.weight_scale)
             scale.clamp_(min=torch.finfo(scale.dtype).tiny)
-        rows = self.rows(self.latent)
         if self.rule.rescale is not None:
-            scale.copy_(self.rule.rescale(rows, self.grid))
-        if self.rule.settle is not None:
-            settled = self.rule.settle(rows, scale, self.grid, self.strength)
-            self.latent.copy_(self.from_rows(settled))
+            first = channels_first(sharding.whole(self.latent), self.channel_dim)
+            scale = self.weight_scale.view(-1, 1)
+            scale.copy_(self.rule.rescale(first.reshape(len(scale), -1).contiguous(), self.grid))
+        if self.rule.settle is not None and (rows := self.rows(self.latent)).numel():
+            self._write_(self.rule.settle(rows, self.row_scale(), self.grid, self.strength))
+
+    def _write_(self, rows: Tensor) -> None:
+        sharding.local(self.latent).copy_(self.from_rows(rows))
 
 
 def quantize_layer_(layer: nn.Module, grid: Grid, scale: Tensor) -> None:

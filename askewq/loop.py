@@ -15,12 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from askewq import anneal, distill, divergence, layers, report, signals, snapshots, training_state
+from askewq import (
+    anneal,
+    distill,
+    divergence,
+    layers,
+    processes,
+    report,
+    sharding,
+    signals,
+    snapshots,
+    training_state,
+)
 from askewq.batches import prepare_batch
 from askewq.config import Recipe
-from askewq.errors import DivergenceError
+from askewq.errors import DivergenceError, RecipeError
 from askewq.evaluate import Evaluation, evaluate
 from askewq.spec import LoadedModel
+from askewq.streams import StreamLoader
 from askewq.tasks import logits_and_labels, score
 from askewq.training_state import Progress
 
@@ -35,6 +47,7 @@ class Loop:
         progress: how far the run has come; a checkpoint holds it.
         step_seconds: what each step of this process took.
         taught_by: the teacher of the steps to come, if there is one.
+        hollow: the model as it was before its weights were spread over the processes, if they are.
     """
 
     def __init__(
@@ -49,12 +62,17 @@ class Loop:
         self.out = recipe.output
         self.accelerator = accelerator
         self.loaded = loaded
-        self.model: nn.Module = loaded.model
         self.train_loader = train_loader
         self.eval_loader = eval_loader
         self.progress = Progress()
         self.step_seconds: list[float] = []
         self.taught_by: distill.Teacher | None = None
+        self.hollow: nn.Module | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The network; another object after a phase whose weights were sharded."""
+        return self.loaded.model
 
     def run(
         self,
@@ -74,9 +92,26 @@ class Loop:
         """
         recipe, progress, accelerator = self.recipe, self.progress, self.accelerator
         full_lrs = [group["lr"] for group in optimizer.param_groups]
-        model, prepared = accelerator.prepare(self.model, optimizer)
         if folder is not None:
-            training_state.load(folder, self.model, optimizer, accelerator.process_index)
+            training_state.load_weights(folder, self.model)
+        if processes.is_sharded(accelerator):
+            self.hollow = sharding.hollow(self.model)
+        try:
+            model, prepared = accelerator.prepare(self.model, optimizer)
+        except (ValueError, TypeError) as error:
+            if self.hollow is None:
+                raise
+            raise RecipeError(
+                f"FSDP2 cannot wrap this network as the launcher's config says: {error}\nName the "
+                "class of its repeated block, with fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP "
+                "and fsdp_transformer_layer_cls_to_wrap, or use fsdp_auto_wrap_policy: NO_WRAP."
+            ) from error
+        if folder is not None:
+            training_state.load_optimizer(folder, optimizer, accelerator.process_index)
+            if isinstance(self.train_loader, StreamLoader):
+                file = folder / training_state.STREAM.format(accelerator.process_index)
+                with training_state.fitting(folder):
+                    self.train_loader.load(file.read_bytes())
             before_step((progress.step - first) / (end - first))
         saved = progress.step if folder is not None else None
         progress.phase = phase
@@ -114,6 +149,9 @@ class Loop:
             if saved != progress.step:
                 self._save(optimizer)
             raise
+        if self.hollow is not None:
+            self.loaded.model = sharding.fill(self.hollow, self.model, accelerator.device)
+            self.hollow = None
         # Takes what `prepare` put on the model off again, so that the next phase can prepare it.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.model.__dict__.pop(name, None)
@@ -139,7 +177,7 @@ class Loop:
                 self.accelerator.backward(loss)
         total = sum(losses) / len(losses)
         fine = math.isfinite(total) and divergence.gradients_finite(self.model)
-        if self._anyone(int(not fine)):
+        if processes.anyone(self.accelerator, int(not fine)):
             self._tolerate(total, suspect, step)
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(before[name])
@@ -167,12 +205,14 @@ class Loop:
         Raises:
             DivergenceError: one more than the recipe tolerates, or weights that are broken already.
         """
-        where = divergence.trace(self.model, batch, lambda: self._loss(self.model, batch))
-        what = f"the loss is {loss} at step {step}"
-        if math.isfinite(loss):
-            what = f"a gradient is NaN or infinite at step {step} (the loss is {loss:g})"
+        where = divergence.trace(
+            self.model, batch, lambda: self._loss(self.model, batch), self._told
+        )
+        self._reshard()
+        what = self._told("" if math.isfinite(loss) else f"the loss is {loss} at step {step}")
+        what = what or f"a gradient is NaN or infinite at step {step} (the loss is {loss:g})"
         most = divergence.tolerated(self.recipe.nan_policy)
-        broken = not divergence.weights_finite(self.model)
+        broken = self._weights_broken()
         if broken or self.progress.skipped >= most:
             self._diverged(f"{what}: {where}", step, broken)
         self.progress.skipped += 1
@@ -198,16 +238,39 @@ class Loop:
         )
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
-        if not divergence.weights_finite(self.model):
-            where = divergence.trace(self.model, {}, lambda: None)
+        if self._weights_broken():
+            where = divergence.trace(self.model, {}, lambda: None, self._told)
             step = self.progress.step
             self._diverged(f"the weights are not finite after step {step}: {where}", step, True)
-        snapshots.save(
-            self.accelerator, self.out, self.model, optimizer, self.progress, self.recipe.keep
-        )
+        model, main = self.model, self.accelerator.is_main_process
+        if self.hollow is not None:
+            model = sharding.fill(self.hollow, model, "cpu", keep=main)
+        own = {}
+        if isinstance(self.train_loader, StreamLoader):
+            name = training_state.STREAM.format(self.accelerator.process_index)
+            own[name] = self.train_loader.state()
+        keep = self.recipe.keep
+        snapshots.save(self.accelerator, self.out, model, optimizer, self.progress, keep, own)
+
+    def _weights_broken(self) -> bool:
+        broken = not divergence.weights_finite(self.model)
+        return processes.anyone(self.accelerator, int(broken)) > 0
+
+    def _told(self, text: str) -> str:
+        return processes.first_text(self.accelerator, text)
+
+    def _reshard(self) -> None:
+        """After forward passes without a backward pass, before weights are touched."""
+        if self.hollow is not None:
+            sharding.reshard_(self.model)
 
     def _batches(self, consumed: int) -> Iterator[dict[str, Tensor]]:
         """Yield training batches without end, from the place after `consumed` ones."""
+        from accelerate.utils import send_to_device
+
+        if isinstance(self.train_loader, StreamLoader):
+            for batch in self.train_loader.batches():
+                yield send_to_device(batch, self.accelerator.device)
         epoch, skip = divmod(consumed, len(self.train_loader))
         while True:
             self.train_loader.set_epoch(epoch)
@@ -241,23 +304,19 @@ class Loop:
 
     def evaluate(self, *also: nn.Module) -> Evaluation:
         """Evaluate the model; `also` names models that must equal it to the bit."""
-        return evaluate(
-            [self.model, *also],
-            self.loaded.spec,
-            self.loaded.preprocessing,
-            self.eval_loader,
-            self.accelerator,
-        )
-
-    def _anyone(self, number: int) -> int:
-        """Return the largest number of all processes, so that they go the same way."""
-        if self.accelerator.num_processes == 1:
-            return number
-        mine = torch.tensor([number], device=self.accelerator.device)
-        return int(self.accelerator.gather(mine).max())
+        try:
+            return evaluate(
+                [self.model, *also],
+                self.loaded.spec,
+                self.loaded.preprocessing,
+                self.eval_loader,
+                self.accelerator,
+            )
+        finally:
+            self._reshard()
 
     def _check_signals(self) -> None:
-        if number := self._anyone(signals.received()):
+        if number := processes.anyone(self.accelerator, signals.received()):
             raise signals.Stop(number)
 
 

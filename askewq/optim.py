@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from askewq import constraint, kernels, methods
+from askewq import constraint, kernels, methods, sharding
 from askewq.anneal import Closing
 from askewq.errors import ModelError, RecipeError
 from askewq.grid import Grid
@@ -128,14 +128,16 @@ class _Skewed(torch.optim.Optimizer):
                 "through autocast."
             )
         assert weight.grad is not None  # noqa: S101  # `step` has checked
-        scale, grad = layer.weight_scale.view(-1, 1), layer.rows(weight.grad)
+        scale, grad = layer.row_scale(), layer.rows(weight.grad)
         buffers = self._buffers(weight, group)
         with _as_rows(layer, weight.detach(), *buffers) as (rows, *buffer_rows):
-            interval = self._interval(rows, scale, layer.grid, group)
+            interval = self._interval(weight, rows, scale, layer.grid, group)
             self._update(weight, rows, grad, buffer_rows, scale, interval, group)
 
-    def _interval(self, rows: Tensor, scale: Tensor, grid: Grid, group: dict[str, Any]) -> Interval:
-        """Return the constraint of one layer for this step."""
+    def _interval(
+        self, weight: Tensor, rows: Tensor, scale: Tensor, grid: Grid, group: dict[str, Any]
+    ) -> Interval:
+        """Return the constraint of one layer for this step; `rows` may be a shard of `weight`."""
         progress = group["progress"]
         rate = 1.0 if self._decoupled else float(group["lr"])
         number = functools.partial(torch.tensor, dtype=rows.dtype)
@@ -153,9 +155,10 @@ class _Skewed(torch.optim.Optimizer):
             interval.within.fill_(torch.inf)
         elif share > 0 and group["updates"] % self.closing.every == 0:
             bins = self._run(distance_bins, rows, scale, interval)
-            closed = torch.bincount(bins.view(-1), minlength=DISTANCE_BINS).cumsum(0)
+            counts = torch.bincount(bins.view(-1), minlength=DISTANCE_BINS)
+            closed = sharding.add_up_(counts, weight).cumsum(0)
             edge = torch.searchsorted(
-                closed, torch.full_like(closed[:1], int(share * rows.numel()))
+                closed, torch.full_like(closed[:1], int(share * weight.numel()))
             )
             # The last bin also holds what lies beyond the grid, at any distance.
             distance = torch.where(
@@ -193,18 +196,21 @@ class _Skewed(torch.optim.Optimizer):
 
     def feasible_share(self) -> float:
         """Return the share of quantized weights inside their interval (else: on a level)."""
-        inside = total = 0
-        for layer in self._layers:
-            weight, scale, grid = layer.rows(layer.weight.detach()), layer.weight_scale, layer.grid
-            if self.closing.kind != "single":
-                feasible = weight == grid.snap(weight, scale)
-            else:
-                eps = self.closing.eps(self.param_groups[0]["progress"])
-                psi, _ = constraint.slack(grid.coordinate(weight, scale), grid.last, eps)
-                feasible = psi >= 0
-            inside += int(feasible.sum())
-            total += weight.numel()
-        return inside / total
+        shares = [self._inside(layer) for layer in self._layers]
+        return sum(shares) / sum(layer.latent.numel() for layer in self._layers)
+
+    def _inside(self, layer: QuantizedLayer) -> int:
+        """Return how many weights of a layer are inside, in all processes together."""
+        weight, scale, grid = layer.seen_rows().detach(), layer.row_scale(), layer.grid
+        if not weight.numel():  # an empty shard
+            feasible = weight.bool()
+        elif self.closing.kind != "single":
+            feasible = weight == grid.snap(weight, scale)
+        else:
+            eps = self.closing.eps(self.param_groups[0]["progress"])
+            psi, _ = constraint.slack(grid.coordinate(weight, scale), grid.last, eps)
+            feasible = psi >= 0
+        return int(sharding.add_up_(feasible.sum(), layer.latent))
 
 
 class AskewSGD(_Skewed, torch.optim.SGD):
@@ -384,7 +390,7 @@ def _as_rows(layer: QuantizedLayer, *tensors: Tensor) -> Iterator[list[Tensor]]:
     """Within the block, update tensors of a weight's shape as rows: views, or written back."""
     rows = [layer.rows(tensor) for tensor in tensors]
     yield rows
-    for tensor, part in zip(tensors, rows, strict=True):
+    for tensor, part in zip(map(sharding.local, tensors), rows, strict=True):
         if part.data_ptr() != tensor.data_ptr():  # a copy
             tensor.copy_(layer.from_rows(part))
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from askewq import sharding
 from askewq.errors import ModelError, RecipeError, near
 from askewq.layers import follow_, quantized_layers, quantized_modules
 from askewq.methods import RIVALS, check_bits, quantize_gradient
@@ -91,7 +92,8 @@ class Follower:
         """Return the share of quantized weights that the forward pass sees on a level."""
         inside = total = 0
         for layer in self._layers:
-            seen = layer.rows(layer.weight)
-            inside += int((seen == layer.grid.snap(seen, layer.weight_scale)).sum())
-            total += seen.numel()
+            seen = layer.seen_rows()
+            level = layer.grid.snap(seen, layer.row_scale()) if seen.numel() else seen
+            inside += int(sharding.add_up_((seen == level).sum(), layer.latent))
+            total += layer.latent.numel()
         return inside / total

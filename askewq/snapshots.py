@@ -1,10 +1,11 @@
 """The checkpoints of a run: folders that are whole or not there, each with the sums of its files.
 
-A folder is written beside its place by all processes together, summed up, synced and renamed by
-the first one. `SHA256SUMS` is what `sha256sum -c` reads. Reading starts at the newest folder whose
-files have their sums; a damaged one is set aside.
+A folder is written beside its place, summed up, synced and renamed by the first process, to which
+the others hand what is their own. `SHA256SUMS` is what `sha256sum -c` reads. Reading starts at the
+newest folder whose files have their sums; a damaged one is set aside.
 """
 
+import os
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from askewq import disk, training_state
+from askewq import disk, processes, training_state
 from askewq.disk import PARTIAL
 from askewq.training_state import Progress
 
@@ -32,8 +33,13 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     keep: int,
+    own: dict[str, bytes] | None = None,
 ) -> None:
     """Write a checkpoint and delete the oldest ones beyond `keep`; every process calls this.
+
+    Args:
+        model: with all of its weights; in the first process.
+        own: more files of this process, by name.
 
     Raises:
         DiskFullError: no room; the checkpoints of before are left.
@@ -41,42 +47,50 @@ def save(
     path = _path(out, progress.step)
     partial = path.with_name(path.name + PARTIAL)
     main = accelerator.is_main_process
-    last = newest(out)
+    last = newest(out) if main else None
     advice = (
         f"The last good checkpoint, {last}, is left" if last else "There is no checkpoint yet"
     ) + f"; make room, then go on with: {resume_command(out)}"
-    with disk.room_for(training_state.size(model, optimizer), out, advice), _tidy(partial, main):
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+    random_file = training_state.RANDOM.format(accelerator.process_index)
+    mine = {random_file: training_state.random_numbers(), **(own or {})}
+    files = processes.gather(accelerator, mine)
+    if not main:
+        training_state.save(None, model, optimizer, progress, accelerator.num_processes)
         accelerator.wait_for_everyone()
-        training_state.save_random(partial, accelerator.process_index)
-        if main:
-            training_state.save(partial, model, optimizer, progress, accelerator.num_processes)
-        accelerator.wait_for_everyone()
-        if main:
-            _write_sums(partial)
-            if path.exists():
-                set_aside(path)
-            disk.publish(partial, path)
-            _prune(out, keep)
+        return
+    with disk.room_for(training_state.size(model, optimizer), out, advice), _tidy(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, content in (pair for some in files for pair in some.items()):
+            (partial / name).write_bytes(content)
+        training_state.save(partial, model, optimizer, progress, accelerator.num_processes)
+        _write_sums(partial)
+        if path.exists():
+            set_aside(path)
+        disk.publish(partial, path)
+        _prune(out, keep)
     accelerator.wait_for_everyone()
 
 
 @contextmanager
-def _tidy(partial: Path, main: bool) -> Iterator[None]:
+def _tidy(partial: Path) -> Iterator[None]:
     """Leave no half-written folder behind: on a full disk it would take the room that is needed."""
     try:
         yield
     except BaseException:
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def resume_command(out: Path) -> str:
     """Return the command that goes on with the run in a folder."""
-    return f"askewq finetune --resume --output {shlex.quote(str(out))}"
+    words = f"finetune --resume --output {shlex.quote(str(out))}"
+    count = os.environ.get("WORLD_SIZE") or "1"
+    if processes.STARTED in os.environ:
+        return f"askewq {words} --num-processes {count}"
+    if int(count) > 1:  # --multi_gpu starts several on a machine without GPUs, too
+        return f"accelerate launch --multi_gpu --num_processes {count} -m askewq {words}"
+    return f"askewq {words}"
 
 
 def newest(out: Path) -> Path | None:

@@ -25,6 +25,7 @@ from askewq import (
     layers,
     models,
     output,
+    processes,
     report,
     signals,
     snapshots,
@@ -38,6 +39,7 @@ from askewq.errors import DataError, DivergenceError, ModelError, RecipeError, S
 from askewq.kernels import can_compile
 from askewq.loop import Loop
 from askewq.spec import LoadedModel
+from askewq.streams import StreamLoader
 from askewq.tasks import check_logits, logits_and_labels
 from askewq.vocabulary import ActBits
 
@@ -63,43 +65,39 @@ class _Run:
     """One fine-tuning run: its parts, made once, and the order in which they are used."""
 
     def __init__(self, recipe: Recipe) -> None:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import (
-            DataLoaderConfiguration,
-            GradientAccumulationPlugin,
-            ProjectConfiguration,
-            set_seed,
-        )
+        from accelerate.utils import set_seed
 
-        # A process may run several recipes; Accelerate keeps the first one's precision otherwise.
-        AcceleratorState._reset_state()
         recipe = output.resumed(recipe) if recipe.resume else recipe
         output.check(recipe)
-        # Heads that are new to the task and own modules draw their first weights from this seed.
-        set_seed(recipe.seed)
-        self.loaded, self.data = _load(recipe)
-        self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model)
         self.out = recipe.output
-        self.accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision,
-            dynamo_backend="inductor" if recipe.compile else "no",
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=recipe.grad_accumulation, sync_with_dataloader=False
-            ),
-            dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, data_seed=recipe.seed
-            ),
-            log_with=None if recipe.report_to == "none" else recipe.report_to,
-            project_config=ProjectConfiguration(str(self.out), logging_dir=str(self.out / "logs")),
-        )
+        self.accelerator = processes.accelerator_of(recipe)
+        if recipe.compile and processes.is_sharded(self.accelerator):
+            raise RecipeError(
+                "compile = True does not go with FSDP2: a compiled network takes weights that are "
+                "made before its forward pass, and a shard has none. Leave it out, or use DDP."
+            )
         if recipe.compile and not can_compile(self.accelerator.device.type):
             raise RecipeError(
                 "compile: torch.compile does not work here, see the warning; leave it out."
             )
-        train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing)
+        # Heads that are new to the task and own modules draw their first weights from this seed.
+        set_seed(recipe.seed)
+        with self.accelerator.main_process_first():  # the others find the data set prepared
+            self.loaded, self.data = _load(recipe)
+        self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model)
+        count = self.accelerator.num_processes
+        train: Any
+        train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing, count)
         train, self.eval_loader = self.accelerator.prepare(train, evaluation)
-        self.model: nn.Module = self.loaded.model.to(self.accelerator.device)
+        if recipe.streaming:
+            train = StreamLoader(
+                self.recipe,
+                self.data,
+                self.loaded.preprocessing,
+                self.accelerator.process_index,
+                count,
+            )
+        self.loaded.model.to(self.accelerator.device)
         self.teacher = distill.load_teacher(recipe, self.loaded) if recipe.distill else None
         if self.teacher is not None:
             self.teacher.model.to(self.accelerator.device)
@@ -116,6 +114,11 @@ class _Run:
             1, math.ceil(recipe.epochs * len(train) / recipe.grad_accumulation)
         )
         self.loop = Loop(self.recipe, self.accelerator, self.loaded, train, self.eval_loader)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network; another object after a phase whose weights were sharded."""
+        return self.loaded.model
 
     def execute(self) -> dict[str, Any]:
         """Run from the start, or from the newest checkpoint, to the report."""
@@ -173,8 +176,9 @@ class _Run:
             ) from error
         batch = prepare_batch(raw, self.loaded.preprocessing)
         self.model.eval()
+        several = self.accelerator.num_processes > 1
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(several):
                 logits, _ = logits_and_labels(self.model, spec, batch)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
@@ -184,10 +188,14 @@ class _Run:
                 "--std the channels (1 or 3)."
             ) from error
         check_logits(logits, spec)
+        if several and logits.requires_grad:
+            logits.sum().backward()
+            processes.expect(self.accelerator, self.model)
         if self.teacher is not None:
             distill.check_teacher(self.teacher, batch, logits)
 
     def _prepare_output(self) -> None:
+        self.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
         if self.accelerator.is_main_process:
             output.prepare(self.recipe)
         self.accelerator.wait_for_everyone()

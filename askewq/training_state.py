@@ -6,6 +6,8 @@ are JSON: reading a checkpoint runs no pickle, whoever wrote it.
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from askewq import disk
+from askewq import disk, sharding
 from askewq.errors import OutputError
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
+RANDOM, STREAM = "random-{:05d}.safetensors", "stream-{:05d}.json"
 VERSION = 1
 
 
@@ -48,21 +52,28 @@ class Progress:
 
 def size(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Return about how many bytes `save` writes."""
-    tensors, _ = _split(optimizer)
-    every = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
-    return sum(every.values()) + sum(t.nbytes for t in tensors.values()) + 2**16
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    for values in optimizer.state_dict()["state"].values():
+        tensors |= {id(t): t for t in values.values() if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values()) + 2**16
 
 
 def save(
-    folder: Path,
+    folder: Path | None,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     processes: int,
 ) -> None:
-    """Write everything but random numbers into an existing folder; one process does."""
+    """Write everything but random numbers into an existing folder; one process does.
+
+    Args:
+        folder: None only helps to gather the state of an optimizer of sharded weights.
+    """
+    tensors, numbers = _split(optimizer, keep=folder is not None)
+    if folder is None:
+        return
     save_model(model, str(folder / WEIGHTS))
-    tensors, numbers = _split(optimizer)
     save_file(tensors, folder / OPTIMIZER)
     content = {
         "version": VERSION,
@@ -79,11 +90,36 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, proce
     Raises:
         OutputError: state that belongs to another model or optimizer.
     """
-    try:
+    load_weights(folder, model)
+    load_optimizer(folder, optimizer, process)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Fill a model, in place; before it is sharded.
+
+    Raises:
+        OutputError: weights of another model.
+    """
+    with fitting(folder):
         load_model(model, str(folder / WEIGHTS))
-        numbers = _content(folder)["optimizer"]
-        _join(optimizer, load_file(folder / OPTIMIZER), numbers)
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, process: int) -> None:
+    """Fill an optimizer, in place, whose weights may be sharded, and set the random numbers.
+
+    Raises:
+        OutputError: state that belongs to another optimizer.
+    """
+    with fitting(folder):
+        _join(optimizer, load_file(folder / OPTIMIZER), _content(folder)["optimizer"])
         _load_random(_random_file(folder, process))
+
+
+@contextmanager
+def fitting(folder: Path) -> Iterator[None]:
+    """Within the block, whatever goes wrong with a checkpoint's content is an OutputError."""
+    try:
+        yield
     except (RuntimeError, ValueError, LookupError, TypeError, OSError, SafetensorError) as error:
         raise OutputError(
             f"the checkpoint {folder} does not fit this run ({type(error).__name__}: {error}); it "
@@ -121,15 +157,19 @@ def _content(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _split(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's state as named tensors and JSON values."""
+def _split(
+    optimizer: torch.optim.Optimizer, *, keep: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the optimizer's state as named tensors and JSON values; no tensors without `keep`."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
     for index, values in state["state"].items():
         for key, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
+                full = sharding.whole(value)  # every process helps
+                if keep:
+                    tensors[f"{index}.{key}"] = full.detach().cpu().contiguous()
             else:
                 numbers["state"].setdefault(str(index), {})[key] = value
     return tensors, numbers
@@ -143,10 +183,13 @@ def _join(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        shape = parameters[int(index)].shape
-        if tensor.dim() and tensor.shape != shape:
-            raise ValueError(f"{name} is {list(tensor.shape)} and its parameter {list(shape)}")
-        state.setdefault(int(index), {})[key] = tensor
+        parameter = parameters[int(index)]
+        if tensor.dim() and tensor.shape != parameter.shape:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} and its parameter {list(parameter.shape)}"
+            )
+        part = sharding.like(tensor, parameter) if tensor.dim() else tensor
+        state.setdefault(int(index), {})[key] = part
     groups = [dict(group) for group in numbers["param_groups"]]
     for group, present in zip(groups, optimizer.param_groups, strict=True):
         for key, value in group.items():
@@ -157,6 +200,11 @@ def _join(
 
 def save_random(folder: Path, process: int) -> None:
     """Write the state of every generator of random numbers of this process."""
+    _random_file(folder, process).write_bytes(random_numbers())
+
+
+def random_numbers() -> bytes:
+    """Return the state of every generator of random numbers of this process, as safetensors."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     tensors = {
@@ -168,7 +216,7 @@ def save_random(folder: Path, process: int) -> None:
         states = torch.cuda.get_rng_state_all()
         tensors |= {f"cuda.{i}": state for i, state in enumerate(states)}
     rest = {"numpy": [int(position), int(has_gauss), float(cached)], "python": [version, gauss]}
-    save_file(tensors, _random_file(folder, process), {"askewq": json.dumps(rest)})
+    return to_bytes(tensors, {"askewq": json.dumps(rest)})
 
 
 def _load_random(path: Path) -> None:
@@ -187,7 +235,7 @@ def _load_random(path: Path) -> None:
 
 
 def _random_file(folder: Path, process: int) -> Path:
-    return folder / f"random-{process:05d}.safetensors"
+    return folder / RANDOM.format(process)
 
 
 def save_network(model: nn.Module, path: Path) -> None:

@@ -22,13 +22,14 @@ FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal", "text"),
     (
         *("config", "grid", "kinds", "pack", "methods", "mixed"),
-        *("disk", "digest", "trust", "signals", "divergence"),
+        *("disk", "digest", "trust", "signals", "divergence", "sharding"),
     ),
     ("layers", "activations", "kernels", "optim", "rivals", "manifest"),
     ("wrap", "checkpoint", "packed"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
+        *("processes", "streams"),
     ),
     (
         *(
@@ -51,7 +52,7 @@ FLOORS = [
             "gguf_tokenizer",
         ),
     ),
-    ("loop", "train", "demo", "inspection"),
+    ("loop", "train", "demo", "inspection", "launch"),
     ("cli",),
     ("__main__",),
 ]

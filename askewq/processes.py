@@ -1,0 +1,215 @@
+"""The processes of a run: Accelerate's, what they agree on, and how all end when one fails.
+
+Accelerate and its launcher decide how many there are and where, and whether DDP or FSDP2 keeps
+them together. What askewq cannot do exactly under their settings is refused here, by name. A
+process that fails leaves its message in the launcher's store; the others, whose next exchange
+breaks, find it there and end with it.
+"""
+
+import json
+import os
+from datetime import timedelta
+from typing import Any
+
+from askewq.config import Recipe
+from askewq.errors import RecipeError
+
+# Tells processes that --num-processes of their own command has started them.
+STARTED = "ASKEWQ_LAUNCHED"
+
+_FAILURE = "askewq/failure"
+
+
+def accelerator_of(recipe: Recipe) -> Any:
+    """Return the Accelerator of a run; here the processes meet.
+
+    Raises:
+        RecipeError: settings of the launcher that contradict the recipe, or are not supported.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import (
+        DataLoaderConfiguration,
+        DistributedType,
+        GradientAccumulationPlugin,
+        ProjectConfiguration,
+    )
+
+    _check_launcher(recipe)
+    # A process may run several recipes; Accelerate keeps the first one's precision otherwise.
+    AcceleratorState._reset_state()
+    sharded = _sharding()
+    made = Accelerator(
+        # Accelerate takes several processes without a GPU for that many runs unless it is told.
+        cpu=several() and not torch.accelerator.is_available(),
+        mixed_precision=recipe.mixed_precision,
+        dynamo_backend="inductor" if recipe.compile else "no",
+        fsdp_plugin=sharded,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=recipe.grad_accumulation, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
+        log_with=None if recipe.report_to == "none" else recipe.report_to,
+        project_config=ProjectConfiguration(
+            str(recipe.output), logging_dir=str(recipe.output / "logs")
+        ),
+    )
+    if sharded is not None and made.device.type == "cpu":
+        # Accelerate switches FSDP on for GPUs alone, but gloo can do what it needs. Each of the
+        # two states is asked now and then, and the second is filled from the first.
+        for state in (PartialState(), made.state):
+            state.distributed_type = DistributedType.FSDP
+        made.state.fsdp_plugin = sharded
+    if made.num_processes != _count():
+        raise RecipeError(
+            f"the launcher started {_count()} processes, and Accelerate connected "
+            f"{made.num_processes}; start them by accelerate launch, torchrun or --num-processes."
+        )
+    if sharded is not None and not is_sharded(made):
+        raise RecipeError(
+            f"the launcher's config asks for FSDP, and Accelerate makes {made.distributed_type} of "
+            "it; FSDP2 needs several processes, on GPUs or the CPU."
+        )
+    return made
+
+
+def _check_launcher(recipe: Recipe) -> None:
+    """Refuse what a launcher's config asks for and the run would not do."""
+    for name, what in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
+        ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing"),
+    ):
+        if _on(name):
+            raise RecipeError(
+                f"the launcher's config asks for {what}, with which askewq does not train; leave "
+                "it out. DDP and FSDP2 (distributed_type: FSDP, fsdp_version: 2) are what it can."
+            )
+    if os.environ.get("FSDP_IGNORED_MODULES"):
+        raise RecipeError(
+            "the launcher's config has fsdp_ignored_modules, whose weights would not be averaged "
+            "over the processes; leave it out."
+        )
+    asked = {
+        "mixed_precision": (os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "no"),
+        "grad_accumulation": (os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"), "1"),
+    }
+    for key, (value, default) in asked.items():
+        if value not in (default, "", "auto") and value != str(getattr(recipe, key)):
+            raise RecipeError(
+                f"the launcher's config says {value} for {key} and the recipe {key} = "
+                f"{getattr(recipe, key)}; the recipe decides, so leave it out of the config or "
+                f"pass --{key.replace('_', '-')} {value}."
+            )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend not in ("no", "") and not recipe.compile:
+        raise RecipeError(
+            f"the launcher's config says dynamo_backend: {backend}; leave it out and pass "
+            "--compile, which is what decides."
+        )
+
+
+def _sharding() -> Any:
+    """Return the plugin of FSDP2 if the launcher asks for it, with what exactness needs."""
+    # With empty weights in all processes but one there would be nothing to fit scales to.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if not _on("ACCELERATE_USE_FSDP"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise RecipeError(
+            "the launcher's config asks for FSDP version 1, which lays the weights of many layers "
+            "into one; use fsdp_version: 2."
+        )
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    # Gathered in bf16, weights would be rounded to the wrong level; autocast does the rest.
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
+
+
+def _on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def _count() -> int:
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def several() -> bool:
+    """Tell whether a launcher started this process together with others."""
+    return _count() > 1
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Tell whether weights are spread over the processes."""
+    return bool(accelerator.is_fsdp2)
+
+
+def expect(accelerator: Any, model: Any) -> None:
+    """Prepare DDP for parameters to which a first backward pass brought no gradient, and drop it.
+
+    It would wait for theirs otherwise; looking for them costs time, so only where there are some.
+    """
+    from accelerate import DistributedDataParallelKwargs
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if any(p.grad is None for p in trained):
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    model.zero_grad()
+
+
+def anyone(accelerator: Any, number: int) -> int:
+    """Return the largest number of all processes, so that they go the same way."""
+    import torch
+
+    if accelerator.num_processes == 1:
+        return number
+    mine = torch.tensor([number], device=accelerator.device)
+    return int(accelerator.gather(mine).max())
+
+
+def gather(accelerator: Any, mine: Any) -> list[Any]:
+    """Return an object of every process, in their order; every process gets all."""
+    from accelerate.utils import gather_object
+
+    return [mine] if accelerator.num_processes == 1 else gather_object([mine])
+
+
+def first_text(accelerator: Any, text: str) -> str:
+    """Return the text of the first process that has one."""
+    return next(filter(None, gather(accelerator, text)), "")
+
+
+def failed_first(message: str, code: int) -> tuple[int, str, int]:
+    """Leave a message for the other processes, unless one of them was faster.
+
+    Returns:
+        Process, message and exit code of the one that failed first.
+    """
+    process = int(os.environ.get("RANK") or 0)
+    mine = json.dumps([process, message, code])
+    if not several():
+        return process, message, code
+    try:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # of the extension
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        first = store.compare_set(_FAILURE, "", mine)
+        found = json.loads(first)
+        return int(found[0]), str(found[1]), int(found[2])
+    except (RuntimeError, ValueError, KeyError):  # the store went with the process that had it
+        return process, message, code
+
+
+def lost_another(error: BaseException) -> bool:
+    """Tell whether an error says that an exchange broke because another process was gone."""
+    import torch
+
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
