@@ -21,6 +21,7 @@ from askewq import (
     divergence,
     layers,
     processes,
+    refine,
     report,
     sharding,
     signals,
@@ -285,6 +286,24 @@ class Loop:
             report.print_evaluation(phase, step, result)
         if self.recipe.report_to != "none":
             self.accelerator.log({result.metric: result.value}, step=step)
+
+    def recalibrate(self, count: int) -> None:
+        """Give batch norm new statistics, of the batches that would come next."""
+        progress, accumulation = self.progress, self.recipe.grad_accumulation
+        raw = self._batches(progress.step * accumulation)
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            for i in range(count):
+                batch = next(raw)
+                process = self.accelerator.process_index
+                torch.manual_seed(_mix(self.recipe.seed, progress.step + i, process))
+                yield prepare_batch(batch, self.loaded.preprocessing, self.recipe.augment)
+
+        def forward(batch: dict[str, Tensor]) -> None:
+            with self.accelerator.autocast():
+                logits_and_labels(self.model, self.loaded.spec, batch)
+
+        refine.recalibrate_(self.model, batches(), forward, self.accelerator)
 
     def evaluate(self, *also: nn.Module) -> Evaluation:
         """Evaluate the model; `also` names models that must equal it to the bit."""

@@ -25,6 +25,7 @@ from askewq import (
     models,
     output,
     processes,
+    refine,
     report,
     signals,
     snapshots,
@@ -71,6 +72,11 @@ class _Run:
             raise RecipeError(
                 "compile = True does not go with FSDP2: a compiled network takes weights that are "
                 "made before its forward pass, and a shard has none. Leave it out, or use DDP."
+            )
+        if recipe.average and processes.is_sharded(self.accelerator):
+            raise RecipeError(
+                f"average = {recipe.average:g} does not go with FSDP2, whose shards it does not "
+                "follow; leave it out, or use DDP."
             )
         if recipe.compile and not can_compile(self.accelerator.device.type):
             raise RecipeError(
@@ -215,6 +221,9 @@ class _Run:
                 self.loop.progress.rounded = self.loop.evaluate().value
         lr = recipe.lr or 0.0
         optimizer, pacer = choices.low_bit_optimizer(recipe, self.model, lr)
+        average = None
+        if recipe.average:
+            average = refine.FloatAverage(self.model, optimizer, recipe.average)
         inside = pacer.feasible_share()
         counted_at = 0.0
 
@@ -226,6 +235,8 @@ class _Run:
             return {**pacer.shown(progress), "inside": inside}
 
         self.loop.run(LOW_BIT, optimizer, start, start + self.steps, folder, before_step)
+        if average is not None:
+            average.use_()
         self.inside = pacer.feasible_share()
 
     def _own_teacher(self, *, resumed: bool) -> distill.Teacher:
@@ -252,6 +263,8 @@ class _Run:
                 f"smaller --lr than {self.recipe.lr:g}."
             )
         layers.snap_(self.model)
+        if self.recipe.recalibrate_bn:
+            self.loop.recalibrate(self.recipe.recalibrate_bn)
         snapped = self.loop.evaluate().value
         path = self.out / artifact.ARTIFACT
         if self.accelerator.is_main_process:
