@@ -6,9 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from askewq import config
+from askewq import config, refine
 from askewq.anneal import Closing
 from askewq.config import Recipe
+from askewq.errors import RecipeError
 from askewq.methods import RIVALS, check_bits
 from askewq.optim import AskewAdamW, AskewSGD
 from askewq.rivals import Follower
@@ -46,6 +47,11 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
     """
     check_bits(recipe.method, recipe.bits)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if recipe.recalibrate_bn and not refine.batch_norms(model):
+        raise RecipeError(
+            f"recalibrate_bn = {recipe.recalibrate_bn} decides nothing: the network has no batch "
+            "norm with statistics; leave it out."
+        )
     # Few levels and a normalised network: steps of the same length, in levels, for every weight.
     told = {recipe.optimizer, recipe.lr, recipe.level_lr} != {None}
     coarse = batch_norm and recipe.bits in (1, "ternary") and recipe.method == "askewsgd"

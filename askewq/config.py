@@ -131,6 +131,17 @@ class Recipe(BaseModel):
     batch_size: int = _key(64, TRAIN, "samples per process and micro-step", ge=1)
     grad_accumulation: int = _key(1, TRAIN, "micro-steps per optimizer step", ge=1)
     mixed_precision: Literal["no", "bf16"] = _key("no", TRAIN, "autocast of the forward pass")
+    average: float = _key(
+        0.0,
+        TRAIN,
+        "what a moving average of the parameters that stay float keeps a step, such as 0.99; it "
+        "takes their place at the end; 0: none",
+        ge=0,
+        lt=1,
+    )
+    recalibrate_bn: int = _key(
+        0, TRAIN, "batches that give batch norm new statistics after the snap", ge=0
+    )
     compile: bool = _key(
         False, TRAIN, "compile the network: faster steps, after the time that compiling takes"
     )

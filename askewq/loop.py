@@ -5,6 +5,7 @@ them, so an interrupted run goes on exactly as it would have. After the last ste
 checkpoint is written, so that between the phases nothing that was trained can be lost.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from askewq import (
     divergence,
     layers,
     processes,
+    refine,
     report,
     sharding,
     signals,
@@ -292,15 +294,35 @@ class Loop:
     def calibrate(self) -> None:
         """Show the network training samples, the first of the first epoch, without augmentation."""
         self.model.eval()
-        self.train_loader.set_epoch(0)
-        count = 0
+        loader = self.train_loader
+        place = loader.state() if isinstance(loader, StreamLoader) else None
+        count = -(-CALIBRATION_SAMPLES // self.recipe.batch_size)
+        if place is None:
+            count = min(count, len(loader))
         with torch.no_grad(), self.accelerator.autocast():
-            for raw in self.train_loader:
+            for raw in itertools.islice(self._batches(0), count):
                 batch = prepare_batch(raw, self.loaded.preprocessing)
-                logits, _ = logits_and_labels(self.model, self.loaded.spec, batch)
-                count += len(logits)
-                if count >= CALIBRATION_SAMPLES:
-                    break
+                logits_and_labels(self.model, self.loaded.spec, batch)
+        if place is not None:
+            loader.load(place)
+
+    def recalibrate(self, count: int) -> None:
+        """Give batch norm new statistics, of the batches that would come next."""
+        progress, accumulation = self.progress, self.recipe.grad_accumulation
+        raw = self._batches(progress.step * accumulation)
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            for i in range(count):
+                batch = next(raw)
+                process = self.accelerator.process_index
+                torch.manual_seed(_mix(self.recipe.seed, progress.step + i, process))
+                yield prepare_batch(batch, self.loaded.preprocessing, self.recipe.augment)
+
+        def forward(batch: dict[str, Tensor]) -> None:
+            with self.accelerator.autocast():
+                logits_and_labels(self.model, self.loaded.spec, batch)
+
+        refine.recalibrate_(self.model, batches(), forward, self.accelerator)
 
     def evaluate(self, *also: nn.Module) -> Evaluation:
         """Evaluate the model; `also` names models that must equal it to the bit."""

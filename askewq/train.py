@@ -26,6 +26,7 @@ from askewq import (
     models,
     output,
     processes,
+    refine,
     report,
     signals,
     snapshots,
@@ -71,11 +72,8 @@ class _Run:
         output.check(recipe)
         self.out = recipe.output
         self.accelerator = processes.accelerator_of(recipe)
-        if recipe.compile and processes.is_sharded(self.accelerator):
-            raise RecipeError(
-                "compile = True does not go with FSDP2: a compiled network takes weights that are "
-                "made before its forward pass, and a shard has none. Leave it out, or use DDP."
-            )
+        if processes.is_sharded(self.accelerator):
+            _check_sharded(recipe)
         if recipe.compile and not can_compile(self.accelerator.device.type):
             raise RecipeError(
                 "compile: torch.compile does not work here, see the warning; leave it out."
@@ -226,6 +224,9 @@ class _Run:
                 self.loop.progress.rounded = self.loop.evaluate().value
         lr = recipe.lr or 0.0
         optimizer, pacer = choices.low_bit_optimizer(recipe, self.model, lr)
+        average = None
+        if recipe.average:
+            average = refine.FloatAverage(self.model, optimizer, recipe.average)
         inside = pacer.feasible_share()
         counted_at = 0.0
         follow_until = min(recipe.close_end or INPUTS_FOLLOW_UNTIL, INPUTS_FOLLOW_UNTIL)
@@ -239,6 +240,8 @@ class _Run:
             return {**pacer.shown(progress), "inside": inside}
 
         self.loop.run(LOW_BIT, optimizer, start, start + self.steps, folder, before_step)
+        if average is not None:
+            average.use_()
         self.inside = pacer.feasible_share()
 
     def _round_inputs(self, act_bits: ActBits) -> None:
@@ -277,6 +280,8 @@ class _Run:
                 f"smaller --lr than {self.recipe.lr:g}."
             )
         layers.snap_(self.model)
+        if self.recipe.recalibrate_bn:
+            self.loop.recalibrate(self.recipe.recalibrate_bn)
         snapped = self.loop.evaluate().value
         path = self.out / artifact.ARTIFACT
         if self.accelerator.is_main_process:
@@ -328,6 +333,20 @@ class _Run:
         if self.recipe.report_to != "none":
             self.accelerator.end_training()
         return metrics
+
+
+def _check_sharded(recipe: Recipe) -> None:
+    """Refuse what does not work on the shards of FSDP2."""
+    for key, why in (
+        ("compile", "a compiled network takes weights made before its forward pass, not shards"),
+        ("average", "it does not follow shards"),
+        ("act_bits", "the scales of inputs are not kept alike in all processes"),
+    ):
+        value = getattr(recipe, key)
+        if value not in (False, 0.0, None, "none"):
+            raise RecipeError(
+                f"{key} = {value} does not go with FSDP2: {why}. Leave it out, or use DDP."
+            )
 
 
 def _load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:

@@ -25,7 +25,7 @@ FLOORS = [
         *("disk", "digest", "trust", "signals", "divergence", "sharding"),
     ),
     ("layers", "activations", "kernels", "optim", "rivals", "manifest"),
-    ("wrap", "checkpoint", "packed"),
+    ("wrap", "checkpoint", "packed", "refine"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
