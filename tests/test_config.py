@@ -37,7 +37,7 @@ class TestFlags:
         assert wanted <= finetune_flags()
 
     def test_every_flag_is_a_recipe_key(self):
-        """The command takes no setting that a recipe cannot hold: the recipe, and what starts it."""
+        """The command takes no setting that a recipe cannot hold, but it and what starts runs."""
         names = {flag.removeprefix("--") for flag in finetune_flags()}
         keys = {key.replace("_", "-") for key in Recipe.model_fields}
         negatives = {f"no-{key}" for key in keys}
