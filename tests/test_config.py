@@ -37,11 +37,11 @@ class TestFlags:
         assert wanted <= finetune_flags()
 
     def test_every_flag_is_a_recipe_key(self):
-        """The command takes no setting that a recipe cannot hold, except the recipe itself."""
+        """The command takes no setting that a recipe cannot hold, but it and what starts runs."""
         names = {flag.removeprefix("--") for flag in finetune_flags()}
         keys = {key.replace("_", "-") for key in Recipe.model_fields}
         negatives = {f"no-{key}" for key in keys}
-        assert names - keys - negatives == {"recipe"}
+        assert names - keys - negatives == {"recipe", "num-processes"}
 
     def test_only_booleans_have_a_negative_flag(self):
         """--no-x exists for exactly the keys that are true or false."""
@@ -85,8 +85,9 @@ class TestFlags:
             assert annotation == Recipe.model_fields[key].annotation
 
     def test_the_sources_write_no_flag_by_hand(self):
-        """The finetune command has no parameter besides the recipe and the generated flags."""
-        assert set(inspect.signature(cli.finetune).parameters) == {"recipe", "flags"}
+        """The finetune command has the generated flags, the recipe, and in how many processes."""
+        parameters = set(inspect.signature(cli.finetune).parameters)
+        assert parameters == {"recipe", "num_processes", "flags"}
 
 
 class TestMerging:
