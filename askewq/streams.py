@@ -6,6 +6,7 @@ where its buffer begins and how many samples of it are gone, and a run goes on e
 after reading one buffer again.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -104,6 +105,8 @@ class _Batches(IterableDataset[Any]):
         self._who = recipe.seed, process
 
     def __iter__(self) -> Iterator[Any]:
+        # The epoch of a data set lies in memory that workers share, and each is at its own.
+        self._split = copy.deepcopy(self._split)
         info = get_worker_info()
         worker = 0 if info is None else info.id
         if worker < self.turn:
