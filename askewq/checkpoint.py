@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from askewq import digest, disk, manifest, trust
 from askewq.errors import FormatError, UnverifiedWarning, near
-from askewq.layers import QuantizedLayer, quantized_layers
+from askewq.layers import quantized_modules
 from askewq.manifest import VERSION, WITHOUT_DIGEST, PackedWeight
 from askewq.pack import pack
 
@@ -73,12 +73,14 @@ def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def artifact_of(model: nn.Module) -> Artifact:
     """Return the content of the file for a model with quantized layers."""
-    layers = {_key(name, "weight"): layer for name, layer in quantized_layers(model).items()}
-    scales = {
-        _key(name, "weight_scale")
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantizedLayer)
-    }
+    every = quantized_modules(model)
+    of_latent = {
+        id(layer.latent): layer for layer in reversed(every)
+    }  # of those that share, the first
+    of_scale = {id(layer.weight_scale) for layer in every}
+    tensors = list(_named_tensors(model))
+    layers = {name: of_latent[id(tensor)] for name, tensor in tensors if id(tensor) in of_latent}
+    scales = {name for name, tensor in tensors if id(tensor) in of_scale}
     shared = shared_names(model)
     artifact = Artifact({}, {}, {})
     for name, tensor in model.state_dict().items():
@@ -95,11 +97,6 @@ def artifact_of(model: nn.Module) -> Artifact:
         else:
             artifact.tensors[name] = tensor
     return artifact
-
-
-def _key(module: str, leaf: str) -> str:
-    """Return the state-dict key of a tensor; the model itself may be the module."""
-    return f"{module}.{leaf}" if module else leaf
 
 
 def shared_names(model: nn.Module) -> dict[str, str]:

@@ -44,7 +44,8 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
     Raises:
         RecipeError: bits that the method cannot do, or a setting that decides nothing.
     """
-    check_bits(recipe.method, recipe.bits)
+    for bits in (recipe.bits, *recipe.overrides.values()):
+        check_bits(recipe.method, bits)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     # Few levels and a normalised network: steps of the same length, in levels, for every weight.
     told = {recipe.optimizer, recipe.lr, recipe.level_lr} != {None}

@@ -27,7 +27,7 @@ app = App(
 recipes = App(name="recipes", help="The recipes that come with askewq.")
 app.command(recipes)
 
-_PLAN_KEYS = ("bits", "grid", "group_size", "include", "exclude")
+_PLAN_KEYS = ("bits", "grid", "group_size", "include", "exclude", "bits_override")
 _MODEL_KEYS = ("task", "trust_remote_code", "image_size")
 _DATA_KEYS = (
     "dataset",

@@ -36,5 +36,6 @@ def inspect(recipe: Recipe, *, verify: bool = False) -> None:
         group_size=recipe.group_size,
         include=recipe.include,
         exclude=recipe.exclude,
+        bits_override=recipe.overrides,
     )
     report.print_plan(plan)

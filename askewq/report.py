@@ -69,7 +69,7 @@ def print_coverage(plan: Plan) -> None:
     )
     for layer in plan.layers:
         if layer.grid is None and layer.note != "no weight matrix":
-            _say(f"  float: {layer.names[0]} ({layer.kind}): {layer.note}")
+            _say(f"  float: {layer.label or '(model)'} ({layer.kind}): {layer.note}")
 
 
 def print_plan(plan: Plan) -> None:
@@ -80,7 +80,7 @@ def print_plan(plan: Plan) -> None:
     for layer in plan.layers:
         grid = _describe(layer.grid, layer) if layer.grid else "float"
         shape = "x".join(map(str, layer.shape))
-        _row(table, layer.names[0] or "(model)", layer.kind, shape, grid, layer.note)
+        _row(table, layer.label or "(model)", layer.kind, shape, grid, layer.note)
     console.print(table)
     print_coverage(plan)
 

@@ -106,6 +106,7 @@ class _Run:
             group_size=recipe.group_size,
             include=recipe.include,
             exclude=recipe.exclude,
+            bits_override=recipe.overrides,
         )
         self.steps = recipe.max_steps or max(
             1, math.ceil(recipe.epochs * len(train) / recipe.grad_accumulation)

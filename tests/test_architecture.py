@@ -24,7 +24,7 @@ FLOORS = [
         *("config", "grid", "kinds", "pack", "methods", "mixed"),
         *("disk", "digest", "trust", "signals", "divergence"),
     ),
-    ("layers", "kernels", "optim", "rivals", "manifest"),
+    ("layers", "kernels", "optim", "rivals", "manifest", "patterns", "probe"),
     ("wrap", "checkpoint", "packed"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),

@@ -426,12 +426,12 @@ def test_timms_same_padding_is_quantized():
 def test_what_is_no_linear_layer_is_named_with_its_kind():
     """Modules with another kind of weight matrix stay float, and the table names their class."""
     model = nn.Sequential(
-        nn.Linear(4, 4), nn.ConvTranspose2d(4, 4, 3), nn.Bilinear(4, 4, 4), nn.BatchNorm2d(4),
+        nn.Linear(4, 4), nn.LSTM(4, 4), nn.Bilinear(4, 4, 4), nn.BatchNorm2d(4),
         nn.Linear(4, 4), nn.Linear(4, 2),
     )  # fmt: skip
     assert notes(plan(model, 2)) == {
         "0": "first layer, kept in full precision",
-        "1": "ConvTranspose2d is not Linear, Conv or Embedding",
+        "1": "LSTM is not Linear, Conv or Embedding",
         "2": "Bilinear is not Linear, Conv or Embedding",
         "3": "no weight matrix",
         "5": "last layer, kept in full precision",
@@ -477,7 +477,10 @@ def test_every_parameter_is_counted_once(build):
     result = plan(model, 2)
     assert result.total_parameters == sum(p.numel() for p in model.parameters())
     by_name = dict(model.named_modules())
-    weights = {id(by_name[layer.names[0]].weight): layer.weights for layer in result.quantized}
+    weights = {
+        id(by_name[layer.names[0]].get_parameter(layer.leaves[0])): layer.weights
+        for layer in result.quantized
+    }
     assert len(weights) == len(result.quantized)
     assert result.quantized_parameters == sum(weights.values())
     assert all(layer.note or layer.grid for layer in result.layers), (
@@ -535,11 +538,22 @@ def test_layers_that_disagree_about_channels_cannot_share():
     assert notes(result)["1"].startswith("shared by layers whose output channels are different")
 
 
-def test_attention_weights_outside_a_linear_layer_are_named():
-    """The input projection of nn.MultiheadAttention is a matrix, and the note must not deny it."""
+def test_attention_weights_outside_a_linear_layer_are_quantized():
+    """The input projection of nn.MultiheadAttention is a weight like that of its output."""
     result = plan(between(nn.MultiheadAttention(4, 2)), 2)
-    assert notes(result)["1"] == "MultiheadAttention is not Linear, Conv or Embedding"
-    assert "1.out_proj" in names(result)
+    assert [layer.label for layer in result.quantized] == ["1.in_proj_weight", "1.out_proj", "2"]
+    assert notes(result).keys() == {"0", "3"}
+
+
+def test_attention_with_a_forward_of_its_own_is_named():
+    """What a subclass does with the projections cannot be seen from outside."""
+
+    class Scaled(nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    result = plan(between(Scaled(4, 2)), 2)
+    assert notes(result)["1"].startswith("Scaled has a forward of its own, and what becomes of its")
 
 
 @pytest.mark.parametrize("bits", [1, "ternary", 2, 3, 8])
