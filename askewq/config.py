@@ -217,7 +217,7 @@ def parse_override(text: str) -> tuple[str, Bits]:
     pattern, _, width = text.rpartition("=")
     allowed = {str(bits): bits for bits in get_args(Bits)}
     if not pattern or width not in allowed:
-        raise ValueError(f"must be PATTERN=B with B one of {', '.join(allowed)}, not {text!r}")
+        raise ValueError(f"{text!r} must be PATTERN=B with B one of {', '.join(allowed)}")
     return pattern, allowed[width]
 
 

@@ -2,7 +2,7 @@
 
 An artifact's config.json has the model type `askewq`, so that transformers alone refuses it. Here
 that type leads to the network's own config (registration.py), which carries the quantization
-method `askewq`; its quantizer puts packed layers in slot before transformers' loader fills them.
+method `askewq`; its quantizer puts packed layers in place before transformers' loader fills them.
 What is saved is an artifact again. A model is complete or refused: transformers would only warn
 of weights that are missing and make them up.
 """
@@ -31,8 +31,8 @@ from askewq.packed import (
     artifact_of,
     attach_,
     attached,
-    slot_of,
     seal_,
+    slot_of,
     unseal_,
 )
 from askewq.spec import ModelSpec

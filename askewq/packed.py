@@ -128,7 +128,7 @@ class PackedEmbedding(PackedLayer):
 
 
 def attach_(slot: Slot, packed: PackedTensor) -> None:
-    """Let a packed weight take the slot of a Parameter, in slot.
+    """Let a packed weight take the place of a Parameter, in place.
 
     Until `seal_` the attribute is the `PackedTensor` itself, for a loader to fill by name.
     """
@@ -142,13 +142,13 @@ def attached(layer: nn.Module) -> tuple[str, ...]:
 
 
 def seal_(layer: nn.Module) -> None:
-    """Let a layer unpack its attached weights from now on, in slot."""
+    """Let a layer unpack its attached weights from now on, in place."""
     looks_up = type(layer).forward is nn.Embedding.forward
     mix_(layer, PackedEmbedding if looks_up else PackedLayer, attached(layer))
 
 
 def unseal_(layer: PackedLayer) -> None:
-    """Give a packed layer its class and dense Parameters back, in slot."""
+    """Give a packed layer its class and dense Parameters back, in place."""
     dense = {leaf: nn.Parameter(layer.read(leaf)) for leaf in layer.leaves}
     unmix_(layer)
     for leaf, parameter in dense.items():
@@ -157,7 +157,7 @@ def unseal_(layer: PackedLayer) -> None:
 
 
 def load_packed_into(model: nn.Module, artifact: Artifact) -> None:
-    """Fill a plain model, in slot, and keep the artifact's weights packed in it.
+    """Fill a plain model, in place, and keep the artifact's weights packed in it.
 
     Raises:
         FormatError: as `checkpoint.check_fit`, or a packed weight that is no layer's (`slot_of`).

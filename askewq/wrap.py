@@ -152,8 +152,8 @@ def plan(
     for name, module in modules.items():
         for leaf in _main(module):
             users.setdefault(id(module.get_parameter(leaf)), []).append(Place(name, leaf))
-    every = [name for places in users.values() for place in places for name in place.called]
-    patterns.check([*include, *exclude, *overrides], [*modules, *every])
+    called = [name for places in users.values() for place in places for name in place.called]
+    patterns.check([*include, *exclude, *overrides], list(dict.fromkeys([*modules, *called])))
     matrices = [name for name, module in modules.items() if _has_matrix(module)]
     ends = dict(zip(matrices[:1] + matrices[-1:], ("first", "last"), strict=False))
     layers = []
