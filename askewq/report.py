@@ -20,8 +20,10 @@ from askewq.config import Recipe, to_yaml
 from askewq.evaluate import Evaluation
 from askewq.grid import Grid
 from askewq.hf_models import auto_class_name
+from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel, ModelSpec
 from askewq.text import fence, markdown, printable
+from askewq.vocabulary import Bits
 from askewq.wrap import Plan, PlannedLayer
 
 # Into a file or a pipe every row of a table is one line.
@@ -83,6 +85,18 @@ def print_plan(plan: Plan) -> None:
         _row(table, layer.label or "(model)", layer.kind, shape, grid, layer.note)
     console.print(table)
     print_coverage(plan)
+
+
+def print_sensitivity(found: Sensitivity, widths: Sequence[Bits]) -> None:
+    """Print what rounding costs every layer, and the width that it got."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("layer", "weights", "bits", *(f"loss at {bits}" for bits in found.widths)):
+        table.add_column(column, overflow="fold")
+    rows = zip(found.layers, widths, found.increase.tolist(), strict=True)
+    for layer, bits, increases in rows:
+        costs = (f"{increase:+.4f}" for increase in increases)
+        _row(table, layer.label, f"{layer.weights:,}", str(bits), *costs)
+    console.print(table)
 
 
 def _describe(grid: Grid, layer: PlannedLayer) -> str:

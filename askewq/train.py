@@ -74,7 +74,7 @@ class _Run:
         output.check(recipe)
         # Heads that are new to the task and own modules draw their first weights from this seed.
         set_seed(recipe.seed)
-        self.loaded, self.data = _load(recipe)
+        self.loaded, self.data = load(recipe)
         self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model)
         self.out = recipe.output
         self.accelerator = Accelerator(
@@ -301,7 +301,8 @@ class _Run:
         return metrics
 
 
-def _load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
+def load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
+    """Return the model and the data of a recipe."""
     source = models.find_source(recipe.model)
     trust = recipe.trust_remote_code
     task = recipe.task or models.guess_task(recipe.model, source, trust_remote_code=trust)

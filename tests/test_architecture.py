@@ -28,7 +28,7 @@ FLOORS = [
     ("wrap", "checkpoint", "packed"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
-        *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
+        *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target", "sensitivity"),
     ),
     (
         *(
@@ -44,7 +44,7 @@ FLOORS = [
         *("export", "export_dense", "export_compressed_tensors"),
         *("export_onnx", "onnx_weights", "export_gguf", "gguf_types", "gguf_tokenizer"),
     ),
-    ("loop", "train", "demo", "inspection"),
+    ("loop", "train", "demo", "inspection", "planning"),
     ("cli",),
     ("__main__",),
 ]
