@@ -128,6 +128,11 @@ def make_grid(bits: Bits, kind: GridKind = "integer") -> Grid:
     return Grid(bits, first, 1.0, size)
 
 
+def mixed_grid(bits: Bits, kind: GridKind) -> Grid:
+    """Return the grid of one width among several: of this kind, where the width has two."""
+    return make_grid(bits, "integer" if bits in (1, "ternary") else kind)
+
+
 def scale_shape(shape: torch.Size, group_size: GroupSize) -> tuple[int, int]:
     """Return ``(out, groups)``, the shape of the scale of a weight [out, ...].
 

@@ -3,9 +3,8 @@
 import fnmatch
 from collections.abc import Mapping, Sequence
 
-from askewq.errors import PlanError, RecipeError, near
-from askewq.grid import Grid, make_grid
-from askewq.vocabulary import Bits, GridKind
+from askewq.errors import PlanError, near
+from askewq.grid import Grid
 
 
 def matches(names: Sequence[str], pattern: str) -> bool:
@@ -25,18 +24,6 @@ def check(patterns: Sequence[str], names: Sequence[str]) -> None:
                 f"the pattern {pattern!r} matches no layer{near(pattern, names)}; patterns are "
                 "globs on module names such as 'layer1.*' (askewq inspect MODEL lists the names)."
             )
-
-
-def override(pattern: str, bits: Bits, kind: GridKind) -> Grid:
-    """Return the grid that an override asks for.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    try:
-        return make_grid(bits, kind)
-    except RecipeError as error:
-        raise RecipeError(f"the override {pattern}={bits}: {error}") from error
 
 
 def overridden(names: Sequence[str], overrides: Mapping[str, Grid]) -> Grid | None:

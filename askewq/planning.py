@@ -25,7 +25,7 @@ from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData
 from askewq.errors import ModelError, OutputError, PlanError, RecipeError
-from askewq.grid import make_grid
+from askewq.grid import mixed_grid
 from askewq.methods import check_bits
 from askewq.pack import packed_size
 from askewq.sensitivity import Sensitivity
@@ -77,7 +77,7 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
     loaded, data = _open(recipe, settings)
     uniform = wrap.plan(
         loaded.model,
-        settings.candidates[0],
+        8,
         grid=recipe.grid,
         group_size=recipe.group_size,
         include=recipe.include,
@@ -87,7 +87,7 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
     found = _find(recipe, settings, loaded, data, uniform)
     widths = sensitivity.assign(found, budget)
     grids = {
-        layer.names: make_grid(bits, recipe.grid)
+        layer.names: mixed_grid(bits, recipe.grid)
         for layer, bits in zip(found.layers, widths, strict=True)
     }
     result = Plan(tuple(replace(layer, grid=grids.get(layer.names)) for layer in uniform.layers))
@@ -117,7 +117,6 @@ def _check(recipe: Recipe, settings: Settings) -> None:
         raise RecipeError("--candidates must name two widths at least, to choose between.")
     for bits in settings.candidates:
         check_bits(recipe.method, bits)
-        make_grid(bits, recipe.grid)
     if recipe.bits_override:
         raise RecipeError("bits_override is what a plan finds: leave it out, or exclude the layer.")
     if missing := [name for name in ("scipy", "matplotlib") if find_spec(name) is None]:
@@ -158,9 +157,12 @@ def _open(recipe: Recipe, settings: Settings) -> tuple[LoadedModel, OpenData]:
     set_seed(recipe.seed)
     samples = min(settings.samples, recipe.max_train_samples or settings.samples)
     loaded, data = load(recipe.model_copy(update={"max_train_samples": samples}))
-    if loaded.notes:
+    new = [*loaded.notes]
+    if not recipe.pretrained and recipe.weights is None:
+        new.append("its weights are random")
+    if new:
         raise ModelError(
-            f"{recipe.model!r} was not trained for this data: {'; '.join(loaded.notes)}. What "
+            f"{recipe.model!r} was not trained for this data: {'; '.join(new)}. What "
             "rounding costs shows only in a trained model: fine-tune it first, and pass its "
             "--weights."
         )
@@ -203,8 +205,8 @@ def bytes_beside_codes(model: nn.Module, uniform: Plan) -> int:
     buffers = sum(tensor.nbytes for name, tensor in state.items() if name not in parameters)
     # In the header every tensor has its name, type, shape and place; a packed one has two of these,
     # and its entry in the manifest.
-    header = 512 + sum(len(name) + 128 for name in state)
-    packed = sum(2 * len(layer.label) + 448 for layer in uniform.quantized)
+    header = 400 + sum(len(name) + 96 for name in state)
+    packed = sum(2 * len(layer.label) + 272 for layer in uniform.quantized)
     return uniform.predicted_bytes - codes + buffers + header + packed
 
 
@@ -275,7 +277,9 @@ def recipe_text(
     widths: tuple[Bits, ...],
 ) -> str:
     """Return the recipe: what the user set, the width of most layers, and that of the others."""
-    most = Counter(widths).most_common(1)[0][0]
+    # Half-integers are refused beside a width that has only one grid, but for overrides.
+    able = [bits for bits in widths if recipe.grid == "integer" or bits not in (1, "ternary")]
+    most = Counter(able or widths).most_common(1)[0][0]
     others = [
         f"{glob.escape(layer.label)}={bits}"
         for layer, bits in zip(found.layers, widths, strict=True)
@@ -285,6 +289,8 @@ def recipe_text(
     content = {key: values[key] for key in config.Recipe.model_fields if key in given}
     content = {key: v for key, v in content.items() if key not in ("bits", "output")}
     content |= {"bits": most, "bits_override": others}
+    if not able:
+        content.pop("grid")
     asked = settings.size or f"{settings.average_bits:g} bits a weight"
     return (
         f"# Bits by layer for {asked}, from {settings.estimate} sensitivities (askewq plan).\n"

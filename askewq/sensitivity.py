@@ -10,14 +10,15 @@ Two estimates of the loss that rounding one weight adds while all others stay as
 `assign` takes the increases as additive, and finds the assignment with the smallest sum exactly.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from askewq.errors import PlanError
-from askewq.grid import channels_back, channels_first, fit_scale, make_grid
+from askewq.errors import ModelError, PlanError
+from askewq.grid import channels_back, channels_first, fit_scale, mixed_grid
 from askewq.pack import packed_size
 from askewq.vocabulary import Bits, GridKind
 from askewq.wrap import Plan, PlannedLayer
@@ -54,8 +55,16 @@ def measured(
         plan: of any width; its layers and the groups that share a scale are what counts.
         kind: of grid, where a width has several.
         loss: of the model on the calibration samples.
+
+    Raises:
+        ModelError: a loss that is not finite before anything is rounded.
     """
     base = loss()
+    if not math.isfinite(base):
+        raise ModelError(
+            f"the model's loss on the calibration samples is {base} before anything is rounded; "
+            "check its weights and the data."
+        )
 
     def increase(weight: Tensor, rounded: Tensor) -> float:
         before = weight.clone()
@@ -129,7 +138,7 @@ def _rounded(
     """Yield the weight at every width, in its own shape."""
     first = channels_first(_weight(model, layer).detach().clone(), layer.channel_dim)
     for bits in widths:
-        grid = make_grid(bits, kind)
+        grid = mixed_grid(bits, kind)
         scale = fit_scale(first, grid, layer.group_size)
         yield channels_back(grid.values(grid.codes(first, scale), scale), layer.channel_dim)
 
@@ -137,8 +146,9 @@ def _rounded(
 def assign(sensitivity: Sensitivity, budget: int) -> tuple[Bits, ...]:
     """Return the width of every layer: the smallest sum of increases within so many bytes of codes.
 
-    What rounding gains (a negative increase) counts as nothing: on the samples of a calibration it
-    is noise. scipy's integer program (HiGHS) finds the optimum, not an approximation.
+    What rounding gains (a negative increase) counts as nothing: on a few samples it is noise. What
+    is not finite counts as more than everything that is. scipy's integer program (HiGHS) finds the
+    optimum.
 
     Raises:
         PlanError: a budget below the smallest assignment.
@@ -152,7 +162,10 @@ def assign(sensitivity: Sensitivity, budget: int) -> tuple[Bits, ...]:
             f"a budget of {budget:,} bytes of codes cannot be met: with the widths "
             f"{', '.join(map(str, sensitivity.widths))} they take {least:,} bytes at least."
         )
-    costs = sensitivity.increase.clamp(min=0).flatten().numpy()
+    increase = sensitivity.increase.clamp(min=0)
+    finite = increase.isfinite()
+    worst = 1 + layers * increase.where(finite, 0.0).max()
+    costs = increase.where(finite, worst).flatten().numpy()
     one_each = torch.eye(layers, dtype=torch.float64).repeat_interleave(widths, 1).numpy()
     sizes = sensitivity.code_bytes.flatten().double().numpy()
     found = milp(

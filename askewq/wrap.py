@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from askewq import patterns, probe
 from askewq.errors import ModelError, PlanError
-from askewq.grid import Grid, channels_first, fit_scale, make_grid, scale_shape
+from askewq.grid import Grid, channels_first, fit_scale, make_grid, mixed_grid, scale_shape
 from askewq.kinds import kind_of, leaves_of
 from askewq.layers import quantize_layer_, quantized_layers
 from askewq.pack import packed_size
@@ -144,7 +144,7 @@ def plan(
             another, or nothing left to quantize.
     """
     chosen = make_grid(bits, grid)
-    overrides = {p: patterns.override(p, b, grid) for p, b in (bits_override or {}).items()}
+    overrides = {p: mixed_grid(b, grid) for p, b in (bits_override or {}).items()}
     scale_shape(torch.Size((1, group_size if isinstance(group_size, int) else 1)), group_size)
     _check_plain(model)
     modules = {name: m for name, m in model.named_modules() if any(True for _ in _own(m))}
