@@ -44,20 +44,23 @@ def _uses_weight_linearly(module: nn.Module, x: Tensor) -> bool | None:
     Returns:
         None where that cannot be seen: the forward takes other inputs, or gives no one tensor.
     """
-    own = module.get_parameter("weight")
-    weight = ramp(own.shape, own)
-    bias = dict(module.named_parameters(recurse=False)).get("bias")
-    state = {} if bias is None else {"module.bias": torch.zeros_like(bias)}
-    outputs = []
+    own = dict(module.named_parameters(recurse=False))
+    weight = ramp(own["weight"].shape, own["weight"])
+    state = {"module.bias": torch.zeros_like(own["bias"])} if "bias" in own else {}
+    others = {f"module.{name}": p for name, p in own.items() if name not in ("weight", "bias")}
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
-            for factor in (1, 2):
-                state["module.weight"] = factor * weight
-                outputs.append(torch.func.functional_call(_Bare(module), state, (x,)))
-        return torch.equal(2 * outputs[0], outputs[1])
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            once = torch.func.functional_call(_Bare(module), {**state, "module.weight": weight}, x)
+            if not once.any():  # by a gain that begins at zero, which hides what the weight does
+                state |= {name: torch.ones_like(p) for name, p in others.items()}
+            once, twice = (
+                torch.func.functional_call(_Bare(module), {**state, "module.weight": w}, x)
+                for w in (weight, 2 * weight)
+            )
+        return torch.equal(2 * once, twice) if once.any() else None
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError):
         return None
     finally:
         for child, training in modes:

@@ -395,6 +395,23 @@ def test_parametrized_layers_stay_float(parametrize, bias):
     assert result.total_parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [ScaledStdConv2d, ScaledStdConv2dSame])
+def test_a_gain_that_begins_at_zero_hides_nothing(kind):
+    """The last convolution of a block of NFNet gives zeros at first, linear in anything."""
+    result = plan(between(kind(4, 4, 3, gain_init=0.0)), 2)
+    assert notes(result)["1"] == f"{kind.__name__} transforms its weight before use"
+
+
+def test_an_output_that_is_always_zero_shows_nothing():
+    """A layer that is switched off cannot be seen to be linear."""
+
+    class Off(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0 * super().forward(x)
+
+    assert "cannot be seen by a call" in notes(plan(between(Off(4, 4)), 2))["1"]
+
+
 def test_an_own_forward_that_is_linear_in_the_weight_is_quantized():
     """A subclass with another forward is probed: a linear use of the weight passes."""
 

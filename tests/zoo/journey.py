@@ -45,7 +45,7 @@ class Journey:
     Attributes:
         bits: of its grid.
         parameters: of the model.
-        quantized, coverable: weights on a grid, and all weights of layers of kinds that askewq knows.
+        quantized, coverable: weights on a grid, and all of the layers that kinds.py knows.
         exceptions: layers of those kinds that stayed float: (name, class, weights, reason).
         others: the classes of other modules that have matrices; they stay float.
         failures: what did not hold; empty: all did.
@@ -112,7 +112,8 @@ def _coverable(module: nn.Module, layer: PlannedLayer) -> bool:
 
 
 def _size(layer: PlannedLayer) -> int:
-    return torch.Size(layer.shape).numel()
+    """Return the weights of a layer; of a weight computed from others, those."""
+    return layer.parameters if "computed" in layer.note else torch.Size(layer.shape).numel()
 
 
 def train(model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
