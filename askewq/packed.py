@@ -168,11 +168,11 @@ def load_packed_into(model: nn.Module, artifact: Artifact) -> None:
     check_fit(model, artifact)
     packed = {name: PackedTensor(weight) for name, weight in artifact.weights.items()}
     packed |= {n: packed[source] for n, source in artifact.shared.items() if source in packed}
-    slots = {name: slot_of(model, name) for name in packed}
-    for name, weight in packed.items():
-        weight.to(slots[name].parameter.device)
-        attach_(slots[name], weight)
-    for layer in {id(slot.layer): slot.layer for slot in slots.values()}.values():
+    slots = {slot_of(model, name): weight for name, weight in packed.items()}
+    for slot, weight in slots.items():  # one for a layer of two names, too
+        weight.to(slot.parameter.device)
+        attach_(slot, weight)
+    for layer in dict.fromkeys(slot.layer for slot in slots):
         seal_(layer)
     target = model.state_dict()
     with torch.no_grad():
