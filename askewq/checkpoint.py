@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from askewq import digest, disk, manifest, trust
 from askewq.errors import FormatError, UnverifiedWarning, near
-from askewq.layers import quantized_modules
+from askewq.layers import quantized_modules, uncompiled
 from askewq.manifest import VERSION, WITHOUT_DIGEST, PackedWeight
 from askewq.pack import pack
 
@@ -73,6 +73,7 @@ def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def artifact_of(model: nn.Module) -> Artifact:
     """Return the content of the file for a model with quantized layers."""
+    model = uncompiled(model)
     every = quantized_modules(model)
     of_latent = {
         id(layer.latent): layer for layer in reversed(every)
@@ -260,6 +261,7 @@ def load_into(model: nn.Module, artifact: Artifact) -> None:
     Raises:
         FormatError: as `check_fit`.
     """
+    model = uncompiled(model)
     check_fit(model, artifact)
     target = model.state_dict()
 

@@ -181,6 +181,11 @@ def quantize_layer_(layer: nn.Module, grid: Grid, scale: Tensor, leaf: str = "we
     weight.channel_dim, weight.grid = dim, grid
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return a network itself, also where torch.compile has wrapped it."""
+    return model._modules.get("_orig_mod") or model
+
+
 def _weights_of(module: nn.Module, name: str) -> Iterator[tuple[str, QuantizedWeight]]:
     if isinstance(module, QuantizedLayer):
         yield name, module
@@ -199,7 +204,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
     A weight that is not called `weight` has its own name behind the layer's.
     """
     found: dict[int, tuple[str, QuantizedWeight]] = {}
-    for path, module in model.named_modules():
+    for path, module in uncompiled(model).named_modules():
         for name, weight in _weights_of(module, path):
             found.setdefault(id(weight.latent), (name, weight))
     return dict(found.values())

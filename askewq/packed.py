@@ -4,7 +4,8 @@ A layer becomes packed by a change of class, as in layers.py: its Parameter `wei
 weights, gives way to a submodule of the same name that holds the codes and the scale under the
 names that they have in the file, and to a property that unpacks them, so that every subclass keeps
 its own forward. The weight that a forward pass sees is that of the dense load, to the bit, in every
-type and on every device.
+type and on every device; like a frozen one it asks for no gradients, by which torch chooses how it
+multiplies a batch that is not contiguous.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from askewq.checkpoint import Artifact, check_fit, shared_names
 from askewq.errors import FormatError
 from askewq.grid import Grid
 from askewq.kinds import leaves_of
+from askewq.layers import uncompiled
 from askewq.manifest import PackedWeight
 from askewq.mixed import Mixin, mix_, unmix_
 from askewq.pack import unpack_rows
@@ -162,14 +164,15 @@ def load_packed_into(model: nn.Module, artifact: Artifact) -> None:
     Raises:
         FormatError: as `checkpoint.check_fit`, or a packed weight that is no layer's (`slot_of`).
     """
+    model = uncompiled(model)
     check_fit(model, artifact)
     packed = {name: PackedTensor(weight) for name, weight in artifact.weights.items()}
     packed |= {n: packed[source] for n, source in artifact.shared.items() if source in packed}
-    slots = {name: slot_of(model, name) for name in packed}
-    for name, weight in packed.items():
-        weight.to(slots[name].parameter.device)
-        attach_(slots[name], weight)
-    for layer in {id(slot.layer): slot.layer for slot in slots.values()}.values():
+    slots = {slot_of(model, name): weight for name, weight in packed.items()}
+    for slot, weight in slots.items():  # one for a layer of two names, too
+        weight.to(slot.parameter.device)
+        attach_(slot, weight)
+    for layer in dict.fromkeys(slot.layer for slot in slots):
         seal_(layer)
     target = model.state_dict()
     with torch.no_grad():

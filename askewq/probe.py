@@ -24,15 +24,10 @@ def unsupported(module: nn.Module, leaf: str) -> str:
         return obstacle
     if _has_stock_forward(module, kind):
         return ""
-    if kind.sample is None:
-        return (
-            f"{name} has a forward of its own, and what becomes of its weights there is not known"
-        )
-    return (
-        ""
-        if _uses_weight_linearly(module, kind.sample(module))
-        else f"{name} transforms its weight before use"
-    )
+    linear = kind.sample and _uses_weight_linearly(module, kind.sample(module))
+    if linear is None:
+        return f"{name} has a forward of its own, whose use of the weight cannot be seen by a call"
+    return "" if linear else f"{name} transforms its weight before use"
 
 
 def _has_stock_forward(module: nn.Module, kind: Kind) -> bool:
@@ -40,27 +35,33 @@ def _has_stock_forward(module: nn.Module, kind: Kind) -> bool:
     return all(getattr(type(module), m, None) is getattr(kind.stock, m, None) for m in methods)
 
 
-def _uses_weight_linearly(module: nn.Module, x: Tensor) -> bool:
+def _uses_weight_linearly(module: nn.Module, x: Tensor) -> bool | None:
     """Tell whether doubling the weight doubles the output of a forward that is not torch's.
 
     Weight standardisation, for one, fails: snapped weights would not be what is multiplied. A
     power of two scales floating-point results exactly, so the comparison is for equality.
+
+    Returns:
+        None where that cannot be seen: the forward takes other inputs, or gives no one tensor.
     """
-    own = module.get_parameter("weight")
-    weight = ramp(own.shape, own)
-    bias = dict(module.named_parameters(recurse=False)).get("bias")
-    state = {} if bias is None else {"module.bias": torch.zeros_like(bias)}
-    outputs = []
+    own = dict(module.named_parameters(recurse=False))
+    weight = ramp(own["weight"].shape, own["weight"])
+    state = {"module.bias": torch.zeros_like(own["bias"])} if "bias" in own else {}
+    others = {f"module.{name}": p for name, p in own.items() if name not in ("weight", "bias")}
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
-            for factor in (1, 2):
-                state["module.weight"] = factor * weight
-                outputs.append(torch.func.functional_call(_Bare(module), state, (x,)))
-        return torch.equal(2 * outputs[0], outputs[1])
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-        return False  # a forward with other inputs: not known to be linear, so left in float
+            once = torch.func.functional_call(_Bare(module), {**state, "module.weight": weight}, x)
+            if not once.any():  # by a gain that begins at zero, which hides what the weight does
+                state |= {name: torch.ones_like(p) for name, p in others.items()}
+            once, twice = (
+                torch.func.functional_call(_Bare(module), {**state, "module.weight": w}, x)
+                for w in (weight, 2 * weight)
+            )
+        return torch.equal(2 * once, twice) if once.any() else None
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError):
+        return None
     finally:
         for child, training in modes:
             child.training = training

@@ -15,7 +15,7 @@ from askewq import patterns, probe
 from askewq.errors import ModelError, PlanError
 from askewq.grid import Grid, channels_first, fit_scale, make_grid, mixed_grid, scale_shape
 from askewq.kinds import kind_of, leaves_of
-from askewq.layers import quantize_layer_, quantized_layers
+from askewq.layers import quantize_layer_, quantized_layers, uncompiled
 from askewq.pack import packed_size
 from askewq.vocabulary import Bits, GridKind, GroupSize
 
@@ -146,6 +146,7 @@ def plan(
     chosen = make_grid(bits, grid)
     overrides = {p: mixed_grid(b, grid) for p, b in (bits_override or {}).items()}
     scale_shape(torch.Size((1, group_size if isinstance(group_size, int) else 1)), group_size)
+    model = uncompiled(model)
     _check_plain(model)
     modules = {name: m for name, m in model.named_modules() if any(True for _ in _own(m))}
     users: dict[int, list[Place]] = {}
@@ -303,6 +304,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
     Raises:
         ModelError: a weight that is not float32 (masters are trained in float32), or not finite.
     """
+    model = uncompiled(model)
     scales = []
     for layer in plan.quantized:
         weight = model.get_submodule(layer.names[0]).get_parameter(layer.leaves[0])
