@@ -203,6 +203,6 @@ def _watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def takes_numbers(layer: nn.Module) -> bool:
-    """Tell whether a layer's input are numbers, not indices."""
+    """Tell whether one tensor of numbers goes into a layer."""
     kind = kind_of(layer)
-    return kind is not None and not kind.looks_up
+    return kind is not None and kind.one_input

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from askewq import activations, digest, disk, manifest, trust
 from askewq.errors import FormatError, UnverifiedWarning, near
-from askewq.layers import QuantizedLayer, quantized_layers
+from askewq.layers import quantized_modules, uncompiled
 from askewq.manifest import (
     VERSION,
     WITH_INPUTS,
@@ -86,12 +86,15 @@ def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def artifact_of(model: nn.Module) -> Artifact:
     """Return the content of the file for a model with quantized layers."""
-    layers = {tensor_name(n, "weight"): layer for n, layer in quantized_layers(model).items()}
-    scales = {
-        tensor_name(name, "weight_scale")
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantizedLayer)
-    }
+    model = uncompiled(model)
+    every = quantized_modules(model)
+    of_latent = {
+        id(layer.latent): layer for layer in reversed(every)
+    }  # of those that share, the first
+    of_scale = {id(layer.weight_scale) for layer in every}
+    tensors = list(_named_tensors(model))
+    layers = {name: of_latent[id(tensor)] for name, tensor in tensors if id(tensor) in of_latent}
+    scales = {name for name, tensor in tensors if id(tensor) in of_scale}
     scales |= input_scales(model)
     shared = shared_names(model)
     artifact = Artifact({}, {}, {}, inputs=inputs_of(model))
@@ -310,6 +313,7 @@ def load_into(model: nn.Module, artifact: Artifact) -> None:
     Raises:
         FormatError: as `check_fit`.
     """
+    model = uncompiled(model)
     check_fit(model, artifact)
     target = model.state_dict()
     with torch.no_grad():

@@ -45,7 +45,8 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module) -> Recipe:
     Raises:
         RecipeError: bits that the method cannot do, or a setting that decides nothing.
     """
-    check_bits(recipe.method, recipe.bits)
+    for bits in (recipe.bits, *recipe.overrides.values()):
+        check_bits(recipe.method, bits)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if recipe.recalibrate_bn and not refine.batch_norms(model):
         raise RecipeError(

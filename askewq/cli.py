@@ -18,7 +18,7 @@ from cyclopts import App, Group, Parameter
 from askewq import config
 from askewq.errors import AskewError, OutputError
 from askewq.text import printable
-from askewq.vocabulary import DenseType
+from askewq.vocabulary import Bits, DenseType, Estimate
 
 app = App(
     name="askewq",
@@ -28,7 +28,7 @@ app = App(
 recipes = App(name="recipes", help="The recipes that come with askewq.")
 app.command(recipes)
 
-_PLAN_KEYS = ("bits", "grid", "group_size", "act_bits", "include", "exclude")
+_PLAN_KEYS = ("bits", "grid", "group_size", "act_bits", "include", "exclude", "bits_override")
 _MODEL_KEYS = ("task", "trust_remote_code", "image_size")
 _DATA_KEYS = (
     "dataset",
@@ -42,6 +42,15 @@ _DATA_KEYS = (
     "num_workers",
     "batch_size",
     "mixed_precision",
+)
+# What a plan's measurements depend on, and its output.
+_CALIBRATION_KEYS = (
+    *("model", "weights", "pretrained", "task", "tokenizer", "trust_remote_code"),
+    *("dataset", "dataset_config", "train_split", "eval_split"),
+    *("image_column", "text_columns", "label_column", "image_size", "mean", "std"),
+    *("max_length", "max_train_samples", "num_workers"),
+    *("grid", "group_size", "include", "exclude"),
+    *("method", "batch_size", "mixed_precision", "seed", "output"),
 )
 
 
@@ -84,6 +93,7 @@ def _flags(name: str, keys: tuple[str, ...]) -> Any:
 
 
 _FinetuneFlags = _flags("FinetuneFlags", tuple(config.Recipe.model_fields))
+_PlanFlags = _flags("PlanFlags", _CALIBRATION_KEYS)
 _InspectFlags = _flags("InspectFlags", (*_PLAN_KEYS, *_MODEL_KEYS))
 _EvalFlags = _flags("EvalFlags", _DATA_KEYS)
 
@@ -173,6 +183,46 @@ def inspect(
     from askewq import inspection
 
     inspection.inspect(recipe, verify=verify)
+
+
+@app.command
+def plan(
+    *,
+    average_bits: Annotated[
+        float | None, Parameter(help="budget: bits of a quantized weight, on average")
+    ] = None,
+    size: Annotated[
+        str | None, Parameter(help="budget: of the artifact's weights file, such as 10MB")
+    ] = None,
+    candidates: Annotated[
+        tuple[Bits, ...] | None,
+        Parameter(
+            help="widths that a layer may get [default: 1 ternary 2 3 4 8]",
+            negative_iterable="",
+            consume_multiple=True,
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        Estimate,
+        Parameter(help="measured: round one layer at a time; estimated: from gradients, cheaper"),
+    ] = "measured",
+    samples: Annotated[int, Parameter(help="of the training split, to find them with")] = 1024,
+    recipe: Annotated[str | None, Parameter(help="recipe to start from: a name or a file")] = None,
+    flags: Annotated[_PlanFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
+) -> None:
+    """Find how many bits each layer should get within a budget, and write it as a recipe.
+
+    askewq plan --model resnet50 --dataset D --average-bits 2.5 --output plan
+    """
+    values = {} if recipe is None else config.read_yaml(config.find_recipe(recipe))
+    values |= dict(flags)
+    chosen = config.build(values, recipe or "the command line")
+    from askewq import planning
+
+    settings = planning.Settings(
+        average_bits, size, candidates or planning.CANDIDATES, sensitivity, samples
+    )
+    planning.plan(chosen, values.keys(), settings)
 
 
 @app.command

@@ -6,7 +6,7 @@ class. A recipe read back from the file that a run wrote equals the recipe of th
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -103,6 +103,9 @@ class Recipe(BaseModel):
         (), BITS, "quantize exactly the layers that match, first, last and embeddings too; globs"
     )
     exclude: tuple[str, ...] = _key((), BITS, "leave matching layers in full precision; globs")
+    bits_override: tuple[str, ...] = _key(
+        (), BITS, "other bits for the quantized layers that match: PATTERN=B, such as 'layer4.*=4'"
+    )
 
     optimizer: Literal["sgd", "adamw"] | None = _key(
         None, TRAIN, "sgd for models with batch norm, adamw for others"
@@ -213,6 +216,21 @@ class Recipe(BaseModel):
             raise ValueError(f"must be one of 1 to 8 or {other!r}")
         return value
 
+    @field_validator("bits_override")
+    @classmethod
+    def _check_overrides(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        widths: dict[str, Bits] = {}
+        for text in value:
+            pattern, bits = parse_override(text)
+            if widths.setdefault(pattern, bits) != bits:
+                raise ValueError(f"gives {pattern!r} both {widths[pattern]} and {bits} bits")
+        return value
+
+    @property
+    def overrides(self) -> dict[str, Bits]:
+        """The bits of layers that match a pattern."""
+        return dict(map(parse_override, self.bits_override))
+
     @field_validator("nan_policy")
     @classmethod
     def _check_policy(cls, value: str) -> str:
@@ -225,6 +243,19 @@ class Recipe(BaseModel):
         if wrong := complaints(self):
             raise ValueError("; ".join(wrong))
         return self
+
+
+def parse_override(text: str) -> tuple[str, Bits]:
+    """Return pattern and bits of an override, PATTERN=B.
+
+    Raises:
+        ValueError: it is none.
+    """
+    pattern, _, width = text.rpartition("=")
+    allowed = {str(bits): bits for bits in get_args(Bits)}
+    if not pattern or width not in allowed:
+        raise ValueError(f"{text!r} must be PATTERN=B with B one of {', '.join(allowed)}")
+    return pattern, allowed[width]
 
 
 _ASKEW = ("method", ("askewsgd", "askewsgd-paper"))

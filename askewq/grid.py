@@ -141,6 +141,11 @@ def input_grid(bits: ActBits, *, signed: bool) -> Grid:
     return make_grid(bits) if signed else Grid(bits, 0.0, 1.0, 2**bits)
 
 
+def mixed_grid(bits: Bits, kind: GridKind) -> Grid:
+    """Return the grid of one width among several: of this kind, where the width has two."""
+    return make_grid(bits, "integer" if bits in (1, "ternary") else kind)
+
+
 def scale_shape(shape: torch.Size, group_size: GroupSize) -> tuple[int, int]:
     """Return ``(out, groups)``, the shape of the scale of a weight [out, ...].
 

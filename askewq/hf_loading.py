@@ -24,7 +24,17 @@ from askewq.artifact import check_config, config_content
 from askewq.errors import FormatError, ModelError
 from askewq.hf_models import plain_json
 from askewq.manifest import PackedInput, PackedWeight, tensor_name
-from askewq.packed import PackedLayer, PackedTensor, artifact_of, attach_, layer_of, seal_, unseal_
+from askewq.packed import (
+    PackedLayer,
+    PackedTensor,
+    Slot,
+    artifact_of,
+    attach_,
+    attached,
+    seal_,
+    slot_of,
+    unseal_,
+)
 from askewq.spec import ModelSpec
 from askewq.vocabulary import MODEL_TYPE
 
@@ -126,16 +136,17 @@ class AskewQuantizer(HfQuantizer):
         held: dict[str, PackedTensor] = {}
         for name, weight in stored.weights.items():
             if name in names:
-                held[name] = _on_meta(weight, layer_of(model, names[name]))
-                attach_(layer_of(model, names[name]), held[name])
+                slot = slot_of(model, names[name])
+                held[name] = _on_meta(weight, slot)
+                attach_(slot, held[name])
         self.sharing = {}
         for name, source in stored.shared.items():
             if source in held and name in names:
-                layer = layer_of(model, names[name])
+                slot = slot_of(model, names[name])
                 # Two names of one weight: the loader would take the second for missing.
-                del layer._parameters["weight"]
-                self.sharing[layer] = held[source]
-                layer._is_hf_initialized = True  # type: ignore[assignment]
+                del slot.layer._parameters[slot.leaf]
+                self.sharing[slot] = held[source]
+                slot.layer._is_hf_initialized = True  # type: ignore[assignment]
         for name, rounded in stored.inputs.items():
             given = names.get(tensor_name(name, "weight"))
             if given is not None:
@@ -150,11 +161,11 @@ class AskewQuantizer(HfQuantizer):
         _check_complete(model, stored, names)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for layer, weight in self.sharing.items():
-            layer._modules["weight"] = weight
+        for slot, weight in self.sharing.items():
+            slot.layer._modules[slot.leaf] = weight
         del self.sharing
         for module in list(model.modules()):
-            if isinstance(module._modules.get("weight"), PackedTensor):
+            if attached(module):
                 seal_(module)
         made_up = getattr(model, "generation_config", None)
         if made_up is not None and made_up._from_model_config:
@@ -192,20 +203,20 @@ def _round_on_meta(layer: nn.Module, rounded: PackedInput) -> None:
     layer._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _on_meta(weight: PackedWeight, layer: nn.Module) -> PackedTensor:
+def _on_meta(weight: PackedWeight, slot: Slot) -> PackedTensor:
     """Return a packed weight without content, of the type that the layer was built with."""
     empty = replace(weight, codes=weight.codes.to("meta"), scale=weight.scale.to("meta"))
     packed = PackedTensor(empty)
-    parameter = layer.get_parameter("weight")
+    parameter = slot.parameter
     if tuple(parameter.shape) != weight.shape:
         raise FormatError(
-            f"a weight of {type(layer).__name__} is {list(weight.shape)} in the artifact and "
+            f"a weight of {type(slot.layer).__name__} is {list(weight.shape)} in the artifact and "
             f"{list(parameter.shape)} in the model that config.json describes."
         )
     packed.dtype = parameter.dtype
     # What is loaded needs no random numbers first; transformers asks both.
     packed._is_hf_initialized = True  # type: ignore[assignment]
-    layer._is_hf_initialized = True  # type: ignore[assignment]
+    slot.layer._is_hf_initialized = True  # type: ignore[assignment]
     return packed
 
 

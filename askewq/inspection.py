@@ -37,5 +37,6 @@ def inspect(recipe: Recipe, *, verify: bool = False) -> None:
         include=recipe.include,
         exclude=recipe.exclude,
         act_bits=recipe.act_bits,
+        bits_override=recipe.overrides,
     )
     report.print_plan(plan)

@@ -1,7 +1,9 @@
-"""The layers whose weight can be on a grid: their classes, and where their output channels are.
+"""The layers whose weights can be on a grid: their classes, and where their output channels are.
 
-Everything else about a layer is the same for all of them: `grid.channels_first` views its weight
-as output channels, and rows that share a scale lie within one.
+Everything else about a layer is the same for all of them: `grid.channels_first` views a weight
+as output channels, and rows that share a scale lie within one. Where one index of that dimension
+stands for several channels (one of every group of a transposed convolution, of every expert), the
+weights of each lie together, so that a channel is a group of weights like any other.
 """
 
 import math
@@ -20,30 +22,53 @@ def _fits(_: nn.Module) -> str:
     return ""
 
 
+def _one(_: nn.Module, __: Sequence[int]) -> int:
+    return 1
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A class of layers.
 
     Attributes:
         stock: the class whose forward uses the weight linearly; subclasses may have their own.
-        channel_dim: the dimension of the weight that counts output channels.
-        sample: a small input, to see what a forward does with the weight.
+        channel_dim: the dimension of a weight that counts output channels.
+        sample: a small input, to see what a forward does with the weight; None: it cannot be seen
+            from outside, and only the stock forward is known to be linear.
         obstacle: why one layer of this class cannot be quantized all the same; empty: it can.
         on_request: quantized only where the user names the layer.
         looks_up: its input are indices, which cannot be rounded.
+        leaves: the names that its weights may have.
+        parts: of a layer and the shape of a weight: the output channels at one index of
+            `channel_dim`.
     """
 
     stock: type[nn.Module]
     channel_dim: int
-    sample: Callable[[nn.Module], Tensor]
+    sample: Callable[[nn.Module], Tensor] | None
     obstacle: Callable[[nn.Module], str] = _fits
     on_request: bool = False
     looks_up: bool = False
+    leaves: tuple[str, ...] = ("weight",)
+    parts: Callable[[nn.Module, Sequence[int]], int] = _one
+
+    @property
+    def one_input(self) -> bool:
+        """Whether one tensor of numbers goes in, which can be rounded."""
+        return not self.looks_up and self.leaves == ("weight",)
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """Return the kind of a layer; None: its weight cannot be on a grid."""
-    return next((kind for kind in _kinds() if isinstance(layer, kind.stock)), None)
+    found = next((kind for kind in _kinds() if isinstance(layer, kind.stock)), None)
+    return found or _experts(layer)
+
+
+def leaves_of(layer: nn.Module) -> list[str]:
+    """Return the names of a layer's weights that can be on a grid."""
+    kind = kind_of(layer)
+    own = dict(layer.named_parameters(recurse=False))
+    return [leaf for leaf in kind.leaves if leaf in own] if kind else []
 
 
 def channel_dim(layer: nn.Module) -> int:
@@ -95,10 +120,18 @@ def _embedding_obstacle(layer: nn.Module) -> str:
     return "its gradients are sparse" if table.sparse else ""
 
 
+def _groups(layer: nn.Module, _: Sequence[int]) -> int:
+    return cast(nn.ConvTranspose2d, layer).groups
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _TORCH = (
     Kind(nn.Linear, 0, _features),
     *(Kind(conv, 0, _image) for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    *(Kind(conv, 1, _image, parts=_groups) for conv in _TRANSPOSED),
     Kind(nn.Embedding, 0, _indices, _embedding_obstacle, on_request=True, looks_up=True),
+    Kind(nn.MultiheadAttention, 0, None, leaves=_PROJECTIONS),
 )
 
 
@@ -106,3 +139,19 @@ def _kinds() -> tuple[Kind, ...]:
     """Return all kinds; a model has a layer of transformers only where transformers is imported."""
     module: Any = sys.modules.get("transformers.pytorch_utils")
     return _TORCH if module is None else (*_TORCH, Kind(module.Conv1D, 1, _rows_in))
+
+
+# What transformers tells every module of stacked experts about its weights; no class has it all.
+_STACKED = {"has_gate", "has_bias", "is_transposed"}
+_EXPERT_LEAVES = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def _experts(layer: nn.Module) -> Kind | None:
+    """Return the kind of a module of experts, weights [experts, out, in] or [experts, in, out]."""
+    told = vars(layer)
+    if not told.keys() >= _STACKED:
+        return None
+    channel_dim, other = (2, 0) if told["is_transposed"] else (0, 1)
+    return Kind(
+        type(layer), channel_dim, None, leaves=_EXPERT_LEAVES, parts=lambda _, shape: shape[other]
+    )

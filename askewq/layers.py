@@ -5,12 +5,15 @@ same Parameter, same state-dict keys (plus ``weight_scale``), same hooks and the
 that every subclass of a layer in kinds.py that uses its weight linearly keeps working. The forward
 pass sees the Parameter itself, or what a rule (`follow_`) makes of it: AskewSGD's lazy closing, or
 another method; after the snap, the snapped weight.
+
+A layer whose one weight is called `weight` is a `QuantizedWeight` itself; one with weights of other
+names (attention, experts) holds a `QuantizedPart` for each.
 """
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +23,15 @@ from askewq.errors import DivergenceError
 from askewq.grid import Grid, channels_back, channels_first
 from askewq.kinds import channel_dim
 from askewq.methods import Rule
-from askewq.mixed import Mixin, mix_
+from askewq.mixed import Mixin, mix_, unmix_
 
 
-class QuantizedLayer(Mixin):
-    """Mixin of a layer whose weight belongs on a grid.
+class QuantizedWeight:
+    """A weight that belongs on a grid.
 
     Attributes:
+        owner: the module that has it.
+        leaf: its name there.
         grid: the levels, in units of the scale.
         weight_scale: buffer [out, groups], written in place only; a Parameter where it is learned.
         channel_dim: the dimension of the weight that counts output channels.
@@ -35,7 +40,8 @@ class QuantizedLayer(Mixin):
         seen: the weight that the forward pass sees, where it was made beforehand (`prepared`).
     """
 
-    prefix = "Quantized"
+    owner: nn.Module
+    leaf: str
     grid: Grid
     weight_scale: Tensor
     channel_dim: int
@@ -46,7 +52,7 @@ class QuantizedLayer(Mixin):
     @property
     def latent(self) -> nn.Parameter:
         """The trained Parameter."""
-        return cast(nn.Parameter, self._parameters["weight"])
+        return cast(nn.Parameter, self.owner._parameters[self.leaf])
 
     @property
     def weight(self) -> Tensor:
@@ -148,29 +154,99 @@ class QuantizedLayer(Mixin):
         sharding.local(self.latent).copy_(self.from_rows(rows))
 
 
-def quantize_layer_(layer: nn.Module, grid: Grid, scale: Tensor) -> None:
-    """Make a layer quantization-aware, in place; `scale` is [out, groups].
+class QuantizedLayer(QuantizedWeight, Mixin):
+    """Mixin of a layer with one weight on a grid, called `weight`."""
+
+    prefix = "Quantized"
+    leaf = "weight"
+
+    @property
+    def owner(self) -> nn.Module:  # type: ignore[override]  # read only here
+        """The layer itself."""
+        return self
+
+
+class QuantizedPart(QuantizedWeight):
+    """One of the weights of a layer that calls none `weight`; its scale is a buffer there."""
+
+    def __init__(self, owner: nn.Module, leaf: str) -> None:
+        self.owner = owner
+        self.leaf = leaf
+
+    @property
+    def weight_scale(self) -> Tensor:  # type: ignore[override]  # read only here
+        """The scale, as the layer holds it."""
+        return cast(Tensor, getattr(self.owner, scale_name(self.leaf)))
+
+
+class QuantizedParts(Mixin):
+    """Mixin of a layer with weights of other names on grids.
+
+    Attributes:
+        parts: those weights by name.
+    """
+
+    prefix = "Quantized"
+    parts: dict[str, QuantizedPart]
+
+    def read(self, leaf: str) -> Tensor:
+        """Return the weight that the forward pass sees."""
+        return self.parts[leaf].weight
+
+
+def scale_name(leaf: str) -> str:
+    """Return the name of the buffer that holds a weight's scale."""
+    return f"{leaf}_scale"
+
+
+def quantize_layer_(layer: nn.Module, grid: Grid, scale: Tensor, leaf: str = "weight") -> None:
+    """Make a weight of a layer quantization-aware, in place; `scale` is [out, groups].
 
     Raises:
         ModelError: a layer of no kind that askewq knows (kinds.py).
     """
-    layer.channel_dim = channel_dim(layer)  # type: ignore[assignment]  # a plain attribute
-    layer.register_buffer("weight_scale", scale)
-    mix_(layer, QuantizedLayer)
-    layer.grid = grid  # type: ignore[assignment]  # the same
+    dim = channel_dim(layer)
+    layer.register_buffer(scale_name(leaf), scale)
+    weight: Any = layer
+    if leaf == "weight":
+        mix_(layer, QuantizedLayer)
+    else:
+        parts = {}
+        if isinstance(layer, QuantizedParts):  # by another of its weights
+            parts = layer.parts
+            unmix_(layer, QuantizedParts)
+        weight = parts[leaf] = QuantizedPart(layer, leaf)
+        layer.parts = parts  # type: ignore[assignment]  # a plain attribute
+        mix_(layer, QuantizedParts, tuple(parts))
+    weight.channel_dim, weight.grid = dim, grid
 
 
-def quantized_modules(model: nn.Module) -> list[QuantizedLayer]:
-    """Return every quantization-aware layer, those that share a weight included."""
-    return [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return a network itself, also where torch.compile has wrapped it."""
+    return model._modules.get("_orig_mod") or model
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Return the quantization-aware layers by name; of layers that share a weight, the first."""
-    found: dict[int, tuple[str, QuantizedLayer]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
-            found.setdefault(id(module.latent), (name, module))
+def _weights_of(module: nn.Module, name: str) -> Iterator[tuple[str, QuantizedWeight]]:
+    if isinstance(module, QuantizedLayer):
+        yield name, module
+    elif isinstance(module, QuantizedParts):
+        yield from ((f"{name}.{leaf}".lstrip("."), part) for leaf, part in module.parts.items())
+
+
+def quantized_modules(model: nn.Module) -> list[QuantizedWeight]:
+    """Return the quantized weight of every layer, shared ones once for each layer."""
+    return [weight for module in model.modules() for _, weight in _weights_of(module, "")]
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """Return the quantized weights, of those that layers share the first, by the layer's name.
+
+    A weight that is not called `weight` has its own name behind the layer's.
+    """
+    found: dict[int, tuple[str, QuantizedWeight]] = {}
+    for path, module in uncompiled(model).named_modules():
+        for name, weight in _weights_of(module, path):
+            found.setdefault(id(weight.latent), (name, weight))
     return dict(found.values())
 
 
@@ -182,11 +258,12 @@ def follow_(model: nn.Module, rule: Rule | None) -> None:
         module.rule = rule
         scale = module.weight_scale.detach()
         scale = scales.setdefault(id(module.latent), nn.Parameter(scale) if learns else scale)
-        del module.weight_scale
+        name = scale_name(module.leaf)
+        delattr(module.owner, name)
         if isinstance(scale, nn.Parameter):
-            module.register_parameter("weight_scale", scale)
+            module.owner.register_parameter(name, scale)
         else:
-            module.register_buffer("weight_scale", scale)
+            module.owner.register_buffer(name, scale)
 
 
 @contextmanager

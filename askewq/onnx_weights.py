@@ -60,6 +60,10 @@ def dequantize(
     integers = _integers(weight, kept.form)
     shape = weight.shape[::-1] if transposed else weight.shape
     channel_dim = 1 - weight.channel_dim if transposed else weight.channel_dim
+    # Groups are made of a matrix; of more dimensions, channels first, and turned at the end.
+    turned = channel_dim if weight.scale.shape[1] > 1 and len(shape) > 2 else 0
+    if turned:
+        shape, channel_dim = weight.channels, 0
     form = _units if kept.form == "units" else _levels
     scale = weight.scale / 2 if kept.form == "doubled" else weight.scale
     integers, scale, attributes = form(integers, scale, channel_dim)
@@ -77,6 +81,9 @@ def dequantize(
     if integers.shape != shape:
         tensors.append(_tensor(f"{name}.shape", torch.tensor(shape)))
         steps.append(("Reshape", "shape", {}))
+    if turned:
+        others = list(range(1, len(shape)))
+        steps.append(("Transpose", "", {"perm": [*others[:turned], 0, *others[turned:]]}))
     return _chain(name, steps), tensors
 
 
@@ -103,24 +110,21 @@ def _units(codes: Tensor, scale: Tensor, channel_dim: int) -> tuple[Tensor, Tens
     if groups > 1:
         codes = codes.reshape(out, groups, -1)
         scale = scale.unsqueeze(2)
+        place = 2 * channel_dim  # behind the groups and the weights of a group, or before them
     else:
         scale = scale.reshape(-1, *[1] * (codes.dim() - 1))
-    return _turned(codes, channel_dim), _turned(scale, channel_dim), {}
-
-
-def _turned(grouped: Tensor, channel_dim: int) -> Tensor:
-    """Move the output channels behind the input ones where the graph has them there."""
-    return grouped.movedim(0, -1) if channel_dim else grouped
+        place = channel_dim
+    return channels_back(codes, place), channels_back(scale, place), {}
 
 
 def _chain(name: str, steps: list[tuple[str, str, Any]]) -> list[Any]:
-    """Return nodes (type, second input, attributes), each fed by the last, ending in `name`."""
+    """Return nodes (type, second input if any, attributes), each fed by the last, up to `name`."""
     import onnx
 
     nodes, before = [], f"{name}.codes"
     for i, (kind, second, attributes) in enumerate(steps, start=1):
         after = name if i == len(steps) else f"{name}.{kind}"
-        inputs = [before, f"{name}.{second}"]
+        inputs = [before, f"{name}.{second}"] if second else [before]
         nodes.append(
             onnx.helper.make_node(kind, inputs, [after], name=f"{name}/{kind}", **attributes)
         )

@@ -21,7 +21,7 @@ from askewq.anneal import Closing
 from askewq.errors import ModelError, RecipeError
 from askewq.grid import Grid
 from askewq.kernels import DISTANCE_BINS, Interval, adamw_, compiled, distance_bins, sgd_
-from askewq.layers import QuantizedLayer, follow_, quantized_layers, quantized_modules
+from askewq.layers import QuantizedWeight, follow_, quantized_layers, quantized_modules
 from askewq.vocabulary import Pull
 
 # Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
@@ -120,7 +120,7 @@ class _Skewed(torch.optim.Optimizer):
         return loss
 
     def _update_layer(
-        self, weight: nn.Parameter, layer: QuantizedLayer, group: dict[str, Any]
+        self, weight: nn.Parameter, layer: QuantizedWeight, group: dict[str, Any]
     ) -> None:
         if weight.dtype not in (torch.float32, torch.float64):
             raise ModelError(
@@ -199,7 +199,7 @@ class _Skewed(torch.optim.Optimizer):
         shares = [self._inside(layer) for layer in self._layers]
         return sum(shares) / sum(layer.latent.numel() for layer in self._layers)
 
-    def _inside(self, layer: QuantizedLayer) -> int:
+    def _inside(self, layer: QuantizedWeight) -> int:
         """Return how many weights of a layer are inside, in all processes together."""
         weight, scale, grid = layer.seen_rows().detach(), layer.row_scale(), layer.grid
         if not weight.numel():  # an empty shard
@@ -386,7 +386,7 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
 
 
 @contextmanager
-def _as_rows(layer: QuantizedLayer, *tensors: Tensor) -> Iterator[list[Tensor]]:
+def _as_rows(layer: QuantizedWeight, *tensors: Tensor) -> Iterator[list[Tensor]]:
     """Within the block, update tensors of a weight's shape as rows: views, or written back."""
     rows = [layer.rows(tensor) for tensor in tensors]
     yield rows

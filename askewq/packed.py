@@ -1,14 +1,15 @@
 """Layers that keep the packed codes and unpack them on use: `askewq.load(folder, packed=True)`.
 
-A layer becomes packed by a change of class, as in layers.py: its Parameter `weight` gives way to a
-submodule of the same name that holds the codes and the scale under the names that they have in
-the file, and to a property that unpacks them, so that every subclass keeps its own forward. The
-weight that a forward pass sees is that of the dense load, to the bit, in every type and on every
-device.
+A layer becomes packed by a change of class, as in layers.py: its Parameter `weight`, or each of its
+weights, gives way to a submodule of the same name that holds the codes and the scale under the
+names that they have in the file, and to a property that unpacks them, so that every subclass keeps
+its own forward. The weight that a forward pass sees is that of the dense load, to the bit, in every
+type and on every device; like a frozen one it asks for no gradients, by which torch chooses how it
+multiplies a batch that is not contiguous.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,23 @@ from askewq.checkpoint import (
 )
 from askewq.errors import FormatError
 from askewq.grid import Grid
+from askewq.kinds import leaves_of
+from askewq.layers import uncompiled
 from askewq.manifest import PackedWeight
 from askewq.mixed import Mixin, mix_, unmix_
 from askewq.pack import unpack_rows
+
+
+class Slot(NamedTuple):
+    """Where a weight is: a layer, and the weight's name there."""
+
+    layer: nn.Module
+    leaf: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The Parameter that is there before anything is packed."""
+        return self.layer.get_parameter(self.leaf)
 
 
 class PackedTensor(nn.Module):
@@ -91,23 +106,22 @@ class PackedTensor(nn.Module):
 
 
 class PackedLayer(Mixin):
-    """Mixin of a layer whose `weight` is unpacked whenever it is read."""
+    """Mixin of a layer whose weights are unpacked whenever they are read."""
 
     prefix = "Packed"
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense snapped weight, made anew; it cannot be trained."""
-        return cast(Tensor, self.packed())
+    def read(self, leaf: str) -> Tensor:
+        """Return the dense snapped weight, made anew; it cannot be trained."""
+        return cast(Tensor, cast(PackedTensor, self._modules[leaf])())
 
     @property
     def packed(self) -> PackedTensor:
-        """The codes and the scale."""
+        """The codes and the scale of the weight called `weight`."""
         return cast(PackedTensor, self._modules["weight"])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse to replace the weight, which nn.Module would do by dropping the codes."""
-        if name == "weight":
+        """Refuse to replace a weight, which nn.Module would do by dropping the codes."""
+        if name in self.leaves:
             raise AttributeError(
                 "a packed weight cannot be assigned; load the artifact without packed=True."
             )
@@ -122,43 +136,51 @@ class PackedEmbedding(PackedLayer):
         return self.packed.rows(indices)
 
 
-def attach_(layer: nn.Module, packed: PackedTensor) -> None:
-    """Let a packed weight take the place of a layer's Parameter, in place.
+def attach_(slot: Slot, packed: PackedTensor) -> None:
+    """Let a packed weight take the place of a Parameter, in place.
 
-    Until `seal_`, ``layer.weight`` is the `PackedTensor` itself, for a loader to fill by name.
+    Until `seal_` the attribute is the `PackedTensor` itself, for a loader to fill by name.
     """
-    del layer._parameters["weight"]
-    layer._modules["weight"] = packed
+    del slot.layer._parameters[slot.leaf]
+    slot.layer._modules[slot.leaf] = packed
+
+
+def attached(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of a layer's packed weights."""
+    return tuple(leaf for leaf, m in layer._modules.items() if isinstance(m, PackedTensor))
 
 
 def seal_(layer: nn.Module) -> None:
-    """Let ``layer.weight`` unpack the attached weight from now on, in place."""
+    """Let a layer unpack its attached weights from now on, in place."""
     looks_up = type(layer).forward is nn.Embedding.forward
-    mix_(layer, PackedEmbedding if looks_up else PackedLayer)
+    mix_(layer, PackedEmbedding if looks_up else PackedLayer, attached(layer))
 
 
-def unseal_(layer: nn.Module) -> None:
-    """Give a packed layer its class and a dense Parameter back, in place."""
-    dense = nn.Parameter(cast(Tensor, layer.weight))
-    del layer._modules["weight"]
+def unseal_(layer: PackedLayer) -> None:
+    """Give a packed layer its class and dense Parameters back, in place."""
+    dense = {leaf: nn.Parameter(layer.read(leaf)) for leaf in layer.leaves}
     unmix_(layer, PackedLayer)
-    layer.register_parameter("weight", dense)
+    for leaf, parameter in dense.items():
+        del layer._modules[leaf]
+        layer.register_parameter(leaf, parameter)
 
 
 def load_packed_into(model: nn.Module, artifact: Artifact) -> None:
     """Fill a plain model, in place, and keep the artifact's weights packed in it.
 
     Raises:
-        FormatError: as `checkpoint.check_fit`, or a packed weight that no layer calls `weight`.
+        FormatError: as `checkpoint.check_fit`, or a packed weight that is no layer's (`slot_of`).
     """
+    model = uncompiled(model)
     check_fit(model, artifact)
     packed = {name: PackedTensor(weight) for name, weight in artifact.weights.items()}
     packed |= {n: packed[source] for n, source in artifact.shared.items() if source in packed}
-    layers = {name: layer_of(model, name) for name in packed}
-    for name, weight in packed.items():
-        weight.to(layers[name].get_parameter("weight").device)
-        attach_(layers[name], weight)
-        seal_(layers[name])
+    slots = {slot_of(model, name): weight for name, weight in packed.items()}
+    for slot, weight in slots.items():  # one for a layer of two names, too
+        weight.to(slot.parameter.device)
+        attach_(slot, weight)
+    for layer in dict.fromkeys(slot.layer for slot in slots):
+        seal_(layer)
     target = model.state_dict()
     with torch.no_grad():
         for name, tensor in artifact.tensors.items():
@@ -169,20 +191,22 @@ def load_packed_into(model: nn.Module, artifact: Artifact) -> None:
     attach_inputs_(model, artifact)
 
 
-def layer_of(model: nn.Module, name: str) -> nn.Module:
-    """Return the layer whose Parameter `weight` has this name.
+def slot_of(model: nn.Module, name: str) -> Slot:
+    """Return where a Parameter is that may stay packed: `weight`, or a weight that kinds.py names.
 
     Raises:
         FormatError: there is none.
     """
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
-    if leaf != "weight" or layer._parameters.get("weight") is None:
+    known = leaf == "weight" or leaf in leaves_of(layer)
+    if not known or layer._parameters.get(leaf) is None:
         raise FormatError(
             f"{name!r} of {type(layer).__name__} cannot stay packed: only a layer's parameter "
-            "'weight' can; load the artifact without packed=True."
+            "'weight' can, and those of attention and experts; load the artifact without "
+            "packed=True."
         )
-    return layer
+    return Slot(layer, leaf)
 
 
 def artifact_of(model: nn.Module) -> Artifact:

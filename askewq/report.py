@@ -21,9 +21,10 @@ from askewq.evaluate import Evaluation
 from askewq.grid import Grid
 from askewq.hf_models import auto_class_name
 from askewq.manifest import PackedInput
+from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel, ModelSpec
 from askewq.text import fence, markdown, printable
-from askewq.vocabulary import ActBits
+from askewq.vocabulary import ActBits, Bits
 from askewq.wrap import Plan, PlannedLayer
 
 # Into a file or a pipe every row of a table is one line.
@@ -73,7 +74,7 @@ def print_coverage(plan: Plan) -> None:
     )
     for layer in plan.layers:
         if layer.grid is None and layer.note != "no weight matrix":
-            _say(f"  float: {layer.names[0]} ({layer.kind}): {layer.note}")
+            _say(f"  float: {layer.label or '(model)'} ({layer.kind}): {layer.note}")
 
 
 def print_inputs(plan: Plan, signed: dict[str, bool], act_bits: ActBits) -> None:
@@ -97,10 +98,22 @@ def print_plan(plan: Plan) -> None:
         grid = _describe(layer.grid, layer) if layer.grid else "float"
         shape = "x".join(map(str, layer.shape))
         given = "float" if layer.act_bits == "none" else bits_name(layer.act_bits)
-        cells = [layer.names[0] or "(model)", layer.kind, shape, grid, *[given] * rounds]
+        cells = [layer.label or "(model)", layer.kind, shape, grid, *[given] * rounds]
         _row(table, *cells, layer.note)
     console.print(table)
     print_coverage(plan)
+
+
+def print_sensitivity(found: Sensitivity, widths: Sequence[Bits]) -> None:
+    """Print what rounding costs every layer, and the width that it got."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("layer", "weights", "bits", *(f"loss at {bits}" for bits in found.widths)):
+        table.add_column(column, overflow="fold")
+    rows = zip(found.layers, widths, found.increase.tolist(), strict=True)
+    for layer, bits, increases in rows:
+        costs = (f"{increase:+.4f}" for increase in increases)
+        _row(table, layer.label, f"{layer.weights:,}", str(bits), *costs)
+    console.print(table)
 
 
 def _describe(grid: Grid, layer: PlannedLayer) -> str:

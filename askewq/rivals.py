@@ -8,7 +8,7 @@ from torch import nn
 
 from askewq import sharding
 from askewq.errors import ModelError, RecipeError, near
-from askewq.layers import follow_, quantized_layers, quantized_modules
+from askewq.layers import QuantizedLayer, follow_, quantized_layers, quantized_modules
 from askewq.methods import RIVALS, check_bits, quantize_gradient
 from askewq.vocabulary import Method
 
@@ -60,6 +60,12 @@ class Follower:
         self._modules = quantized_modules(model)
         if gradient_bits is not None:
             for module in self._modules:
+                if not isinstance(module, QuantizedLayer):
+                    raise ModelError(
+                        "gradient_bits rounds the gradients of a layer's output, but "
+                        f"{type(module.owner).__name__} has several weights, {module.leaf} among "
+                        "them; exclude its layers, or leave gradient_bits out."
+                    )
                 module.register_forward_hook(functools.partial(quantize_gradient, gradient_bits))
         self.anneal(0.0)
         self._settle()

@@ -81,7 +81,7 @@ class _Run:
         # Heads that are new to the task and own modules draw their first weights from this seed.
         set_seed(recipe.seed)
         with self.accelerator.main_process_first():  # the others find the data set prepared
-            self.loaded, self.data = _load(recipe)
+            self.loaded, self.data = load(recipe)
         self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model)
         count = self.accelerator.num_processes
         train: Any
@@ -107,6 +107,7 @@ class _Run:
             include=recipe.include,
             exclude=recipe.exclude,
             act_bits=recipe.act_bits,
+            bits_override=recipe.overrides,
         )
         self.steps = recipe.max_steps or max(
             1, math.ceil(recipe.epochs * len(train) / recipe.grad_accumulation)
@@ -349,7 +350,8 @@ def _check_sharded(recipe: Recipe) -> None:
             )
 
 
-def _load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
+def load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
+    """Return the model and the data of a recipe."""
     source = models.find_source(recipe.model)
     trust = recipe.trust_remote_code
     task = recipe.task or models.guess_task(recipe.model, source, trust_remote_code=trust)

@@ -3,22 +3,42 @@
 The plan is a pure table: training, evaluation, packing and `askewq inspect` read the same one.
 """
 
-import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
-from askewq.errors import ModelError, PlanError, near
-from askewq.grid import Grid, channels_first, fit_scale, input_grid, make_grid, scale_shape
-from askewq.kinds import Kind, kind_of, ramp
-from askewq.layers import quantize_layer_, quantized_layers
+from askewq import patterns, probe
+from askewq.errors import ModelError, PlanError
+from askewq.grid import (
+    Grid,
+    channels_first,
+    fit_scale,
+    input_grid,
+    make_grid,
+    mixed_grid,
+    scale_shape,
+)
+from askewq.kinds import kind_of, leaves_of
+from askewq.layers import quantize_layer_, quantized_layers, uncompiled
 from askewq.pack import packed_size
 from askewq.vocabulary import ActBits, Bits, GridKind, GroupSize
+
+
+class Place(NamedTuple):
+    """A module and the name that a weight has in it."""
+
+    name: str
+    leaf: str
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The module's name; then the weight's own, where it is not `weight`."""
+        own = f"{self.name}.{self.leaf}".lstrip(".")
+        return (self.name,) if self.leaf == "weight" else (self.name, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +47,11 @@ class PlannedLayer:
 
     Attributes:
         names: the module that owns the weight first, then those that share it.
+        leaves: the weight's name in each; that of the first parameter where it has no weight.
         kind: the module's class.
-        shape: of the weight; of the first parameter where the module has no `weight`.
-        parameters: elements in all parameters that this module owns first.
+        shape: of that parameter.
+        parameters: elements in all parameters that this module owns first; of a module with several
+            weights, in this one, and in what is no weight with the first of them.
         grid: None for a layer left in floating point.
         channel_dim: the dimension of the weight that counts output channels.
         group_size: of the scale; a layer whose rows it does not divide falls back to "channel".
@@ -38,6 +60,7 @@ class PlannedLayer:
     """
 
     names: tuple[str, ...]
+    leaves: tuple[str, ...]
     kind: str
     shape: tuple[int, ...]
     parameters: int
@@ -46,6 +69,17 @@ class PlannedLayer:
     group_size: GroupSize
     note: str
     act_bits: ActBits = "none"
+
+    @property
+    def label(self) -> str:
+        """What the layer is called in tables: of several weights, each has a name of its own."""
+        return self.called[-1] if self.grid else self.names[0]
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The names that patterns match."""
+        places = map(Place, self.names, self.leaves)
+        return tuple(name for place in places for name in place.called)
 
     @property
     def weights(self) -> int:
@@ -102,24 +136,89 @@ def plan(
     group_size: GroupSize = "channel",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    bits_override: Mapping[str, Bits] | None = None,
     act_bits: ActBits = "none",
 ) -> Plan:
     """Return what quantizing `model` would do; the model is not touched.
 
-    By default every Linear and Conv (transformers' Conv1D, too) gets the grid, except the first and
-    the last layer with a weight matrix (embeddings count as first), which carry little of the size
-    and much of the accuracy. `include` (glob patterns on module names) selects exactly the named
-    layers, first, last and embeddings among them if they match; `exclude` takes layers away again.
-    A weight that several layers share is quantized once, for all of them, if one is named.
-    `act_bits` are those of the quantized layers' inputs; the indices of embeddings are left.
+    By default every layer that kinds.py lists gets the grid, except the first and the last layer
+    with a weight matrix (embeddings count as first), which carry little of the size and much of the
+    accuracy. `include` (glob patterns on module names) selects exactly the named layers, first,
+    last and embeddings among them if they match; `exclude` takes layers away again.
+    `bits_override` gives matching layers, out of those, other bits. A weight that several layers
+    share is quantized once, for all of them, if one is named. The weights of a layer with several
+    (attention, experts) can be named one by one: the layer's name, a dot, the weight's. `act_bits`
+    are those of the inputs of quantized layers to which one tensor of numbers is given.
 
     Raises:
         RecipeError: bits, grid or group size that do not exist.
-        PlanError: a pattern without a match, or nothing left to quantize, or no input to round.
+        PlanError: a pattern without a match, an override that changes nothing or contradicts
+            another, nothing left to quantize, or no input to round.
     """
     chosen = make_grid(bits, grid)
     if act_bits != "none":
         input_grid(act_bits, signed=True)
+    overrides = {p: mixed_grid(b, grid) for p, b in (bits_override or {}).items()}
+    scale_shape(torch.Size((1, group_size if isinstance(group_size, int) else 1)), group_size)
+    model = uncompiled(model)
+    _check_plain(model)
+    modules = {name: m for name, m in model.named_modules() if any(True for _ in _own(m))}
+    users: dict[int, list[Place]] = {}
+    for name, module in modules.items():
+        for leaf in _main(module):
+            users.setdefault(id(module.get_parameter(leaf)), []).append(Place(name, leaf))
+    called = [name for places in users.values() for place in places for name in place.called]
+    patterns.check([*include, *exclude, *overrides], list(dict.fromkeys([*modules, *called])))
+    matrices = [name for name, module in modules.items() if _has_matrix(module)]
+    ends = dict(zip(matrices[:1] + matrices[-1:], ("first", "last"), strict=False))
+    layers = []
+    counted: set[int] = set()
+    for main, places in users.items():
+        names = [name for place in places for name in place.called]
+        form, reason = _form(modules, places)
+        reason = reason or _unselected(names, form, include, exclude, ends)
+        shape = modules[places[0].name].get_parameter(places[0].leaf).shape
+        size, note = (group_size, reason) if reason else _group(group_size, shape, form)
+        sharing = f"weight shared by {', '.join(p.name for p in places[1:])}" if places[1:] else ""
+        takers = [kind.one_input for p in places if (kind := kind_of(modules[p.name]))]
+        rounds = act_bits != "none" and not reason
+        given = "its inputs are not rounded" if rounds and not any(takers) else ""
+        owned = [p for place in places for p in _own(modules[place.name])]
+        own = {id(p): p.numel() for p in owned if id(p) == main or id(p) not in users}
+        layers.append(
+            PlannedLayer(
+                names=tuple(place.name for place in places),
+                leaves=tuple(place.leaf for place in places),
+                kind=type(modules[places[0].name]).__name__,
+                shape=tuple(shape),
+                parameters=sum(n for key, n in own.items() if key not in counted),
+                grid=None if reason else patterns.overridden(names, overrides) or chosen,
+                channel_dim=form.channel_dim,
+                group_size=size,
+                note="; ".join(filter(None, (note, given, sharing))),
+                act_bits=act_bits if rounds and not given else "none",
+            )
+        )
+        counted |= own.keys()
+    result = Plan(tuple(layers))
+    if not result.quantized:
+        reasons = "; ".join(f"{layer.label}: {layer.note}" for layer in layers[:5])
+        raise PlanError(
+            f"none of the model's {len(layers)} layers with parameters can be quantized "
+            f"({reasons or 'it has no parameters'}); name layers with include, or exclude fewer."
+        )
+    if act_bits != "none" and not any(layer.act_bits != "none" for layer in layers):
+        raise PlanError(
+            f"act_bits = {act_bits}, but none of the {len(result.quantized)} quantized layers is "
+            "given one tensor of numbers that could be rounded; include a Linear or Conv layer, or "
+            "leave act_bits out."
+        )
+    _check_overrides(overrides, result)
+    return result
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Refuse a model that has no shapes yet, or that is quantized."""
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise PlanError(
@@ -131,64 +230,56 @@ def plan(
             f"the model is quantized already ({next(iter(quantized))} and {len(quantized) - 1} "
             "other layers); plan the plain model."
         )
-    scale_shape(torch.Size((1, group_size if isinstance(group_size, int) else 1)), group_size)
-    modules = {name: m for name, m in model.named_modules() if any(True for _ in _own(m))}
-    _check_patterns([*include, *exclude], list(modules))
-    matrices = [name for name, module in modules.items() if _has_matrix(module)]
-    ends = dict(zip(matrices[:1] + matrices[-1:], ("first", "last"), strict=False))
-    users: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        users.setdefault(id(_main(module)), []).append(name)
-    layers = []
-    counted: set[int] = set()
-    for names in users.values():
-        module = modules[names[0]]
-        reason = next(filter(None, (_unsupported(modules[n]) for n in names)), "")
-        kinds = [kind for n in names if (kind := kind_of(modules[n]))]
-        dims = {kind.channel_dim for kind in kinds} or {0}
-        if not reason and len(dims) > 1:
-            reason = "shared by layers whose output channels are different dimensions of it"
-        reason = reason or _unselected(names, kinds, include, exclude, ends)
-        shape, size, notes = _main(module).shape, group_size, [reason]
-        row = 0 if reason else _channels(shape, min(dims))[1:].numel()
-        if not reason and isinstance(group_size, int) and row % group_size:
-            size = "channel"
-            notes.append(f"scale per channel: {group_size} does not divide {row}")
-        rounds = act_bits != "none" and not reason
-        if rounds and all(kind.looks_up for kind in kinds):
-            rounds = False
-            notes.append("its inputs are indices, which are not rounded")
-        if len(names) > 1:
-            notes.append(f"weight shared by {', '.join(names[1:])}")
-        own = {id(p): p.numel() for name in names for p in _own(modules[name])}
-        layers.append(
-            PlannedLayer(
-                names=tuple(names),
-                kind=type(module).__name__,
-                shape=tuple(shape),
-                parameters=sum(n for key, n in own.items() if key not in counted),
-                grid=None if reason else chosen,
-                channel_dim=min(dims),
-                group_size=size,
-                note="; ".join(filter(None, notes)),
-                act_bits=act_bits if rounds else "none",
+
+
+def _check_overrides(overrides: Mapping[str, Grid], result: Plan) -> None:
+    """Refuse an override that gives no layer its bits."""
+    for pattern, grid in overrides.items():
+        matched = [layer for layer in result.layers if patterns.matches(layer.called, pattern)]
+        if not any(layer.grid for layer in matched):
+            raise PlanError(
+                f"the override {pattern}={grid.bits} changes nothing, because what it matches "
+                f"stays float ({matched[0].label}: {matched[0].note}); an override says how many "
+                "bits a quantized layer gets, and include says which layers are quantized."
             )
-        )
-        counted |= own.keys()
-    result = Plan(tuple(layers))
-    if not result.quantized:
-        reasons = "; ".join(f"{layer.names[0]}: {layer.note}" for layer in layers[:5])
-        raise PlanError(
-            f"none of the model's {len(layers)} layers with parameters can be quantized "
-            f"({reasons or 'it has no parameters'}); name layers with include, or exclude fewer."
-        )
-    if act_bits != "none" and not any(layer.act_bits != "none" for layer in layers):
-        raise PlanError(
-            f"act_bits = {act_bits}, but all {len(result.quantized)} quantized layers look rows up "
-            "by index, so that there is no input to round; include a Linear or Conv layer, or "
-            "leave act_bits out."
-        )
-    return result
+
+
+class _Form(NamedTuple):
+    """Where the output channels of a weight are; see `kinds.Kind`."""
+
+    channel_dim: int = 0
+    parts: int = 1
+    on_request: bool = False
+
+
+def _form(modules: Mapping[str, nn.Module], places: Sequence[Place]) -> tuple[_Form, str]:
+    """Return the form of a weight, and why it cannot be quantized, or an empty string."""
+    forms = []
+    for name, leaf in places:
+        if kind := kind_of(modules[name]):
+            shape = modules[name].get_parameter(leaf).shape
+            parts = kind.parts(modules[name], shape) if leaf in kind.leaves else 1
+            forms.append(_Form(kind.channel_dim, parts, kind.on_request))
+    first = min(forms, default=_Form())
+    reason = next(filter(None, (probe.unsupported(modules[n], leaf) for n, leaf in places)), "")
+    if not reason and any(form[:2] != first[:2] for form in forms):
+        reason = "shared by layers whose output channels are different dimensions of it"
+    return first._replace(on_request=any(form.on_request for form in forms)), reason
+
+
+def _group(group_size: GroupSize, shape: Sequence[int], form: _Form) -> tuple[GroupSize, str]:
+    """Return the group size of a layer's scale, and what is special about it.
+
+    Where an index of the channel dimension stands for several channels, each of them is a group.
+    """
+    row = _channels(shape, form.channel_dim)[1:].numel() // form.parts
+    whole: GroupSize = "channel" if form.parts == 1 else row
+    special = "" if form.parts == 1 else "a group is an output channel"
+    if group_size == "channel":
+        return whole, special
+    if isinstance(group_size, int) and row % group_size:
+        return whole, f"scale per channel: {group_size} does not divide {row}"
+    return group_size, ""
 
 
 def _channels(shape: Sequence[int], channel_dim: int) -> torch.Size:
@@ -200,100 +291,35 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
     return module.parameters(recurse=False)
 
 
-def _main(module: nn.Module) -> nn.Parameter:
-    """Return the parameter that names the layer: its weight, or whatever it has first."""
+def _main(module: nn.Module) -> list[str]:
+    """Return the parameters that stand for a layer: its weights, or whatever it has first."""
     named = dict(module.named_parameters(recurse=False))
-    return named.get("weight", next(iter(named.values())))
+    return leaves_of(module) or ["weight" if "weight" in named else next(iter(named))]
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    return weight is not None and weight.dim() > 1
-
-
-def _unsupported(module: nn.Module) -> str:
-    """Return why this module cannot be quantized, or an empty string."""
-    own = dict(module.named_parameters(recurse=False))
-    name, kind = type(module).__name__, kind_of(module)
-    if isinstance(module, ParametrizationList) or (kind and "weight" not in own):
-        return "a weight computed from other parameters"
-    if kind is None:
-        matrix = any(parameter.dim() > 1 for parameter in own.values())
-        return f"{name} is not Linear, Conv or Embedding" if matrix else "no weight matrix"
-    if not own["weight"].is_floating_point():
-        return f"its weight is {own['weight'].dtype}"
-    if obstacle := kind.obstacle(module):
-        return obstacle
-    return "" if _uses_weight_linearly(module, kind) else f"{name} transforms its weight before use"
-
-
-def _uses_weight_linearly(module: nn.Module, kind: Kind) -> bool:
-    """Tell whether doubling the weight doubles the output, probing forwards that are not torch's.
-
-    Weight standardisation, for one, fails: snapped weights would not be what is multiplied. A
-    power of two scales floating-point results exactly, so the comparison is for equality.
-    """
-    methods = ("forward", "_conv_forward")
-    if all(getattr(type(module), m, None) is getattr(kind.stock, m, None) for m in methods):
-        return True
-    own = module.get_parameter("weight")
-    x, weight = kind.sample(module), ramp(own.shape, own)
-    bias = dict(module.named_parameters(recurse=False)).get("bias")
-    state = {} if bias is None else {"module.bias": torch.zeros_like(bias)}
-    outputs = []
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            for factor in (1, 2):
-                state["module.weight"] = factor * weight
-                outputs.append(torch.func.functional_call(_Bare(module), state, (x,)))
-        return torch.equal(2 * outputs[0], outputs[1])
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-        return False  # a forward with other inputs: not known to be linear, so left in float
-    finally:
-        for child, training in modes:
-            child.training = training
-
-
-class _Bare(nn.Module):
-    """Calls a module's forward without its hooks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.module.forward(x))
+    weights = {"weight", *leaves_of(module)}
+    return any(p.dim() > 1 for n, p in module.named_parameters(recurse=False) if n in weights)
 
 
 def _unselected(
     names: Sequence[str],
-    kinds: Sequence[Kind],
+    form: _Form,
     include: Sequence[str],
     exclude: Sequence[str],
     ends: dict[str, str],
 ) -> str:
     """Return why a layer that could be quantized is not to be, or an empty string."""
     for pattern in exclude:
-        if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        if patterns.matches(names, pattern):
             return f"excluded by {pattern!r}"
     if include:
-        matched = any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in include)
+        matched = any(patterns.matches(names, pattern) for pattern in include)
         return "" if matched else "not included"
-    if any(kind.on_request for kind in kinds):
+    if form.on_request:
         return "an embedding, kept in full precision unless include names it"
     end = next((ends[name] for name in names if name in ends), "")
     return f"{end} layer, kept in full precision" if end else ""
-
-
-def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise PlanError(
-                f"the pattern {pattern!r} matches no layer{near(pattern, names)}; patterns are "
-                "globs on module names such as 'layer1.*' (askewq inspect MODEL lists the names)."
-            )
 
 
 def apply(model: nn.Module, plan: Plan) -> None:
@@ -302,23 +328,26 @@ def apply(model: nn.Module, plan: Plan) -> None:
     Raises:
         ModelError: a weight that is not float32 (masters are trained in float32), or not finite.
     """
+    model = uncompiled(model)
     scales = []
     for layer in plan.quantized:
-        weight = model.get_submodule(layer.names[0]).get_parameter("weight")
+        weight = model.get_submodule(layer.names[0]).get_parameter(layer.leaves[0])
+        name = f"{layer.names[0]}.{layer.leaves[0]}"
         if weight.dtype not in (torch.float32, torch.float64):
             raise ModelError(
-                f"{layer.names[0]}.weight is {weight.dtype}; low-bit training needs float32 master "
-                "weights: call model.float() first and use bf16 through autocast."
+                f"{name} is {weight.dtype}; low-bit training needs float32 master weights: call "
+                "model.float() first and use bf16 through autocast."
             )
         if not torch.isfinite(weight).all():
             raise ModelError(
-                f"{layer.names[0]}.weight holds NaN or infinite values; check the file."
+                f"{name} holds NaN or infinite values; check the file, or exclude this layer with "
+                f"--exclude {layer.names[0]!r}."
             )
         first = channels_first(weight, layer.channel_dim)
         scales.append(fit_scale(first, cast(Grid, layer.grid), layer.group_size))
     for layer, scale in zip(plan.quantized, scales, strict=True):
-        for name in layer.names:
-            quantize_layer_(model.get_submodule(name), cast(Grid, layer.grid), scale)
+        for name, leaf in zip(layer.names, layer.leaves, strict=True):
+            quantize_layer_(model.get_submodule(name), cast(Grid, layer.grid), scale, leaf)
 
 
 def quantize(
@@ -329,8 +358,17 @@ def quantize(
     group_size: GroupSize = "channel",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    bits_override: Mapping[str, Bits] | None = None,
 ) -> Plan:
     """Plan and apply in one call; see `plan` for the arguments. Returns the plan."""
-    chosen = plan(model, bits, grid=grid, group_size=group_size, include=include, exclude=exclude)
+    chosen = plan(
+        model,
+        bits,
+        grid=grid,
+        group_size=group_size,
+        include=include,
+        exclude=exclude,
+        bits_override=bits_override,
+    )
     apply(model, chosen)
     return chosen

@@ -24,11 +24,11 @@ FLOORS = [
         *("config", "grid", "kinds", "pack", "methods", "mixed"),
         *("disk", "digest", "trust", "signals", "divergence", "sharding"),
     ),
-    ("layers", "activations", "kernels", "optim", "rivals", "manifest"),
+    ("layers", "activations", "kernels", "optim", "rivals", "manifest", "patterns", "probe"),
     ("wrap", "checkpoint", "packed", "refine"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
-        *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target"),
+        *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target", "sensitivity"),
         *("processes", "streams"),
     ),
     (
@@ -52,7 +52,7 @@ FLOORS = [
             "gguf_tokenizer",
         ),
     ),
-    ("loop", "train", "demo", "inspection", "launch"),
+    ("loop", "train", "demo", "inspection", "launch", "planning"),
     ("cli",),
     ("__main__",),
 ]

@@ -417,6 +417,29 @@ class TestInspect:
         assert "excluded by '2'" in rows["2"]
         assert "2 bits -2..1 per group 4" in rows["6"]
 
+    def test_other_bits(self):
+        """Overrides may be repeated, and the table shows what comes of them."""
+        flags = ["--bits-override", "layer1.*=8", "--bits-override", "layer2.*=ternary"]
+        outcome = command("inspect", "test_resnet", *flags)
+        rows = {line.split()[0]: line for line in outcome.out.splitlines() if line.strip()}
+        assert "8 bits -128..127" in rows["layer1.0.conv1"]
+        assert "ternary -1..1" in rows["layer2.0.conv1"]
+        assert "2 bits -2..1" in rows["layer3.0.conv1"]
+
+    def test_what_will_not_work(self):
+        """Before any training: the layers that stay float with their reason, and the share."""
+        outcome = command("inspect", "test_nfnet")
+        assert outcome.code == 0
+        reason = "ScaledStdConv2d transforms its weight before use"
+        assert f"float: stem.conv1 (ScaledStdConv2d): {reason}" in outcome.out
+        rows = {line.split()[0]: line for line in outcome.out.splitlines() if line.strip()}
+        assert reason in rows["stages.0.0.conv3"]  # its gain is zero at first
+
+    def test_a_model_that_will_not_work_at_all(self):
+        """A network of nothing but such layers is refused, and its layers say why."""
+        outcome = command("inspect", builders.own("standardised"))
+        refused(outcome, "none of the model's 3 layers", "StdConv2d transforms its weight")
+
     def test_names_are_whole_when_piped(self):
         """Without a terminal no layer's name and no reason is folded into the next line."""
         outcome = command("inspect", builders.bert())
@@ -444,6 +467,13 @@ class TestInspect:
             (["test_resnet", "--include", "layer9.*"], "matches no layer"),
             (["test_resnet", "--exclude", "*"], "can be quantized"),
             (["test_resnet", "--bits", "9"], "--bits"),
+            (["test_resnet", "--bits-override", "fc=9"], "'fc=9' must be PATTERN=B"),
+            (["test_resnet", "--bits-override", "layer9.*=4"], "matches no layer"),
+            (["test_resnet", "--bits-override", "fc=8"], "the override fc=8 changes nothing"),
+            (
+                ["test_resnet", "--bits-override", "layer1.*=8", "--bits-override", "*.conv1=4"],
+                "contradict each other on layer1.0.conv1",
+            ),
             (["test_resnet", "--bits", "1", "--grid", "half-integer"], "half-integer"),
             ([], "requires an argument"),
         ],

@@ -344,3 +344,27 @@ class TestWrongValues:
     def test_the_papers_alpha_is_allowed_when_coupled(self):
         """With the pull coupled to the learning rate alpha may exceed 1."""
         assert build({**ESSENTIALS, "alpha": 5.0, "pull": "coupled"}).alpha == 5.0
+
+
+class TestOverrides:
+    def test_are_patterns_with_bits(self):
+        """The last "=" parts a pattern from its width."""
+        made = config.build(
+            {**ESSENTIALS, "bits_override": ["layer4.*=4", "a=b=ternary", "fc=1", "fc=1"]}
+        )
+        assert made.overrides == {"layer4.*": 4, "a=b": "ternary", "fc": 1}
+
+    @pytest.mark.parametrize(
+        "text", ["fc", "=4", "fc=", "fc=9", "fc=0", "fc=2.0", "fc= 2", "fc=two"]
+    )
+    def test_other_texts(self, text):
+        """What is no pattern with a width is quoted, with the widths that there are."""
+        with pytest.raises(RecipeError) as error:
+            config.build({**ESSENTIALS, "bits_override": ["conv1=4", text]})
+        message = str(error.value)
+        assert f"bits_override: {text!r} must be PATTERN=B with B one of 1, 2, 3" in message
+
+    def test_two_widths_of_one_pattern(self):
+        """A contradiction is found before any model is."""
+        with pytest.raises(RecipeError, match="gives 'fc' both 4 and 8 bits"):
+            config.build({**ESSENTIALS, "bits_override": ["fc=4", "fc=8"]})

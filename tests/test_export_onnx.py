@@ -28,7 +28,7 @@ from askewq.grid import channels_first, make_grid, scale_shape
 from askewq.hf_models import load_processor, load_tokenizer
 from askewq.kinds import channel_dim
 from askewq.manifest import PackedWeight
-from askewq.onnx_weights import Storage, storage
+from askewq.onnx_weights import Storage, dequantize, storage
 from askewq.pack import pack, packed_size
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import LoadedModel, ModelSpec
@@ -276,6 +276,27 @@ class TestStorage:
         scale = torch.full((1, 1), torch.finfo(torch.float32).tiny * (1 + 2**-23))
         weight = PackedWeight(make_grid(3, "half-integer"), (1, 1), torch.zeros(1), scale)
         assert storage(weight) == Storage(4, "units")
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(
+    ("shape", "channel_dim"), [((4, 5, 3, 6), 0), ((4, 5, 3, 6), 1), ((6, 5, 4), 2), ((6, 4), 1)]
+)
+@pytest.mark.parametrize(("bits", "kind"), [(1, "integer"), (3, "integer"), (2, "half-integer")])
+def test_weights_of_any_shape(shape, channel_dim, groups, bits, kind):
+    """Whichever dimension counts output channels, the nodes give the weight, to the bit."""
+    grid, out = make_grid(bits, kind), shape[channel_dim]
+    codes = pack(torch.randint(0, grid.size, (math.prod(shape),), dtype=torch.uint8), bits)
+    weight = PackedWeight(grid, shape, codes, torch.rand(out, groups).half().float(), channel_dim)
+    nodes, tensors = dequantize("w", weight, storage(weight), transposed=False)
+    result = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, shape)
+    made = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", [], [result], tensors),
+        opset_imports=[onnx.helper.make_opsetid("", 25)],
+        ir_version=13,
+    )
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    assert torch.equal(torch.from_numpy(session.run(["w"], {})[0]), weight.dense())
 
 
 def own(factory: str, bits=2, kind="integer", names=()) -> ExportSource:

@@ -205,6 +205,36 @@ class TestOtherLayers:
             tmp_path / "model.safetensors", tmp_path / "again" / "model.safetensors"
         )
 
+    @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+    def test_stacked_experts(self, tmp_path, kind):
+        """The weights of experts, which no layer calls `weight`, stay packed under their names."""
+        sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
+        config = getattr(transformers, f"{kind}Config")(
+            **sizes, vocab_size=14, num_attention_heads=2, num_key_value_heads=2,
+            num_local_experts=4, max_position_embeddings=16, pad_token_id=0,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        )  # fmt: skip
+        network = getattr(transformers, f"{kind}ForCausalLM")(config)
+        askewq.quantize(network, 2)
+        dense = by_hand(tmp_path, network, [], GRIDS[2])
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, output_loading_info=True
+        )
+        assert not any(info.values())
+        experts = "model.layers.0.mlp.experts"
+        assert experts in packed_layers(model)
+        for leaf in ("gate_up_proj", "down_proj"):
+            expected = dense.get_parameter(f"{experts}.{leaf}")
+            assert torch.equal(getattr(model.get_submodule(experts), leaf), expected)
+        assert torch.equal(logits(model, "gpt2"), logits(dense, "gpt2"))
+        (tmp_path / "again").mkdir()
+        model.save_pretrained(tmp_path / "again")
+        assert same_content(
+            tmp_path / "model.safetensors", tmp_path / "again" / "model.safetensors"
+        )
+        model.dequantize()
+        assert torch.equal(logits(model, "gpt2"), logits(dense, "gpt2"))
+
 
 class TestRefusals:
     def test_another_task(self):

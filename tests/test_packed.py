@@ -243,6 +243,22 @@ class TestState:
 
 
 class TestRefusals:
+    def test_a_layer_of_two_names(self, tmp_path):
+        """A module that the network holds twice is packed once, under both names."""
+
+        def build():
+            shared = nn.Linear(4, 4)
+            return nn.ModuleDict({"first": shared, "second": nn.Sequential(shared)})
+
+        network = build()
+        quantize_layer_(network["first"], GRIDS[2], torch.rand(4, 1) + 0.1)
+        snap_(network)
+        checkpoint.save(network, tmp_path / "file")
+        model = build()
+        load_packed_into(model, checkpoint.read(tmp_path / "file"))
+        assert model["first"] is model["second"][0]
+        assert torch.equal(model["first"].weight, network["first"].weight)
+
     def test_assigning_a_weight(self):
         """A packed weight cannot be replaced unnoticed."""
         model = askewq.load(finished("timm")[0], packed=True)

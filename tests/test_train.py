@@ -362,6 +362,23 @@ class TestSettings:
         assert artifact.weights.keys() == {f"{name}.weight" for name in names}
         assert artifact.tensors["0.bias"].dtype == torch.float32
 
+    def test_overrides(self, tmp_path):
+        """The file has the bits that the overrides ask for, and the recipe says so."""
+        finetune("own", tmp_path, include=["*"], bits_override=["8=8", "[02]=ternary"], max_steps=2)
+        bits = {name: weight.grid.bits for name, weight in packed(tmp_path).weights.items()}
+        assert bits == {
+            "0.weight": "ternary", "2.weight": "ternary", "6.weight": 2, "8.weight": 8
+        }  # fmt: skip
+        stored = config.read_yaml(tmp_path / "recipe.yaml")
+        assert stored["bits_override"] == ["8=8", "[02]=ternary"]
+
+    def test_a_method_is_told_of_every_width(self, tmp_path):
+        """A method that cannot do the bits of an override refuses before anything is written."""
+        wrong = {"bits": 1, "method": "adaste", "bits_override": ["2=4"]}
+        with pytest.raises(RecipeError, match="adaste trains 1 bit, not bits = 4"):
+            finetune("own", tmp_path / "out", **wrong)
+        assert not (tmp_path / "out").exists()
+
     def test_accumulated_micro_steps_are_one_step(self, tmp_path):
         """Two micro-steps of eight make the step of one batch of sixteen, up to rounding."""
         common = {"closing": "single", "final_radius": 0.4, "max_steps": 5, "bits": 4}

@@ -395,6 +395,23 @@ def test_parametrized_layers_stay_float(parametrize, bias):
     assert result.total_parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [ScaledStdConv2d, ScaledStdConv2dSame])
+def test_a_gain_that_begins_at_zero_hides_nothing(kind):
+    """The last convolution of a block of NFNet gives zeros at first, linear in anything."""
+    result = plan(between(kind(4, 4, 3, gain_init=0.0)), 2)
+    assert notes(result)["1"] == f"{kind.__name__} transforms its weight before use"
+
+
+def test_an_output_that_is_always_zero_shows_nothing():
+    """A layer that is switched off cannot be seen to be linear."""
+
+    class Off(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0 * super().forward(x)
+
+    assert "cannot be seen by a call" in notes(plan(between(Off(4, 4)), 2))["1"]
+
+
 def test_an_own_forward_that_is_linear_in_the_weight_is_quantized():
     """A subclass with another forward is probed: a linear use of the weight passes."""
 
@@ -411,9 +428,12 @@ def test_an_own_forward_that_is_linear_in_the_weight_is_quantized():
             return super().forward(x + y)
 
     assert names(plan(between(Scaled(4, 4)), 2)) == ["1", "2"]
-    for kind in (Normalised, TwoInputs):
-        result = plan(between(kind(4, 4)), 2)
-        assert notes(result)["1"] == f"{kind.__name__} transforms its weight before use"
+    assert notes(plan(between(Normalised(4, 4)), 2))["1"] == (
+        "Normalised transforms its weight before use"
+    )
+    assert notes(plan(between(TwoInputs(4, 4)), 2))["1"] == (
+        "TwoInputs has a forward of its own, whose use of the weight cannot be seen by a call"
+    )
 
 
 def test_timms_same_padding_is_quantized():
@@ -426,12 +446,12 @@ def test_timms_same_padding_is_quantized():
 def test_what_is_no_linear_layer_is_named_with_its_kind():
     """Modules with another kind of weight matrix stay float, and the table names their class."""
     model = nn.Sequential(
-        nn.Linear(4, 4), nn.ConvTranspose2d(4, 4, 3), nn.Bilinear(4, 4, 4), nn.BatchNorm2d(4),
+        nn.Linear(4, 4), nn.LSTM(4, 4), nn.Bilinear(4, 4, 4), nn.BatchNorm2d(4),
         nn.Linear(4, 4), nn.Linear(4, 2),
     )  # fmt: skip
     assert notes(plan(model, 2)) == {
         "0": "first layer, kept in full precision",
-        "1": "ConvTranspose2d is not Linear, Conv or Embedding",
+        "1": "LSTM is not Linear, Conv or Embedding",
         "2": "Bilinear is not Linear, Conv or Embedding",
         "3": "no weight matrix",
         "5": "last layer, kept in full precision",
@@ -477,7 +497,10 @@ def test_every_parameter_is_counted_once(build):
     result = plan(model, 2)
     assert result.total_parameters == sum(p.numel() for p in model.parameters())
     by_name = dict(model.named_modules())
-    weights = {id(by_name[layer.names[0]].weight): layer.weights for layer in result.quantized}
+    weights = {
+        id(by_name[layer.names[0]].get_parameter(layer.leaves[0])): layer.weights
+        for layer in result.quantized
+    }
     assert len(weights) == len(result.quantized)
     assert result.quantized_parameters == sum(weights.values())
     assert all(layer.note or layer.grid for layer in result.layers), (
@@ -535,11 +558,22 @@ def test_layers_that_disagree_about_channels_cannot_share():
     assert notes(result)["1"].startswith("shared by layers whose output channels are different")
 
 
-def test_attention_weights_outside_a_linear_layer_are_named():
-    """The input projection of nn.MultiheadAttention is a matrix, and the note must not deny it."""
+def test_attention_weights_outside_a_linear_layer_are_quantized():
+    """The input projection of nn.MultiheadAttention is a weight like that of its output."""
     result = plan(between(nn.MultiheadAttention(4, 2)), 2)
-    assert notes(result)["1"] == "MultiheadAttention is not Linear, Conv or Embedding"
-    assert "1.out_proj" in names(result)
+    assert [layer.label for layer in result.quantized] == ["1.in_proj_weight", "1.out_proj", "2"]
+    assert notes(result).keys() == {"0", "3"}
+
+
+def test_attention_with_a_forward_of_its_own_is_named():
+    """What a subclass does with the projections cannot be seen from outside."""
+
+    class Scaled(nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    result = plan(between(Scaled(4, 2)), 2)
+    assert notes(result)["1"].startswith("Scaled has a forward of its own, whose use of the weight")
 
 
 @pytest.mark.parametrize("bits", [1, "ternary", 2, 3, 8])
@@ -614,3 +648,95 @@ def test_a_layer_without_a_shape_yet_is_refused_in_words():
     model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3), nn.Linear(3, 3))
     with pytest.raises(PlanError, match=r"1\.weight has no shape yet .* call the model on a batch"):
         plan(model, 2)
+
+
+def test_overrides_give_other_bits():
+    """Layers that match get the width of the override, out of those that get a grid at all."""
+    model = timm.create_model("test_resnet")
+    overrides = {"layer1.*": 4, "layer2.0.conv1": "ternary", "layer1.0.conv1": 4}
+    result = quantize(model, 2, bits_override=overrides)
+    bits = {layer.names[0]: layer.grid.bits for layer in result.quantized}
+    assert {width for name, width in bits.items() if name.startswith("layer1.")} == {4}
+    assert bits["layer2.0.conv1"] == "ternary"
+    assert bits["layer2.0.conv2"] == 2
+    assert model.layer1[0].conv1.grid == make_grid(4)
+    assert (
+        result.quantized_parameters
+        == plan(timm.create_model("test_resnet"), 2).quantized_parameters
+    )
+
+
+def test_an_override_matches_any_name_of_a_shared_weight():
+    """A weight has one width, whichever of its layers is named."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    model[2].weight = model[1].weight
+    result = plan(model, 2, bits_override={"2": 8})
+    assert [layer.grid.bits for layer in result.quantized] == [8, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "fragment"),
+    [
+        ({"bits_override": {"4": 8}}, PlanError, "the pattern '4' matches no layer"),
+        (
+            {"bits_override": {"3": 8}},
+            PlanError,
+            "the override 3=8 changes nothing, because what it matches stays float (3: last layer, "
+            "kept in full precision); an override says how many bits a quantized layer gets, and "
+            "include says which layers are quantized",
+        ),
+        ({"bits_override": {"1": 8}}, PlanError, "(1: no weight matrix)"),
+        ({"bits_override": {"2": 8}, "exclude": ["2"], "include": ["*"]}, PlanError, "excluded by"),
+        (
+            {"bits_override": {"2": 8, "[2]": 4}},
+            PlanError,
+            "the overrides 2=8 and [2]=4 contradict each other on 2",
+        ),
+        ({"bits_override": {"2": 9}}, RecipeError, "the override 2=9: bits = 9 is not a width"),
+        (
+            {"bits_override": {"2": 1}, "grid": "half-integer"},
+            RecipeError,
+            "the override 2=1: grid = 'half-integer' does not go with bits = 1",
+        ),
+    ],
+)
+def test_overrides_that_cannot_be(settings, kind, fragment):
+    """What matches nothing, changes nothing or contradicts is refused with what to do."""
+    with pytest.raises(kind) as error:
+        plan(mlp(), 2, **settings)
+    assert fragment in str(error.value)
+
+
+def test_transposed_and_plain_convolutions_cannot_share():
+    """They count output channels by different dimensions of the weight."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3))
+    model[1].weight = model[0].weight
+    assert "different dimensions" in plan_error(model)
+
+
+def plan_error(model: nn.Module) -> str:
+    """Return why nothing of a model can be quantized."""
+    with pytest.raises(PlanError) as error:
+        plan(model, 2, include=["*"])
+    return str(error.value)
+
+
+def test_groups_of_a_transposed_convolution():
+    """A group size divides the weights of one output channel, within its group of inputs."""
+    model = nn.ModuleList([nn.ConvTranspose1d(8, 6, 2, groups=2), nn.Linear(4, 4)])
+    by_size = {
+        n: plan(model, 2, group_size=n, include=["0"]).quantized[0] for n in (4, 3, "tensor")
+    }
+    assert [(la.group_size, la.note) for la in by_size.values()] == [
+        (4, ""),
+        (8, "scale per channel: 3 does not divide 8"),
+        ("tensor", ""),
+    ]
+
+
+def test_what_cannot_be_trained_says_what_to_exclude():
+    """The layer with values that are not finite is named, with the flag that leaves it alone."""
+    model = mlp()
+    nn.init.constant_(model[2].weight, torch.nan)
+    with pytest.raises(ModelError, match="exclude this layer with --exclude '2'"):
+        quantize(model, 2)

@@ -1,0 +1,337 @@
+"""`askewq plan`: which layer gets how many bits, within a budget, as a recipe to fine-tune with.
+
+The folder that it writes holds `recipe.yaml`, which names the bits of every layer;
+`sensitivity.json`, what was found; and `sensitivity.png`, a picture of it.
+"""
+
+import glob
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from askewq import config, disk, report, sensitivity, wrap
+from askewq.batches import loaders, prepare_batch
+from askewq.config import Recipe
+from askewq.data import OpenData
+from askewq.errors import ModelError, OutputError, PlanError, RecipeError
+from askewq.grid import mixed_grid
+from askewq.methods import check_bits
+from askewq.pack import packed_size
+from askewq.sensitivity import Sensitivity
+from askewq.spec import LoadedModel
+from askewq.tasks import logits_and_labels, score
+from askewq.train import load
+from askewq.vocabulary import Bits, Estimate
+from askewq.wrap import Plan
+
+RECIPE, FIGURES, PICTURE = "recipe.yaml", "sensitivity.json", "sensitivity.png"
+CANDIDATES: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 8)
+_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `askewq plan` is asked for, beside the recipe.
+
+    Attributes:
+        average_bits: of the codes of the quantized weights; ternary counts 1.6.
+        size: of the artifact's weights file, such as "10MB"; one of the two is given.
+        candidates: the widths that a layer may get.
+        estimate: how the sensitivities are found: measured or estimated, see sensitivity.py.
+        samples: of the training split, to find them with.
+    """
+
+    average_bits: float | None = None
+    size: str | None = None
+    candidates: tuple[Bits, ...] = CANDIDATES
+    estimate: Estimate = "measured"
+    samples: int = 1024
+
+
+def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
+    """Find the best bits for every layer, and write them as a recipe into `recipe.output`.
+
+    Args:
+        recipe: model, data and granularity; its bits do not matter.
+        given: the keys that the user set, which the new recipe repeats.
+
+    Returns:
+        The plan with the bits that were found.
+
+    Raises:
+        AskewError: before anything is written: settings that cannot be used, a budget that cannot
+            be met (with the nearest one that can), a model that was not trained for the data.
+    """
+    _check(recipe, settings)
+    loaded, data = _open(recipe, settings)
+    uniform = wrap.plan(
+        loaded.model,
+        8,
+        grid=recipe.grid,
+        group_size=recipe.group_size,
+        include=recipe.include,
+        exclude=recipe.exclude,
+    )
+    budget = code_budget(loaded.model, uniform, settings)
+    found = _find(recipe, settings, loaded, data, uniform)
+    widths = sensitivity.assign(found, budget)
+    grids = {
+        layer.names: mixed_grid(bits, recipe.grid)
+        for layer, bits in zip(found.layers, widths, strict=True)
+    }
+    result = Plan(tuple(replace(layer, grid=grids.get(layer.names)) for layer in uniform.layers))
+    _write(recipe, given, settings, found, widths)
+    report.print_sensitivity(found, widths)
+    report.print_coverage(result)
+    report.print_lines(
+        [
+            f"written to {recipe.output}/ ({RECIPE}, {FIGURES}, {PICTURE}); the next command:",
+            f"askewq finetune --recipe {recipe.output / RECIPE} --output {recipe.output / 'run'}",
+        ]
+    )
+    return result
+
+
+def _check(recipe: Recipe, settings: Settings) -> None:
+    """Refuse what cannot be used, before the model is loaded."""
+    if (settings.average_bits is None) == (settings.size is None):
+        raise RecipeError("give one budget: --average-bits (such as 2.5) or --size (such as 10MB).")
+    if settings.average_bits is not None and not 0 < settings.average_bits < math.inf:
+        raise RecipeError(f"--average-bits must be above 0, not {settings.average_bits:g}.")
+    if settings.size is not None:
+        bytes_of(settings.size)
+    if settings.samples < 1:
+        raise RecipeError(f"--samples must be at least 1, not {settings.samples}.")
+    if len(set(settings.candidates)) < 2:
+        raise RecipeError("--candidates must name two widths at least, to choose between.")
+    for bits in settings.candidates:
+        check_bits(recipe.method, bits)
+    if recipe.bits_override:
+        raise RecipeError("bits_override is what a plan finds: leave it out, or exclude the layer.")
+    if missing := [name for name in ("scipy", "matplotlib") if find_spec(name) is None]:
+        raise RecipeError(
+            f"askewq plan needs scipy and matplotlib, and {' and '.join(missing)} cannot be "
+            "imported: pip install 'askewq[plan]'."
+        )
+    out = recipe.output
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(
+            f"--output {out} exists, and a plan replaces nothing; name another folder."
+        )
+
+
+def bytes_of(size: str) -> int:
+    """Return the bytes of a size such as 10MB.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)", size)
+    if not found or found[2] not in _UNITS:
+        raise RecipeError(
+            f"--size {size!r} must be a number and a unit, such as 10MB; the units are "
+            f"{', '.join(_UNITS)}."
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _open(recipe: Recipe, settings: Settings) -> tuple[LoadedModel, OpenData]:
+    """Return the model and the calibration samples.
+
+    Raises:
+        ModelError: layers that are new to the data.
+    """
+    from accelerate.utils import set_seed
+
+    set_seed(recipe.seed)
+    samples = min(settings.samples, recipe.max_train_samples or settings.samples)
+    loaded, data = load(recipe.model_copy(update={"max_train_samples": samples}))
+    new = [*loaded.notes]
+    if not recipe.pretrained and recipe.weights is None:
+        new.append("its weights are random")
+    if new:
+        raise ModelError(
+            f"{recipe.model!r} was not trained for this data: {'; '.join(new)}. What "
+            "rounding costs shows only in a trained model: fine-tune it first, and pass its "
+            "--weights."
+        )
+    return loaded, data
+
+
+def code_budget(model: nn.Module, uniform: Plan, settings: Settings) -> int:
+    """Return how many bytes the codes may take.
+
+    Raises:
+        PlanError: fewer than they take at least; the message names the nearest budget.
+    """
+    counts = [layer.weights for layer in uniform.quantized]
+    least = sum(min(packed_size(n, bits) for bits in settings.candidates) for n in counts)
+    if settings.average_bits is not None:
+        budget = int(sum(counts) * settings.average_bits / 8)
+        asked = f"an average of {settings.average_bits:g} bits"
+        nearest = f"{math.ceil(1e4 * 8 * least / sum(counts)) / 1e4:g}"
+    else:
+        rest = bytes_beside_codes(model, uniform)
+        budget = bytes_of(settings.size or "") - rest
+        asked = f"a size of {settings.size}"
+        nearest = f"{math.ceil((rest + least) / 1e3)}kB"
+    if budget < least:
+        raise PlanError(
+            f"{asked} cannot be met: with the candidates "
+            f"{', '.join(map(str, settings.candidates))} the least is {nearest}. Allow narrower "
+            "candidates, or quantize more layers (--include)."
+        )
+    return budget
+
+
+def bytes_beside_codes(model: nn.Module, uniform: Plan) -> int:
+    """Return what a packed file holds beside codes, at most: it must fit, so names count, too."""
+    codes = sum(
+        packed_size(layer.weights, layer.grid.bits) for layer in uniform.quantized if layer.grid
+    )
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = model.state_dict()
+    buffers = sum(tensor.nbytes for name, tensor in state.items() if name not in parameters)
+    # In the header every tensor has its name, type, shape and place; a packed one has two of these,
+    # and its entry in the manifest.
+    header = 400 + sum(len(name) + 96 for name in state)
+    packed = sum(2 * len(layer.label) + 272 for layer in uniform.quantized)
+    return uniform.predicted_bytes - codes + buffers + header + packed
+
+
+def _find(
+    recipe: Recipe, settings: Settings, loaded: LoadedModel, data: OpenData, uniform: Plan
+) -> Sensitivity:
+    """Find the sensitivity of every layer on the calibration samples."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    model = loaded.model.to(accelerator.device).eval()
+    loader, _ = loaders(recipe, data, loaded.preprocessing)
+    raw = list(accelerator.prepare(loader))
+
+    def losses() -> Iterator[tuple[Tensor, int]]:
+        for batch in raw:
+            with accelerator.autocast():
+                inputs = prepare_batch(batch, loaded.preprocessing)
+                logits, labels = logits_and_labels(model, loaded.spec, inputs)
+            scores = score(logits, labels)
+            yield scores.loss.sum() / scores.count.sum(), len(scores.loss)
+
+    if settings.estimate == "estimated":
+        found = sensitivity.estimated(model, uniform, settings.candidates, recipe.grid, losses())
+    else:
+        rounds = 1 + len(uniform.quantized) * len(settings.candidates)
+        with tqdm(total=rounds, desc="rounding one layer at a time") as bar:
+
+            def loss() -> float:
+                bar.update()
+                values = torch.tensor([(float(mean) * n, n) for mean, n in losses()])
+                total, count = values.double().sum(0).tolist()
+                return float(total / count)
+
+            found = sensitivity.measured(model, uniform, settings.candidates, recipe.grid, loss)
+    return found
+
+
+def _write(
+    recipe: Recipe,
+    given: Collection[str],
+    settings: Settings,
+    found: Sensitivity,
+    widths: tuple[Bits, ...],
+) -> None:
+    """Write the folder; it appears whole or not at all."""
+    out = recipe.output
+    partial = out.with_name(out.name + disk.PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with disk.room_for(10**6, out.parent, "Make room and run the command again."):
+            partial.mkdir(parents=True)
+            (partial / RECIPE).write_text(recipe_text(recipe, given, settings, found, widths))
+            (partial / FIGURES).write_text(json.dumps(_figures(settings, found, widths), indent=2))
+            draw(found, widths).savefig(partial / PICTURE, dpi=150)
+            if out.exists():
+                out.rmdir()  # an empty one
+            disk.publish(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def recipe_text(
+    recipe: Recipe,
+    given: Collection[str],
+    settings: Settings,
+    found: Sensitivity,
+    widths: tuple[Bits, ...],
+) -> str:
+    """Return the recipe: what the user set, the width of most layers, and that of the others."""
+    # Half-integers are refused beside a width that has only one grid, but for overrides.
+    able = [bits for bits in widths if recipe.grid == "integer" or bits not in (1, "ternary")]
+    most = Counter(able or widths).most_common(1)[0][0]
+    others = [
+        f"{glob.escape(layer.label)}={bits}"
+        for layer, bits in zip(found.layers, widths, strict=True)
+        if bits != most
+    ]
+    values = recipe.model_dump(mode="json")
+    content = {key: values[key] for key in config.Recipe.model_fields if key in given}
+    content = {key: v for key, v in content.items() if key not in ("bits", "output")}
+    content |= {"bits": most, "bits_override": others}
+    if not able:
+        content.pop("grid")
+    asked = settings.size or f"{settings.average_bits:g} bits a weight"
+    return (
+        f"# Bits by layer for {asked}, from {settings.estimate} sensitivities (askewq plan).\n"
+        + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    )
+
+
+def _figures(settings: Settings, found: Sensitivity, widths: tuple[Bits, ...]) -> dict[str, Any]:
+    rows = zip(
+        found.layers, widths, found.increase.tolist(), found.code_bytes.tolist(), strict=True
+    )
+    return {
+        "average_bits": settings.average_bits,
+        "size": settings.size,
+        "estimate": settings.estimate,
+        "samples": settings.samples,
+        "layers": {
+            layer.label: {
+                "weights": layer.weights,
+                "bits": bits,
+                "increase": {str(w): x for w, x in zip(found.widths, increases, strict=True)},
+                "code_bytes": {str(w): x for w, x in zip(found.widths, sizes, strict=True)},
+            }
+            for layer, bits, increases, sizes in rows
+        },
+    }
+
+
+def draw(found: Sensitivity, widths: tuple[Bits, ...]) -> Any:
+    """Return a figure: what every layer costs at every width, against its bytes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    floor = 1e-5  # what rounding gains is noise; the logarithm needs a number above 0
+    for i, layer in enumerate(found.layers):
+        x, y = found.code_bytes[i].tolist(), found.increase[i].clamp(min=floor).tolist()
+        (line,) = axes.plot(x, y, marker=".", linewidth=0.8, alpha=0.7)
+        j = found.widths.index(widths[i])
+        axes.plot(x[j], y[j], marker="o", color=line.get_color())
+        axes.annotate(f"{layer.label} {widths[i]}", (x[j], y[j]), fontsize=6)
+    axes.set(xscale="log", yscale="log", xlabel="bytes of codes", ylabel="increase of the loss")
+    axes.set_title("One layer rounded, the others as they are; circles: the bits that were chosen")
+    return figure

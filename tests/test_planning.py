@@ -1,0 +1,238 @@
+"""askewq plan: the recipe that it writes, the budgets that it keeps, and what it refuses."""
+
+import json
+import re
+from importlib.util import find_spec
+
+import builders
+import pytest
+import torch
+import yaml
+from builders import command, files
+from safetensors.torch import save_file
+
+from askewq import checkpoint, config, planning, sensitivity, wrap
+from askewq.errors import RecipeError
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of the own module, as if it had been trained."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "own.safetensors"
+    save_file(builders.own_network("small").state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def words(weights, tmp_path):
+    """The flags of a plan for the own module."""
+    settings = builders.SETTINGS["own"]()
+    flags = [w for key in ("model", "dataset") for w in (f"--{key}", settings[key])]
+    return [*flags, "--weights", weights, "--samples", 24, "--output", tmp_path / "plan"]
+
+
+def bits_of(artifact):
+    """Return the bits of every packed weight."""
+    return {
+        name.removesuffix(".weight"): weight.grid.bits
+        for name, weight in checkpoint.read(artifact / "model.safetensors").weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("estimate", "grid"), [("measured", "half-integer"), ("estimated", "integer")]
+)
+def test_the_recipe_trains_what_was_planned(words, tmp_path, estimate, grid):
+    """The artifact has the bits that the plan chose, within the budget."""
+    flags = ["--average-bits", 3, "--sensitivity", estimate, "--grid", grid, "--include", "*"]
+    outcome = command("plan", *words, *flags)
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "plan"
+    assert files(folder) == {"recipe.yaml", "sensitivity.json", "sensitivity.png"}
+    figures = json.loads((folder / "sensitivity.json").read_text())
+    chosen = {name: layer["bits"] for name, layer in figures["layers"].items()}
+    out = tmp_path / "out"
+    run = ["--recipe", folder / "recipe.yaml", "--max-steps", 2, "--batch-size", 8]
+    outcome = command("finetune", *run, "--output", out)
+    assert outcome.code == 0, outcome.err
+    assert bits_of(out) == chosen
+    codes = [w.codes.nbytes for w in checkpoint.read(out / "model.safetensors").weights.values()]
+    total = sum(layer["weights"] for layer in figures["layers"].values())
+    assert 8 * sum(codes) <= 3 * total
+    assert sum(codes) == sum(
+        layer["code_bytes"][str(layer["bits"])] for layer in figures["layers"].values()
+    )
+
+
+@pytest.mark.parametrize("bits", [1.7, 8])
+def test_what_was_found_is_what_is_assigned(words, tmp_path, bits):
+    """The widths are the best ones for the figures that are written."""
+    assert command("plan", *words, "--average-bits", bits).code == 0
+    figures = json.loads((tmp_path / "plan" / "sensitivity.json").read_text())
+    layers = list(figures["layers"].values())
+    found = sensitivity.Sensitivity(
+        (None,) * len(layers),
+        planning.CANDIDATES,
+        torch.tensor([list(x["increase"].values()) for x in layers], dtype=torch.float64),
+        torch.tensor([list(x["code_bytes"].values()) for x in layers]),
+    )
+    budget = int(sum(layer["weights"] for layer in layers) * bits / 8)
+    assert [layer["bits"] for layer in layers] == list(sensitivity.assign(found, budget))
+
+
+@pytest.mark.parametrize("kind", ["own", "vit", "llama"])
+def test_what_is_beside_codes_is_not_underestimated(kind):
+    """Scales, buffers, float layers and the header; on larger models the header counts little."""
+    folder, _ = builders.finished(kind)
+    packed = checkpoint.read(folder / "model.safetensors").weights.values()
+    actual = (folder / "model.safetensors").stat().st_size - sum(w.codes.nbytes for w in packed)
+    model = builders.untrained(kind).model
+    include = builders.SETTINGS[kind]().get("include", [])
+    bound = planning.bytes_beside_codes(model, wrap.plan(model, 2, include=include))
+    assert actual <= bound < actual + 100 + 120 * len(model.state_dict())
+
+
+def test_the_artifact_is_no_larger_than_the_size(words, tmp_path):
+    """As a user runs it."""
+    assert command("plan", *words, "--size", "4 kB").code == 0
+    out = tmp_path / "out"
+    run = ["--recipe", tmp_path / "plan" / "recipe.yaml", "--max-steps", 1, "--batch-size", 8]
+    assert command("finetune", *run, "--output", out).code == 0
+    assert (out / "model.safetensors").stat().st_size <= 4_000
+
+
+def test_the_same_command_finds_the_same(words, tmp_path):
+    """The samples are drawn from the seed."""
+    texts = []
+    for name in ("one", "two"):
+        again = [*words[:-1], tmp_path / name]
+        assert command("plan", *again, "--average-bits", 2).code == 0
+        texts.append((tmp_path / name / "sensitivity.json").read_text())
+    assert texts[0] == texts[1]
+
+
+def flags_of(kind):
+    """Return the flags of a short run."""
+    settings = builders.SETTINGS[kind]()
+    settings.pop("pretrained", None)
+    return [w for k, v in settings.items() for w in (f"--{k.replace('_', '-')}", v)]
+
+
+def test_a_language_model(tmp_path):
+    """Any task has a loss."""
+    words = [*flags_of("llama"), "--average-bits", 4, "--output", tmp_path / "plan"]
+    outcome = command("plan", *words, "--sensitivity", "estimated")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("kind", ["bert-pairs", "timm"])
+def test_a_model_that_was_not_trained_for_the_data(tmp_path, kind):
+    """A head that is new, or random weights, have no sensitivity."""
+    more = ["--no-pretrained"] if kind == "timm" else []
+    words = [*flags_of(kind), *more, "--average-bits", 4, "--output", tmp_path / "plan"]
+    outcome = command("plan", *words)
+    assert outcome.code == 2
+    assert "was not trained for this data" in outcome.err
+    assert "--weights" in outcome.err
+
+
+BAD = {
+    "no budget": ([], "--average-bits .* or --size"),
+    "two budgets": (["--average-bits", 2, "--size", "1MB"], "one budget"),
+    "a budget of nothing": (["--average-bits", 0], "above 0"),
+    "an average that is too low": (["--average-bits", 0.9], "the least is 1\\."),
+    "a size that is too small": (["--size", "1kB"], "cannot be met.*the least is [0-9]+kB"),
+    "no unit": (["--size", "10"], "a number and a unit"),
+    "an unknown unit": (["--size", "10XB"], "kB, MB, GB"),
+    "one candidate": (["--average-bits", 2, "--candidates", 2], "two widths"),
+    "an unknown candidate": (["--average-bits", 2, "--candidates", 2, 9], "candidates"),
+    "bits of another method": (
+        ["--average-bits", 2, "--method", "adaste"],
+        "adaste trains 1 bit, not bits = ternary",
+    ),
+    "no samples": (["--average-bits", 2, "--batch-size", 0], "batch_size"),
+    "nothing matches": (["--average-bits", 2, "--include", "nothing"], "matches no layer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(words, tmp_path, name):
+    """One clear message, exit code 2, and nothing is written."""
+    flags, pattern = BAD[name]
+    outcome = command("plan", *words, *flags)
+    assert outcome.code == 2
+    assert re.search(pattern, outcome.err), outcome.err
+    assert not (tmp_path / "plan").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_nearest_budget_can_be_met(words, tmp_path):
+    """What the message names is accepted."""
+    outcome = command("plan", *words, "--size", "1kB")
+    nearest = outcome.err.split("the least is ")[1].split(". ")[0]
+    assert command("plan", *words, "--size", nearest).code == 0
+    least = outcome.err.split("the least is ")[0]
+    assert "cannot be met" in least
+
+
+def test_an_output_that_is_there(words, tmp_path):
+    """Nothing is replaced; an empty folder is used."""
+    folder = tmp_path / "plan"
+    folder.mkdir()
+    (folder / "mine").write_text("x")
+    outcome = command("plan", *words, "--average-bits", 2)
+    assert (outcome.code, files(folder)) == (2, {"mine"})
+    (folder / "mine").unlink()
+    assert command("plan", *words, "--average-bits", 2).code == 0
+
+
+def test_an_override_is_what_a_plan_finds(words, tmp_path):
+    """A recipe with overrides is refused rather than overruled."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"bits_override": ["*=3"]}))
+    outcome = command("plan", *words, "--average-bits", 2, "--recipe", recipe)
+    assert outcome.code == 2
+    assert "bits_override" in outcome.err
+
+
+def test_missing_libraries_are_named(words, tmp_path, monkeypatch):
+    """With the extra that brings them."""
+    monkeypatch.setattr(
+        planning, "find_spec", lambda name: None if name == "scipy" else find_spec(name)
+    )
+    recipe = config.build({"model": "m", "dataset": "d", "output": str(tmp_path / "plan")})
+    with pytest.raises(
+        RecipeError, match=r"scipy cannot be imported: pip install 'askewq\[plan\]'"
+    ):
+        planning.plan(recipe, {}, planning.Settings(average_bits=2))
+
+
+@pytest.mark.parametrize(
+    ("grid", "widths", "bits", "overrides"),
+    [
+        ("integer", (1, 1, 4), 1, ["c=4"]),
+        ("half-integer", (1, 1, 4), 4, ["a=1", "b=1"]),  # 1 bit has no half-integers
+        ("half-integer", ("ternary", 1, 1), 1, ["a=ternary"]),
+    ],
+)
+def test_most_layers_need_no_override(grid, widths, bits, overrides):
+    """The recipe's own width is that of most layers, out of those that its grid goes with."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in "abc"})
+    layers = wrap.plan(model, 8, include=["*"]).quantized
+    found = sensitivity.Sensitivity(layers, (1, "ternary", 4), torch.zeros(3, 3), torch.zeros(3, 3))
+    recipe = config.build({"model": "m", "dataset": "d", "output": "o", "grid": grid, "bits": 2})
+    asked = planning.Settings(average_bits=2)
+    given = {"model", "dataset", "output", "grid"}
+    content = yaml.safe_load(planning.recipe_text(recipe, given, asked, found, widths))
+    assert content.pop("bits_override") == overrides
+    kept = {} if set(widths) <= {1, "ternary"} and grid == "half-integer" else {"grid": grid}
+    assert content == {"model": "m", "dataset": "d", "bits": bits, **kept}
+    config.build({**content, "bits_override": overrides, "output": "o"})
+
+
+def test_samples(words, tmp_path):
+    """At least one."""
+    words[words.index("--samples") + 1] = 0
+    outcome = command("plan", *words, "--average-bits", 2)
+    assert (outcome.code, "at least 1" in outcome.err) == (2, True)
