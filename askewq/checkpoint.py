@@ -88,9 +88,8 @@ def artifact_of(model: nn.Module) -> Artifact:
     """Return the content of the file for a model with quantized layers."""
     model = uncompiled(model)
     every = quantized_modules(model)
-    of_latent = {
-        id(layer.latent): layer for layer in reversed(every)
-    }  # of those that share, the first
+    # Of layers that share a weight, the first.
+    of_latent = {id(layer.latent): layer for layer in reversed(every)}
     of_scale = {id(layer.weight_scale) for layer in every}
     tensors = list(_named_tensors(model))
     layers = {name: of_latent[id(tensor)] for name, tensor in tensors if id(tensor) in of_latent}

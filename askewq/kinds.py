@@ -149,7 +149,10 @@ _EXPERT_LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 def _experts(layer: nn.Module) -> Kind | None:
     """Return the kind of a module of experts, weights [experts, out, in] or [experts, in, out]."""
     told = vars(layer)
-    if not told.keys() >= _STACKED:
+    weights = [
+        weight for leaf in _EXPERT_LEAVES if (weight := layer._parameters.get(leaf)) is not None
+    ]
+    if not told.keys() >= _STACKED or any(weight.dim() != 3 for weight in weights):
         return None
     channel_dim, other = (2, 0) if told["is_transposed"] else (0, 1)
     return Kind(

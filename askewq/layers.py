@@ -223,7 +223,7 @@ def quantize_layer_(layer: nn.Module, grid: Grid, scale: Tensor, leaf: str = "we
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return a network itself, also where torch.compile has wrapped it."""
-    return model._modules.get("_orig_mod") or model
+    return cast(nn.Module, model._modules.get("_orig_mod", model))
 
 
 def _weights_of(module: nn.Module, name: str) -> Iterator[tuple[str, QuantizedWeight]]:

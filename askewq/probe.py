@@ -50,16 +50,18 @@ def _uses_weight_linearly(module: nn.Module, x: Tensor) -> bool | None:
     others = {f"module.{name}": p for name, p in own.items() if name not in ("weight", "bias")}
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
+
+    def call(weight: Tensor) -> Tensor:
+        state["module.weight"] = weight
+        return cast(Tensor, torch.func.functional_call(_Bare(module), state, x))
+
     try:
         with torch.no_grad():
-            once = torch.func.functional_call(_Bare(module), {**state, "module.weight": weight}, x)
+            once = call(weight)
             if not once.any():  # by a gain that begins at zero, which hides what the weight does
                 state |= {name: torch.ones_like(p) for name, p in others.items()}
-            once, twice = (
-                torch.func.functional_call(_Bare(module), {**state, "module.weight": w}, x)
-                for w in (weight, 2 * weight)
-            )
-        return torch.equal(2 * once, twice) if once.any() else None
+                once = call(weight)
+            return torch.equal(2 * once, call(2 * weight)) if once.any() else None
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError):
         return None
     finally:

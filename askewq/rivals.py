@@ -8,7 +8,13 @@ from torch import nn
 
 from askewq import sharding
 from askewq.errors import ModelError, RecipeError, near
-from askewq.layers import QuantizedLayer, follow_, quantized_layers, quantized_modules
+from askewq.layers import (
+    QuantizedLayer,
+    QuantizedWeight,
+    follow_,
+    quantized_layers,
+    quantized_modules,
+)
 from askewq.methods import RIVALS, check_bits, quantize_gradient
 from askewq.vocabulary import Method
 
@@ -56,17 +62,10 @@ class Follower:
             )
         for layer in self._layers:
             check_bits(method, layer.grid.bits)
-        follow_(model, self._rule)
         self._modules = quantized_modules(model)
         if gradient_bits is not None:
-            for module in self._modules:
-                if not isinstance(module, QuantizedLayer):
-                    raise ModelError(
-                        "gradient_bits rounds the gradients of a layer's output, but "
-                        f"{type(module.owner).__name__} has several weights, {module.leaf} among "
-                        "them; exclude its layers, or leave gradient_bits out."
-                    )
-                module.register_forward_hook(functools.partial(quantize_gradient, gradient_bits))
+            _round_gradients(self._modules, gradient_bits)
+        follow_(model, self._rule)
         self.anneal(0.0)
         self._settle()
 
@@ -103,3 +102,17 @@ class Follower:
             inside += int(sharding.add_up_((seen == level).sum(), layer.latent))
             total += layer.latent.numel()
         return inside / total
+
+
+def _round_gradients(weights: list[QuantizedWeight], bits: int) -> None:
+    """Let layers round the gradients that reach their outputs."""
+    for weight in weights:
+        if not isinstance(weight, QuantizedLayer):
+            raise ModelError(
+                "gradient_bits rounds the gradients of a layer's output, but "
+                f"{type(weight.owner).__name__} has several weights, {weight.leaf} among them; "
+                "exclude its layers, or leave gradient_bits out."
+            )
+    for layer in weights:
+        hook = functools.partial(quantize_gradient, bits)
+        layer.owner.register_forward_hook(hook)

@@ -54,7 +54,8 @@ class PlannedLayer:
             weights, in this one, and in what is no weight with the first of them.
         grid: None for a layer left in floating point.
         channel_dim: the dimension of the weight that counts output channels.
-        group_size: of the scale; a layer whose rows it does not divide falls back to "channel".
+        group_size: of the scale; a layer whose rows it does not divide falls back to "channel", or
+            to the weights of a channel where there are several at one index of `channel_dim`.
         note: why it stays float, or what is special.
         act_bits: of the layer's input, which `activations.round_inputs` rounds.
     """

@@ -87,7 +87,9 @@ def travel(member: Member, seed: int = 0) -> Journey:
     packed = member.build().eval()
     load_packed_into(packed, artifact)
     # torch multiplies a batch that is not contiguous otherwise where weights ask for gradients.
-    if not same(answer(packed, inputs), answer(plain.requires_grad_(False), inputs)):
+    for model in (plain, packed):
+        model.requires_grad_(False)
+    if not same(answer(packed, inputs), answer(plain, inputs)):
         failures.append("packed: another output")
     return _judge(bits, modules, plan, failures)
 

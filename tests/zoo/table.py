@@ -26,7 +26,7 @@ into a plain network. **ok** says that
 - wrapping leaves all outputs as they were, to the bit;
 - the training steps have finite losses, and move weights;
 - the reloaded network gives the snapped one's outputs, to the bit, and the packed network those of
-  the reloaded one, its weights frozen.
+  the reloaded one, both frozen.
 
 *covered* is the share of the weights of all layers that askewq knows (Linear, Conv, ConvTranspose,
 Embedding, GPT-2's Conv1D, MultiheadAttention, transformers' stacked experts, their subclasses)
