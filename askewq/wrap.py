@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from askewq import patterns, probe
-from askewq.errors import ModelError, PlanError
+from askewq.errors import ModelError, PlanError, RecipeError
 from askewq.grid import (
     Grid,
     channels_first,
@@ -159,7 +159,7 @@ def plan(
     chosen = make_grid(bits, grid)
     if act_bits != "none":
         input_grid(act_bits, signed=True)
-    overrides = {p: mixed_grid(b, grid) for p, b in (bits_override or {}).items()}
+    overrides = {p: _override(p, b, grid) for p, b in (bits_override or {}).items()}
     scale_shape(torch.Size((1, group_size if isinstance(group_size, int) else 1)), group_size)
     model = uncompiled(model)
     _check_plain(model)
@@ -216,6 +216,18 @@ def plan(
         )
     _check_overrides(overrides, result)
     return result
+
+
+def _override(pattern: str, bits: Bits, kind: GridKind) -> Grid:
+    """Return the grid that an override asks for.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    try:
+        return mixed_grid(bits, kind)
+    except RecipeError as error:
+        raise RecipeError(f"the override {pattern}={bits}: {error}") from error
 
 
 def _check_plain(model: nn.Module) -> None:

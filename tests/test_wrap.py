@@ -674,6 +674,15 @@ def test_an_override_matches_any_name_of_a_shared_weight():
     assert [layer.grid.bits for layer in result.quantized] == [8, 2]
 
 
+def test_half_integers_are_for_the_widths_that_have_them():
+    """Beside them an override may ask for a width with one grid only."""
+    result = plan(mlp(), 2, grid="half-integer", include=["*"], bits_override={"2": 1, "3": 4})
+    grids = {layer.names[0]: layer.grid for layer in result.quantized}
+    assert grids["2"] == make_grid(1)
+    assert grids["3"] == make_grid(4, "half-integer")
+    assert grids["0"] == make_grid(2, "half-integer")
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "fragment"),
     [
@@ -693,11 +702,6 @@ def test_an_override_matches_any_name_of_a_shared_weight():
             "the overrides 2=8 and [2]=4 contradict each other on 2",
         ),
         ({"bits_override": {"2": 9}}, RecipeError, "the override 2=9: bits = 9 is not a width"),
-        (
-            {"bits_override": {"2": 1}, "grid": "half-integer"},
-            RecipeError,
-            "the override 2=1: grid = 'half-integer' does not go with bits = 1",
-        ),
     ],
 )
 def test_overrides_that_cannot_be(settings, kind, fragment):
