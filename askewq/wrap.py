@@ -181,9 +181,12 @@ def plan(
         shape = modules[places[0].name].get_parameter(places[0].leaf).shape
         size, note = (group_size, reason) if reason else _group(group_size, shape, form)
         sharing = f"weight shared by {', '.join(p.name for p in places[1:])}" if places[1:] else ""
-        takers = [kind.one_input for p in places if (kind := kind_of(modules[p.name]))]
+        kinds = [kind for place in places if (kind := kind_of(modules[place.name]))]
         rounds = act_bits != "none" and not reason
-        given = "its inputs are not rounded" if rounds and not any(takers) else ""
+        given = ""
+        if rounds and not any(kind.one_input for kind in kinds):
+            what = "indices" if kinds[0].looks_up else "several"
+            given = f"its inputs are {what}, which are not rounded"
         owned = [p for place in places for p in _own(modules[place.name])]
         own = {id(p): p.numel() for p in owned if id(p) == main or id(p) not in users}
         layers.append(

@@ -230,10 +230,20 @@ class TestCalibration:
         plan = askewq.plan(network(), 2, include=["*"], act_bits=4)
         assert [layer.act_bits for layer in plan.layers] == ["none", 4, 4, 4]
         assert "indices" in plan.layers[0].note
-        with pytest.raises(PlanError, match="act_bits = 4, but all 1 quantized layers look rows"):
+        with pytest.raises(
+            PlanError, match="act_bits = 4, but none of the 1 quantized layers is given"
+        ):
             askewq.plan(network(), 2, include=["0"], act_bits=4)
         with pytest.raises(RecipeError, match="act_bits = 16"):
             askewq.plan(network(), 2, act_bits=16)
+
+    def test_attention_and_what_is_in_it(self):
+        """Its own inputs stay float: they are several."""
+        attention = nn.MultiheadAttention(8, 2)
+        plan = askewq.plan(nn.Sequential(attention), 2, include=["*"], act_bits=4)
+        found = {layer.label: (layer.act_bits, layer.note) for layer in plan.quantized}
+        assert found["0.in_proj_weight"][0] == "none"
+        assert "its inputs are several, which are not rounded" in found["0.in_proj_weight"][1]
 
 
 class TestLayer:
