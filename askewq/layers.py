@@ -10,6 +10,7 @@ A layer whose one weight is called `weight` is a `QuantizedWeight` itself; one w
 names (attention, experts) holds a `QuantizedPart` for each.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,8 +104,10 @@ class QuantizedWeight:
             return scale[start:stop].reshape(-1, 1)
         if scale.shape[1] == 1:
             return scale
-        # A transposed weight, [in, out]: its shards are cut across the rows.
-        return scale.repeat_interleave(self.latent.shape[0] // scale.shape[1], 1)[:, start:stop]
+        # Output channels are another dimension than the one that is cut: shards cut across rows.
+        others = [n for i, n in enumerate(self.latent.shape) if i != self.channel_dim]
+        each = scale.repeat_interleave(math.prod(others) // scale.shape[1], 1)
+        return each.view(len(scale), *others)[:, start:stop].reshape(len(scale), -1)
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """Return rows, [rows, columns], in the weight's shape; contiguous."""

@@ -148,6 +148,48 @@ class TestEquality:
             assert metrics(other)["snapped"] == metrics(tmp_path / "one")["snapped"]
 
 
+ODD = """
+import torch
+from torch import nn
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(8, 6, 2, groups=2)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.up(torch.relu(self.stem(x)))).flatten(2).transpose(1, 2)
+        return self.head(self.attention(x, x, x)[0].mean(1))
+"""
+
+
+def test_fsdp2_cuts_across_channels_and_several_weights(data: Path) -> None:
+    """A grouped transposed convolution and attention: the codes and scales of DDP, byte for byte.
+
+    Everything else is equal but for the order of float32 sums.
+    """
+    (ROOT / "odd.py").write_text(ODD)
+    for how, environment in (("ddp", {}), ("fsdp", FSDP2)):
+
+        def body(_: int, how: str = how) -> None:
+            given = uneven(data, closing="staggered", include=["up", "attention*", "head"])
+            given["model"] = f"{ROOT / 'odd.py'}:Odd"
+            finetune("own", ROOT / f"odd-{how}", **given)
+
+        for outcome in together(2, body, data, **environment):
+            assert outcome.code == 0, outcome.err[-3000:]
+    one, other = packed(ROOT / "odd-ddp"), packed(ROOT / "odd-fsdp")
+    assert {"up.weight.codes", "attention.in_proj_weight.codes"} <= one.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    weights = trained(ROOT / "odd-fsdp")
+    for name, tensor in trained(ROOT / "odd-ddp").items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=2e-6)
+
+
 def metrics(folder: Path) -> dict[str, Any]:
     """Return a run's metrics."""
     found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
