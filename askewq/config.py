@@ -161,7 +161,9 @@ class Recipe(BaseModel):
         0.0, DISTILL, "share of the loss that a teacher gives, in the low-bit steps", ge=0, le=1
     )
     teacher: str | None = _key(
-        None, DISTILL, "a model, as for --model; by default the network before it is quantized"
+        None,
+        DISTILL,
+        "a model, as for --model; self by default: the network before it is quantized",
     )
     teacher_weights: Path | None = _key(
         None, DISTILL, "state dict of the teacher, by default a network like the model"

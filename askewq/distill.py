@@ -18,6 +18,10 @@ from askewq.preprocessing import (
 from askewq.spec import LoadedModel, ModelSpec
 
 
+# The name of the network before it is quantized.
+SELF = "self"
+
+
 @dataclass(frozen=True, slots=True)
 class Teacher:
     """A network and how it is called."""
@@ -39,7 +43,7 @@ def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
             or prepares its inputs in another way.
     """
     spec = student.spec
-    if recipe.teacher is None:
+    if recipe.teacher in (None, SELF):
         if recipe.teacher_weights is None:
             return None
         model = models.build(spec)

@@ -84,6 +84,16 @@ def test_overwrite_does_not_delete_the_teacher(tmp_path):
     assert teacher.is_file()
 
 
+def test_self_is_the_network_before_it_is_quantized(tmp_path):
+    """The word for what is done without one; without distillation it is refused."""
+    for name, more in (("default", {}), ("self", {"teacher": "self"})):
+        finetune("own", tmp_path / name, distill=0.5, max_steps=2, **more)
+    packed = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("default", "self")]
+    assert packed[0] == packed[1]
+    with pytest.raises(RecipeError, match="teacher goes with distill"):
+        builders.recipe("own", tmp_path / "none", teacher="self")
+
+
 def test_a_run_resumed_has_the_same_teacher(tmp_path, monkeypatch):
     """The teacher of a resumed run is the one of its start: the same bytes at the end."""
     arguments = {"distill": 0.5, "full_precision_steps": 2, "max_steps": 4, "save_every": 2}
