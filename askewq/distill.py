@@ -17,7 +17,6 @@ from askewq.preprocessing import (
 )
 from askewq.spec import LoadedModel, ModelSpec
 
-
 # The name of the network before it is quantized.
 SELF = "self"
 
