@@ -47,6 +47,11 @@ def refusals(source: ExportSource, options: Options) -> list[str]:
             "the preprocessing sets no image size, and an ONNX file is for one size: fine-tune "
             "with --image-size, or set preprocessing.size to [height, width] in config.json"
         ]
+    if source.artifact.inputs and not hasattr(torch.onnx, "ops"):
+        return [
+            f"the artifact rounds inputs, for which torch.onnx.ops is needed, and torch is "
+            f"{torch.__version__}: upgrade to torch 2.8 or newer"
+        ]
     return []
 
 

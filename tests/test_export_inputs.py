@@ -134,6 +134,14 @@ class TestONNX:
         assert kinds.count("DequantizeLinear") == 28
         assert not any(node.domain == "askewq" for node in model.graph.node)
 
+    def test_a_torch_that_cannot(self, tmp_path, monkeypatch):
+        """Before 2.8 there are no torch.onnx.ops: refused, with the version that has them."""
+        source = opened("timm-vit", tmp_path, 4, 4)
+        assert export_onnx.TARGET.refusals(source, Options()) == []
+        monkeypatch.delattr(torch.onnx, "ops")
+        (refusal,) = export_onnx.TARGET.refusals(source, Options())
+        assert "upgrade to torch 2.8" in refusal
+
     def test_the_network_rounds_again_afterwards(self, tmp_path):
         """The exporter's marks are gone after it."""
         source = opened("timm", tmp_path, 4, 4)
