@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -32,7 +32,7 @@ from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel
 from askewq.tasks import logits_and_labels, score
 from askewq.train import load
-from askewq.vocabulary import Bits, Estimate
+from askewq.vocabulary import Bits, Estimate, GridKind
 from askewq.wrap import Plan
 
 RECIPE, FIGURES, PICTURE = "recipe.yaml", "sensitivity.json", "sensitivity.png"
@@ -86,11 +86,7 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
     budget = code_budget(loaded.model, uniform, settings)
     found = _find(recipe, settings, loaded, data, uniform)
     widths = sensitivity.assign(found, budget)
-    grids = {
-        layer.names: mixed_grid(bits, recipe.grid)
-        for layer, bits in zip(found.layers, widths, strict=True)
-    }
-    result = Plan(tuple(replace(layer, grid=grids.get(layer.names)) for layer in uniform.layers))
+    result = with_widths(uniform, widths, recipe.grid)
     _write(recipe, given, settings, found, widths)
     report.print_sensitivity(found, widths)
     report.print_coverage(result)
@@ -101,6 +97,14 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
         ]
     )
     return result
+
+
+def with_widths(uniform: Plan, widths: Sequence[Bits], kind: GridKind) -> Plan:
+    """Return a plan with these bits for its quantized layers, in their order."""
+    grids = iter([mixed_grid(bits, kind) for bits in widths])
+    return Plan(
+        tuple(replace(layer, grid=next(grids)) if layer.grid else layer for layer in uniform.layers)
+    )
 
 
 def _check(recipe: Recipe, settings: Settings) -> None:
@@ -117,6 +121,11 @@ def _check(recipe: Recipe, settings: Settings) -> None:
         raise RecipeError("--candidates must name two widths at least, to choose between.")
     for bits in settings.candidates:
         check_bits(recipe.method, bits)
+    if recipe.streaming:
+        raise RecipeError(
+            "streaming does not go with a plan, which measures on a random part of the data: leave "
+            "it out here, and pass --streaming to finetune."
+        )
     if recipe.bits_override:
         raise RecipeError("bits_override is what a plan finds: leave it out, or exclude the layer.")
     if missing := [name for name in ("scipy", "matplotlib") if find_spec(name) is None]:

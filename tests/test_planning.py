@@ -196,6 +196,27 @@ def test_an_override_is_what_a_plan_finds(words, tmp_path):
     assert "bits_override" in outcome.err
 
 
+def test_a_stream_has_no_random_part(words, tmp_path):
+    """A recipe that streams is refused by name."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"streaming": True, "max_steps": 5}))
+    outcome = command("plan", *words, "--average-bits", 2, "--recipe", recipe)
+    assert outcome.code == 2
+    assert "streaming does not go with a plan" in outcome.err
+
+
+def test_weights_of_one_layer_get_widths_of_their_own():
+    """Attention has several under one name."""
+    model = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2, kdim=4, vdim=4))
+    uniform = wrap.plan(model, 8, include=["*"])
+    widths = (1, 2, 3, "ternary")
+    result = planning.with_widths(uniform, widths, "half-integer")
+    assert tuple(layer.grid.bits for layer in result.quantized) == widths
+    overrides = {layer.label: bits for layer, bits in zip(uniform.quantized, widths, strict=True)}
+    made = wrap.plan(model, 4, grid="half-integer", include=["*"], bits_override=overrides)
+    assert made.layers == result.layers
+
+
 def test_missing_libraries_are_named(words, tmp_path, monkeypatch):
     """With the extra that brings them."""
     monkeypatch.setattr(
