@@ -221,11 +221,15 @@ def bits_name(bits: Any) -> str:
     return f"{bits} bit{'' if bits == 1 else 's'}"
 
 
+def _weights_name(settings: Mapping[str, Any]) -> str:
+    return "mixed bits" if settings.get("bits_override") else bits_name(settings["bits"])
+
+
 def width_name(settings: Mapping[str, Any]) -> str:
-    """Return '2 bits', or '2 bits, inputs 4 bits' where inputs are rounded."""
+    """Return '2 bits', 'mixed bits' with overrides, '2 bits, inputs 4 bits' with rounded inputs."""
+    weights = _weights_name(settings)
     inputs = settings.get("act_bits", "none")
-    more = "" if inputs == "none" else f", inputs {bits_name(inputs)}"
-    return f"{bits_name(settings['bits'])}{more}"
+    return weights if inputs == "none" else f"{weights}, inputs {bits_name(inputs)}"
 
 
 _PIPELINE: dict[str, str] = {
@@ -278,7 +282,7 @@ def _metadata(metrics: dict[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[
     header: dict[str, Any] = {
         "library_name": "askewq",
         "pipeline_tag": _PIPELINE[spec.task],
-        "tags": ["askewq", "quantized", "low-bit", bits_name(recipe.bits).replace(" ", "-")],
+        "tags": ["askewq", "quantized", "low-bit", _weights_name(metrics).replace(" ", "-")],
     }
     if spec.source != "module" and not Path(recipe.model).exists():
         header["base_model"] = recipe.model

@@ -298,6 +298,7 @@ class _Run:
             "model": self.recipe.model,
             "task": self.recipe.task,
             "bits": self.recipe.bits,
+            "bits_override": list(self.recipe.bits_override),
             "act_bits": self.recipe.act_bits,
             "method": self.recipe.method,
             "metric": same.metric,

@@ -57,6 +57,9 @@ def test_the_recipe_trains_what_was_planned(words, tmp_path, estimate, grid):
     outcome = command("finetune", *run, "--output", out)
     assert outcome.code == 0, outcome.err
     assert bits_of(out) == chosen
+    card = (out / "README.md").read_text()
+    assert ("at mixed bits\n" in card) == (len(set(chosen.values())) > 1)
+    assert ("- mixed-bits\n" in card) == (len(set(chosen.values())) > 1)
     codes = [w.codes.nbytes for w in checkpoint.read(out / "model.safetensors").weights.values()]
     total = sum(layer["weights"] for layer in figures["layers"].values())
     assert 8 * sum(codes) <= 3 * total

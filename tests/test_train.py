@@ -84,7 +84,7 @@ class TestEveryModelAndTask:
         assert metrics.keys() == {
             *("model", "task", "bits", "method", "metric", "full_precision", "rounded", "relaxed"),
             *("snapped", "reloaded", "parameters", "bytes", "bits_per_weight", "steps", "seconds"),
-            *("skipped_steps", "act_bits"),
+            *("skipped_steps", "act_bits", "bits_override"),
             *("step_seconds", "peak_memory_bytes", "inside_interval"),
         }
         assert metrics["parameters"].keys() == {"total", "quantized", "share"}
