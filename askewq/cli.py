@@ -10,13 +10,14 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import cyclopts
-from cyclopts import App, Group, Parameter
+from cyclopts import App, Parameter
 
 from askewq import config
 from askewq.errors import AskewError, OutputError
+from askewq.flags import flags_of, whole
 from askewq.text import printable
 from askewq.vocabulary import Bits, DenseType, Estimate
 
@@ -54,48 +55,10 @@ _CALIBRATION_KEYS = (
 )
 
 
-def _whole(kind: Any, tokens: Any) -> int | str:
-    """Return a flag's whole number, or its text for the recipe to accept or refuse."""
-    text = str(tokens[0].value)
-    try:
-        return int(text)
-    except ValueError:
-        return text
-
-
-def _flags(name: str, keys: tuple[str, ...]) -> Any:
-    """Return a dictionary type with one flag per recipe key; only flags given by the user occur."""
-    groups: dict[str, Group] = {}
-    annotations = {}
-    for key in keys:
-        field = config.Recipe.model_fields[key]
-        extra = field.json_schema_extra
-        title = str(extra["group"]) if isinstance(extra, dict) else ""
-        group = groups.setdefault(title, Group.create_ordered(title))
-        help = field.description or ""
-        if not field.is_required() and field.default not in (None, (), False, True):
-            help += f" [default: {field.default}]"
-        kind = str(field.annotation)
-        repeated = "tuple" in kind
-        # cyclopts would read 2.5 as the whole number 2; the recipe's own check refuses it.
-        whole = "int" in kind and key != "bits"
-        annotations[key] = Annotated[
-            field.annotation,  # type: ignore[name-defined]  # a type made at run time
-            Parameter(
-                help=help,
-                group=group,
-                negative_iterable="",
-                consume_multiple=repeated or None,
-                converter=_whole if whole else None,
-            ),
-        ]
-    return TypedDict(name, annotations, total=False)  # type: ignore[operator]  # likewise
-
-
-_FinetuneFlags = _flags("FinetuneFlags", tuple(config.Recipe.model_fields))
-_PlanFlags = _flags("PlanFlags", _CALIBRATION_KEYS)
-_InspectFlags = _flags("InspectFlags", (*_PLAN_KEYS, *_MODEL_KEYS))
-_EvalFlags = _flags("EvalFlags", _DATA_KEYS)
+_FinetuneFlags = flags_of("FinetuneFlags", tuple(config.Recipe.model_fields))
+_PlanFlags = flags_of("PlanFlags", _CALIBRATION_KEYS)
+_InspectFlags = flags_of("InspectFlags", (*_PLAN_KEYS, *_MODEL_KEYS))
+_EvalFlags = flags_of("EvalFlags", _DATA_KEYS)
 
 
 @app.command
@@ -107,7 +70,7 @@ def finetune(
         Parameter(
             help="train in so many processes of this machine, one a GPU if it has any, by "
             "Accelerate's launcher",
-            converter=_whole,
+            converter=whole,
         ),
     ] = None,
     flags: Annotated[_FinetuneFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006

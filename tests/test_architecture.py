@@ -52,7 +52,7 @@ FLOORS = [
             "gguf_tokenizer",
         ),
     ),
-    ("loop", "train", "demo", "inspection", "launch", "planning"),
+    ("loop", "train", "demo", "inspection", "launch", "planning", "flags"),
     ("cli",),
     ("__main__",),
 ]
