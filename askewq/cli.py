@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-from askewq import config
+from askewq import config, recipe_files
 from askewq.errors import AskewError, OutputError
 from askewq.flags import flags_of, whole
 from askewq.text import printable
@@ -81,7 +81,7 @@ def finetune(
     """
     values: dict[str, Any] = {}
     if recipe is not None:
-        values = config.read_yaml(config.find_recipe(recipe))
+        values = recipe_files.read_yaml(recipe_files.find_recipe(recipe))
     given: dict[str, Any] = dict(flags)
     if given.get("resume") and recipe is None and "output" in given:
         values = _stored_essentials(Path(given["output"]))
@@ -103,7 +103,7 @@ def _stored_essentials(output: Path) -> dict[str, Any]:
     path = output / "recipe.yaml"
     if not path.is_file():
         raise OutputError(f"--resume: {output} holds no run (no recipe.yaml).")
-    stored = config.read_yaml(path)
+    stored = recipe_files.read_yaml(path)
     return {key: stored[key] for key in ("model", "dataset") if key in stored}
 
 
@@ -177,7 +177,7 @@ def plan(
 
     askewq plan --model resnet50 --dataset D --average-bits 2.5 --output plan
     """
-    values = {} if recipe is None else config.read_yaml(config.find_recipe(recipe))
+    values = {} if recipe is None else recipe_files.read_yaml(recipe_files.find_recipe(recipe))
     values |= dict(flags)
     chosen = config.build(values, recipe or "the command line")
     from askewq import planning
@@ -239,7 +239,7 @@ def push(
 @recipes.command(name="ls")
 def list_recipes() -> None:
     """List the recipes with what each is for."""
-    for name, path in config.shipped_recipes().items():
+    for name, path in recipe_files.shipped_recipes().items():
         first = path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
         print(f"{name:32} {first}")
 
@@ -247,13 +247,13 @@ def list_recipes() -> None:
 @recipes.command
 def show(name: str) -> None:
     """Print a recipe."""
-    print(config.find_recipe(name).read_text(encoding="utf-8"), end="")
+    print(recipe_files.find_recipe(name).read_text(encoding="utf-8"), end="")
 
 
 @recipes.command(name="cp")
 def copy(name: str, destination: Path) -> None:
     """Copy a recipe to a file or folder of yours, to change it."""
-    source = config.find_recipe(name)
+    source = recipe_files.find_recipe(name)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists():
         raise OutputError(f"{target} exists; name another file.")

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -392,50 +391,3 @@ def _describe(item: dict[str, Any]) -> str:
     if item["type"] == "missing":
         return f"{key}: missing; give --{key.replace('_', '-')} or the recipe key"
     return f"{key}: {message}, not {item['input']!r}" if key else message
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a recipe file.
-
-    Raises:
-        RecipeError: a file that is missing, not YAML, or not a mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"the recipe {path} must be a mapping of keys to values.")
-    return {str(key): value for key, value in content.items()}
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """Return the recipe as YAML, every key in the order of the class."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def recipe_folder() -> Path:
-    """Return the folder of the recipes that come with askewq."""
-    installed = Path(__file__).parent / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Return the recipes that come with askewq, by name."""
-    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
-
-
-def find_recipe(name: str) -> Path:
-    """Return the file of a recipe given by path or by the name of a shipped one.
-
-    Raises:
-        RecipeError: neither exists.
-    """
-    if name in (shipped := shipped_recipes()):
-        return shipped[name]
-    if Path(name).is_file():
-        return Path(name)
-    raise RecipeError(
-        f"there is no recipe {name!r}, neither as a file nor among those that come with askewq"
-        f"{near(name, shipped)}; they are: {', '.join(shipped) or 'none'}."
-    )

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from askewq import config, disk, snapshots
+from askewq import config, disk, recipe_files, snapshots
 from askewq.config import Recipe
 from askewq.errors import OutputError, RecipeError
 
@@ -58,7 +58,7 @@ def resumed(recipe: Recipe) -> Recipe:
     path = recipe.output / RECIPE
     if not path.is_file():
         raise OutputError(f"--resume: {recipe.output} holds no run (no recipe.yaml).")
-    stored = config.build(config.read_yaml(path), str(path))
+    stored = config.build(recipe_files.read_yaml(path), str(path))
     given = recipe.model_dump(exclude_unset=True)
     differing = [
         f"{key} = {value!r} (the run has {getattr(stored, key)!r})"
@@ -89,9 +89,9 @@ def prepare(recipe: Recipe) -> None:
         if recipe.overwrite and _holds_something(out):
             # Until it is empty its recipe says that what else is there is of another run.
             emptying = once.model_copy(update={"overwrite": True})
-            disk.write(out / RECIPE, config.to_yaml(emptying))
+            disk.write(out / RECIPE, recipe_files.to_yaml(emptying))
             _empty(out)
-        disk.write(out / RECIPE, config.to_yaml(once))
+        disk.write(out / RECIPE, recipe_files.to_yaml(once))
     (out / snapshots.CHECKPOINTS).mkdir(exist_ok=True)
     disk.sync(out)
     disk.sync(out.absolute().parent)

@@ -16,11 +16,12 @@ from rich.text import Text
 from tqdm import tqdm
 
 from askewq.checkpoint import Artifact
-from askewq.config import Recipe, to_yaml
+from askewq.config import Recipe
 from askewq.evaluate import Evaluation
 from askewq.grid import Grid
 from askewq.hf_models import auto_class_name
 from askewq.manifest import PackedInput
+from askewq.recipe_files import to_yaml
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel, ModelSpec
 from askewq.text import fence, markdown, printable

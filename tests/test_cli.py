@@ -11,10 +11,11 @@ from pathlib import Path
 import builders
 import pytest
 import torch
+import yaml
 from builders import Outcome, command, copy_of, files, finished
 from safetensors.torch import load_file, save_file
 
-from askewq import checkpoint, config
+from askewq import checkpoint, config, recipe_files
 
 
 def refused(outcome: Outcome, *words: str) -> None:
@@ -256,10 +257,10 @@ class TestFinetune:
         """A recipe file gives the settings, flags change some, and the result is written."""
         values = builders.settings("own", tmp_path / "out")
         del values["output"]
-        (tmp_path / "mine.yaml").write_text(config.yaml.safe_dump(values))
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
         flags = ["--output", tmp_path / "out", "--bits", 3]
         assert command("finetune", "--recipe", tmp_path / "mine.yaml", *flags).code == 0
-        written = config.build(config.read_yaml(tmp_path / "out" / "recipe.yaml"))
+        written = config.build(recipe_files.read_yaml(tmp_path / "out" / "recipe.yaml"))
         assert (written.bits, written.max_steps, written.lr) == (3, 6, 0.05)
 
 
@@ -489,18 +490,18 @@ class TestRecipes:
         """Each recipe has a line with what it is for."""
         outcome = command("recipes", "ls")
         lines = outcome.out.splitlines()
-        assert [line.split()[0] for line in lines] == list(config.shipped_recipes())
+        assert [line.split()[0] for line in lines] == list(recipe_files.shipped_recipes())
         assert all(len(line.split()) > 3 for line in lines)
 
     def test_show(self):
         """A recipe is printed as it is in its file."""
-        name, path = next(iter(config.shipped_recipes().items()))
+        name, path = next(iter(recipe_files.shipped_recipes().items()))
         assert command("recipes", "show", name).out == path.read_text(encoding="utf-8")
 
     @pytest.mark.parametrize("as_folder", [True, False])
     def test_cp(self, tmp_path, as_folder):
         """A copy goes to a file or into a folder, and its path is printed."""
-        name, path = next(iter(config.shipped_recipes().items()))
+        name, path = next(iter(recipe_files.shipped_recipes().items()))
         target = tmp_path / (path.name if as_folder else "mine.yaml")
         outcome = command("recipes", "cp", name, tmp_path if as_folder else target)
         assert outcome.code == 0
@@ -509,7 +510,7 @@ class TestRecipes:
 
     def test_cp_keeps_what_is_there(self, tmp_path):
         """An existing file is not overwritten, and a missing folder is not made."""
-        name, path = next(iter(config.shipped_recipes().items()))
+        name, path = next(iter(recipe_files.shipped_recipes().items()))
         (tmp_path / path.name).write_text("mine")
         for target in (tmp_path, tmp_path / path.name):
             refused(command("recipes", "cp", name, target), str(tmp_path / path.name), "exists")
@@ -520,7 +521,7 @@ class TestRecipes:
     @pytest.mark.parametrize("words", [["show", "nope"], ["cp", "nope", "x.yaml"]])
     def test_unknown_names(self, words):
         """An unknown recipe lists those there are."""
-        refused(command("recipes", *words), "no recipe 'nope'", *config.shipped_recipes())
+        refused(command("recipes", *words), "no recipe 'nope'", *recipe_files.shipped_recipes())
 
 
 def python(*words: str) -> subprocess.CompletedProcess:

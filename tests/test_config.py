@@ -11,7 +11,7 @@ from builders import command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from askewq import cli, config
+from askewq import cli, config, recipe_files
 from askewq.config import Recipe, build
 from askewq.errors import RecipeError
 
@@ -148,8 +148,8 @@ class TestRecipeFiles:
         """A recipe written as YAML and read again equals the recipe."""
         recipe = build({**ESSENTIALS, **changes})
         path = tmp_path / "recipe.yaml"
-        path.write_text(config.to_yaml(recipe), encoding="utf-8")
-        assert build(config.read_yaml(path)) == recipe
+        path.write_text(recipe_files.to_yaml(recipe), encoding="utf-8")
+        assert build(recipe_files.read_yaml(path)) == recipe
 
     @given(
         lr=st.floats(1e-300, 1e300),
@@ -160,11 +160,11 @@ class TestRecipeFiles:
     def test_round_trip_of_any_value(self, lr, bits, model, include):
         """No text and no number changes on its way through YAML."""
         recipe = build({**ESSENTIALS, "lr": lr, "bits": bits, "model": model, "include": include})
-        assert build(yaml.safe_load(config.to_yaml(recipe))) == recipe
+        assert build(yaml.safe_load(recipe_files.to_yaml(recipe))) == recipe
 
     def test_written_recipe_has_every_key(self):
         """The file says every setting, in the order in which the class lists them."""
-        content = yaml.safe_load(config.to_yaml(build(ESSENTIALS)))
+        content = yaml.safe_load(recipe_files.to_yaml(build(ESSENTIALS)))
         assert list(content) == list(Recipe.model_fields)
 
     def test_a_recipe_cannot_be_changed(self):
@@ -172,11 +172,11 @@ class TestRecipeFiles:
         with pytest.raises(pydantic.ValidationError, match="frozen"):
             build(ESSENTIALS).bits = 3
 
-    @pytest.mark.parametrize("name", sorted(config.shipped_recipes()))
+    @pytest.mark.parametrize("name", sorted(recipe_files.shipped_recipes()))
     def test_shipped_recipes_are_valid(self, name):
         """Each recipe that comes with askewq is one, once it is told where to write."""
-        path = config.shipped_recipes()[name]
-        recipe = build({**config.read_yaml(path), "output": "out"}, name)
+        path = recipe_files.shipped_recipes()[name]
+        recipe = build({**recipe_files.read_yaml(path), "output": "out"}, name)
         first, *others = path.read_text(encoding="utf-8").splitlines()
         assert first.startswith("# ")
         assert any(f"askewq finetune --recipe {name}" in line for line in others)
@@ -184,15 +184,15 @@ class TestRecipeFiles:
 
     def test_recipes_are_shipped(self):
         """There is at least one recipe to start from."""
-        assert config.shipped_recipes()
+        assert recipe_files.shipped_recipes()
 
     def test_finds_a_recipe_by_name_and_by_path(self, tmp_path):
         """A shipped recipe is found by its name, any other by its path."""
-        name, path = next(iter(config.shipped_recipes().items()))
+        name, path = next(iter(recipe_files.shipped_recipes().items()))
         own = tmp_path / "own.yaml"
         own.write_text("bits: 2\n")
-        assert config.find_recipe(name) == path
-        assert config.find_recipe(str(own)) == own
+        assert recipe_files.find_recipe(name) == path
+        assert recipe_files.find_recipe(str(own)) == own
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -210,20 +210,20 @@ class TestRecipeFiles:
         path = tmp_path / "r.yaml"
         path.write_bytes(content)
         with pytest.raises(RecipeError, match=message) as caught:
-            config.read_yaml(path)
+            recipe_files.read_yaml(path)
         assert str(path) in str(caught.value)
 
     def test_a_missing_file_is_named(self, tmp_path):
         """A recipe that is not there is an error with its path."""
         with pytest.raises(RecipeError, match=r"nowhere\.yaml"):
-            config.read_yaml(tmp_path / "nowhere.yaml")
+            recipe_files.read_yaml(tmp_path / "nowhere.yaml")
 
     def test_an_unknown_name_lists_the_near_and_the_known_ones(self):
         """A misspelt recipe name gets the near name and the whole list."""
-        name = next(iter(config.shipped_recipes()))
+        name = next(iter(recipe_files.shipped_recipes()))
         with pytest.raises(RecipeError, match="did you mean") as caught:
-            config.find_recipe(name[:-1] + "x")
-        assert all(known in str(caught.value) for known in config.shipped_recipes())
+            recipe_files.find_recipe(name[:-1] + "x")
+        assert all(known in str(caught.value) for known in recipe_files.shipped_recipes())
 
 
 class TestWrongValues:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import askewq
-from askewq import config, kernels, layers, methods, rivals
+from askewq import config, kernels, layers, methods, recipe_files, rivals
 from askewq.errors import ModelError, RecipeError
 from askewq.grid import fit_scale, make_grid
 from askewq.methods import RIVALS
@@ -421,7 +421,7 @@ class TestFinetune:
         metrics = finetune("own", tmp_path, method=method, bits=bits, max_steps=6)
         assert metrics["method"] == method
         assert metrics["reloaded"] == metrics["snapped"]
-        resolved = config.build(config.read_yaml(tmp_path / "recipe.yaml"))
+        resolved = config.build(recipe_files.read_yaml(tmp_path / "recipe.yaml"))
         assert (resolved.closing is None) == (method in RIVALS)
         card = (tmp_path / "README.md").read_text()
         assert f"with the method `{method}`" in card

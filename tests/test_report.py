@@ -6,9 +6,10 @@ from pathlib import Path
 import builders
 import pytest
 import torch
+import yaml
 from builders import finished
 
-from askewq import checkpoint, config, report, text, wrap
+from askewq import checkpoint, config, recipe_files, report, text, wrap
 from askewq.spec import LoadedModel, ModelSpec
 
 
@@ -139,7 +140,7 @@ class TestModelCard:
         ):
             assert f"| {name} | {metrics[key]:.2f} |" in card
         (recipe,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
-        assert config.yaml.safe_load(recipe) == config.read_yaml(folder / "recipe.yaml")
+        assert yaml.safe_load(recipe) == recipe_files.read_yaml(folder / "recipe.yaml")
         dataset = text.markdown(builders.SETTINGS[kind]()["dataset"])
         assert f"{metrics['metric']} on {dataset} |" in card
         assert ("askewq.load(folder, model=factory())" in card) == (kind == "own")
@@ -151,7 +152,7 @@ class TestModelCard:
         """The header that the Hub reads is YAML; a module of the user's own has no base model."""
         folder, _ = finished(kind)
         header = (folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]
-        content = config.yaml.safe_load(header)
+        content = yaml.safe_load(header)
         assert content["library_name"] == "askewq"
         assert "askewq" in content["tags"]
         assert ("base_model" in content) == (kind == "timm")  # the others are folders of ours
@@ -173,11 +174,11 @@ class TestModelCard:
         loaded = LoadedModel(builders.own_network("small"), spec, None)
         card = report.model_card(METRICS, recipe, loaded)
         _, header, body = re.split(r"^---\n", card, flags=re.MULTILINE)[:3]
-        assert config.yaml.safe_load(header)["base_model"] == name
+        assert yaml.safe_load(header)["base_model"] == name
         page, opening, block = re.split(r"^(`{4,})yaml\n", body, flags=re.MULTILINE)
         assert block.endswith(f"\n{opening}\n")
         assert opening not in block.removesuffix(f"{opening}\n")
-        assert config.yaml.safe_load(block.removesuffix(f"{opening}\n"))["model"] == name
+        assert yaml.safe_load(block.removesuffix(f"{opening}\n"))["model"] == name
         outside = re.sub(r"^```python\n.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
         assert "<" not in outside
         assert "\x1b" not in card
@@ -195,7 +196,7 @@ class TestModelCard:
         spec = ModelSpec("transformers", name, "text-classification", ("a",), {})
         loaded = LoadedModel(builders.own_network("small"), spec, None)
         card = report.model_card(METRICS, recipe, loaded)
-        assert config.yaml.safe_load(card.split("---\n")[1])["base_model"] == name
+        assert yaml.safe_load(card.split("---\n")[1])["base_model"] == name
 
 
 def test_the_bar_counts_and_shows(capsys):

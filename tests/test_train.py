@@ -13,7 +13,7 @@ from builders import files, finetune, finished
 from safetensors.torch import load_file, save_file
 
 import askewq
-from askewq import checkpoint, config, loop, train, training_state, wrap
+from askewq import checkpoint, config, loop, recipe_files, train, training_state, wrap
 from askewq.errors import DivergenceError, ExactnessError, OutputError, RecipeError
 from askewq.evaluate import evaluate_artifact
 from askewq.grid import channels_first
@@ -134,7 +134,7 @@ class TestEveryModelAndTask:
     def test_the_recipe_is_written_with_every_choice_made(self, kind):
         """recipe.yaml reads back as a recipe, says what was guessed, and gives the same run."""
         folder, metrics = finished(kind)
-        recipe = config.build(config.read_yaml(folder / "recipe.yaml"))
+        recipe = config.build(recipe_files.read_yaml(folder / "recipe.yaml"))
         given = builders.recipe(kind, folder)
         assert all(getattr(recipe, key) == getattr(given, key) for key in given.model_fields_set)
         assert recipe.task == metrics["task"]
@@ -146,7 +146,7 @@ class TestEveryModelAndTask:
     def test_the_written_recipe_repeats_the_run(self, tmp_path, kind):
         """The recipe of a run, with another output, gives the very same file."""
         folder, _ = finished(kind)
-        values = config.read_yaml(folder / "recipe.yaml")
+        values = recipe_files.read_yaml(folder / "recipe.yaml")
         train.finetune(config.build({**values, "output": str(tmp_path / "again")}))
         assert digest(tmp_path / "again") == digest(folder)
 
@@ -369,7 +369,7 @@ class TestSettings:
         assert bits == {
             "0.weight": "ternary", "2.weight": "ternary", "6.weight": 2, "8.weight": 8
         }  # fmt: skip
-        stored = config.read_yaml(tmp_path / "recipe.yaml")
+        stored = recipe_files.read_yaml(tmp_path / "recipe.yaml")
         assert stored["bits_override"] == ["8=8", "[02]=ternary"]
 
     def test_a_method_is_told_of_every_width(self, tmp_path):
