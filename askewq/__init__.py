@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from askewq.layers import snapped as snapped
     from askewq.optim import AskewAdamW as AskewAdamW
     from askewq.optim import AskewSGD as AskewSGD
+    from askewq.plan_table import Plan as Plan
     from askewq.train import finetune as finetune
-    from askewq.wrap import Plan as Plan
     from askewq.wrap import apply as apply
     from askewq.wrap import plan as plan
     from askewq.wrap import quantize as quantize
@@ -42,7 +42,7 @@ _HOMES = {
     "snapped": "layers.snapped",
     "AskewAdamW": "optim.AskewAdamW",
     "AskewSGD": "optim.AskewSGD",
-    "Plan": "wrap.Plan",
+    "Plan": "plan_table.Plan",
     "plan": "wrap.plan",
     "apply": "wrap.apply",
     "quantize": "wrap.quantize",

@@ -28,12 +28,12 @@ from askewq.errors import ModelError, OutputError, PlanError, RecipeError
 from askewq.grid import mixed_grid
 from askewq.methods import check_bits
 from askewq.pack import packed_size
+from askewq.plan_table import Plan
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel
 from askewq.tasks import logits_and_labels, score
 from askewq.train import load
 from askewq.vocabulary import Bits, Estimate, GridKind
-from askewq.wrap import Plan
 
 RECIPE, FIGURES, PICTURE = "recipe.yaml", "sensitivity.json", "sensitivity.png"
 CANDIDATES: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 8)

@@ -21,12 +21,12 @@ from askewq.evaluate import Evaluation
 from askewq.grid import Grid
 from askewq.hf_models import auto_class_name
 from askewq.manifest import PackedInput
+from askewq.plan_table import Plan, PlannedLayer
 from askewq.recipe_files import to_yaml
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel, ModelSpec
 from askewq.text import fence, markdown, printable
 from askewq.vocabulary import ActBits, Bits
-from askewq.wrap import Plan, PlannedLayer
 
 # Into a file or a pipe every row of a table is one line.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from askewq.errors import ModelError, PlanError
 from askewq.grid import channels_back, channels_first, fit_scale, mixed_grid
 from askewq.pack import packed_size
+from askewq.plan_table import Plan, PlannedLayer
 from askewq.vocabulary import Bits, GridKind
-from askewq.wrap import Plan, PlannedLayer
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ The plan is a pure table: training, evaluation, packing and `askewq inspect` rea
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -24,109 +23,8 @@ from askewq.grid import (
 )
 from askewq.kinds import kind_of, leaves_of
 from askewq.layers import quantize_layer_, quantized_layers, uncompiled
-from askewq.pack import packed_size
+from askewq.plan_table import Place, Plan, PlannedLayer, channels
 from askewq.vocabulary import ActBits, Bits, GridKind, GroupSize
-
-
-class Place(NamedTuple):
-    """A module and the name that a weight has in it."""
-
-    name: str
-    leaf: str
-
-    @property
-    def called(self) -> tuple[str, ...]:
-        """The module's name; then the weight's own, where it is not `weight`."""
-        own = f"{self.name}.{self.leaf}".lstrip(".")
-        return (self.name,) if self.leaf == "weight" else (self.name, own)
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedLayer:
-    """One weight: its grid, or the reason why it stays as it is.
-
-    Attributes:
-        names: the module that owns the weight first, then those that share it.
-        leaves: the weight's name in each; that of the first parameter where it has no weight.
-        kind: the module's class.
-        shape: of that parameter.
-        parameters: elements in all parameters that this module owns first; of a module with several
-            weights, in this one, and in what is no weight with the first of them.
-        grid: None for a layer left in floating point.
-        channel_dim: the dimension of the weight that counts output channels.
-        group_size: of the scale; a layer whose rows it does not divide falls back to "channel", or
-            to the weights of a channel where there are several at one index of `channel_dim`.
-        note: why it stays float, or what is special.
-        act_bits: of the layer's input, which `activations.round_inputs` rounds.
-    """
-
-    names: tuple[str, ...]
-    leaves: tuple[str, ...]
-    kind: str
-    shape: tuple[int, ...]
-    parameters: int
-    grid: Grid | None
-    channel_dim: int
-    group_size: GroupSize
-    note: str
-    act_bits: ActBits = "none"
-
-    @property
-    def label(self) -> str:
-        """What the layer is called in tables: of several weights, each has a name of its own."""
-        return self.called[-1] if self.grid else self.names[0]
-
-    @property
-    def called(self) -> tuple[str, ...]:
-        """The names that patterns match."""
-        places = map(Place, self.names, self.leaves)
-        return tuple(name for place in places for name in place.called)
-
-    @property
-    def weights(self) -> int:
-        """Quantized weights of the layer."""
-        return torch.Size(self.shape).numel() if self.grid else 0
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of its codes and float32 scales."""
-        if self.grid is None:
-            return 0
-        out, groups = scale_shape(_channels(self.shape, self.channel_dim), self.group_size)
-        return packed_size(self.weights, self.grid.bits) + 4 * out * groups
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What happens to every layer with parameters, in the order of the model."""
-
-    layers: tuple[PlannedLayer, ...]
-
-    @property
-    def quantized(self) -> tuple[PlannedLayer, ...]:
-        """The layers that get a grid."""
-        return tuple(layer for layer in self.layers if layer.grid)
-
-    @property
-    def total_parameters(self) -> int:
-        """All parameters of the model, shared ones counted once."""
-        return sum(layer.parameters for layer in self.layers)
-
-    @property
-    def quantized_parameters(self) -> int:
-        """The parameters that get a grid."""
-        return sum(layer.weights for layer in self.layers)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Packed codes and scales, in bits, over the quantized weights."""
-        return 8 * sum(layer.packed_bytes for layer in self.layers) / self.quantized_parameters
-
-    @property
-    def predicted_bytes(self) -> int:
-        """Size of the packed model: codes, scales, and everything else as float32."""
-        rest = self.total_parameters - self.quantized_parameters
-        return sum(layer.packed_bytes for layer in self.layers) + 4 * rest
 
 
 def plan(
@@ -181,12 +79,8 @@ def plan(
         shape = modules[places[0].name].get_parameter(places[0].leaf).shape
         size, note = (group_size, reason) if reason else _group(group_size, shape, form)
         sharing = f"weight shared by {', '.join(p.name for p in places[1:])}" if places[1:] else ""
-        kinds = [kind for place in places if (kind := kind_of(modules[place.name]))]
         rounds = act_bits != "none" and not reason
-        given = ""
-        if rounds and not any(kind.one_input for kind in kinds):
-            what = "indices" if kinds[0].looks_up else "several"
-            given = f"its inputs are {what}, which are not rounded"
+        given = _unrounded([modules[place.name] for place in places]) if rounds else ""
         owned = [p for place in places for p in _own(modules[place.name])]
         own = {id(p): p.numel() for p in owned if id(p) == main or id(p) not in users}
         layers.append(
@@ -288,7 +182,7 @@ def _group(group_size: GroupSize, shape: Sequence[int], form: _Form) -> tuple[Gr
 
     Where an index of the channel dimension stands for several channels, each of them is a group.
     """
-    row = _channels(shape, form.channel_dim)[1:].numel() // form.parts
+    row = channels(shape, form.channel_dim)[1:].numel() // form.parts
     whole: GroupSize = "channel" if form.parts == 1 else row
     special = "" if form.parts == 1 else "a group is an output channel"
     if group_size == "channel":
@@ -298,9 +192,13 @@ def _group(group_size: GroupSize, shape: Sequence[int], form: _Form) -> tuple[Gr
     return group_size, ""
 
 
-def _channels(shape: Sequence[int], channel_dim: int) -> torch.Size:
-    """Return the shape of a weight channels first."""
-    return channels_first(torch.empty(tuple(shape), device="meta"), channel_dim).shape
+def _unrounded(layers: Sequence[nn.Module]) -> str:
+    """Return why the inputs of quantized layers cannot be rounded, or an empty string."""
+    kinds = [kind for layer in layers if (kind := kind_of(layer))]
+    if any(kind.one_input for kind in kinds):
+        return ""
+    what = "indices" if kinds[0].looks_up else "several"
+    return f"its inputs are {what}, which are not rounded"
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -22,9 +22,19 @@ FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal", "text"),
     (
         *("config", "recipe_files", "grid", "kinds", "pack", "methods", "mixed"),
-        *("disk", "digest", "trust", "signals", "divergence", "sharding"),
+        *("disk", "digest", "trust", "signals", "divergence", "sharding", "plan_table"),
     ),
-    ("layers", "activations", "kernels", "optim", "rivals", "manifest", "patterns", "probe"),
+    (
+        "layers",
+        "activations",
+        "kernels",
+        "optim",
+        "rivals",
+        "manifest",
+        "patterns",
+        "probe",
+        "plan_table",
+    ),
     ("wrap", "checkpoint", "packed", "refine"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),

@@ -15,7 +15,8 @@ from askewq.errors import AskewError, ModelError, PlanError, RecipeError
 from askewq.grid import fit_scale, make_grid, scale_shape
 from askewq.layers import QuantizedLayer, quantized_layers
 from askewq.pack import packed_size
-from askewq.wrap import Plan, apply, plan, quantize
+from askewq.plan_table import Plan
+from askewq.wrap import apply, plan, quantize
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -17,7 +17,7 @@ from askewq import checkpoint
 from askewq.errors import PlanError
 from askewq.kinds import kind_of
 from askewq.packed import load_packed_into
-from askewq.wrap import Plan, PlannedLayer
+from askewq.plan_table import Plan, PlannedLayer
 
 # Above so many parameters the grid is {-1, +1}, whose scale takes no search.
 TWO_BITS_UP_TO = 3_000_000
