@@ -37,6 +37,7 @@ from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData, open_data
 from askewq.errors import DataError, DivergenceError, ModelError, RecipeError, StoppedError
+from askewq.evaluate import Evaluation
 from askewq.kernels import can_compile
 from askewq.loop import Loop
 from askewq.spec import LoadedModel
@@ -294,7 +295,22 @@ class _Run:
         reloaded = models.build(self.loaded.spec)
         checkpoint.load_into(reloaded, checkpoint.read(path))
         same = self.loop.evaluate(reloaded.to(self.accelerator.device))
-        metrics = {
+        metrics = self._metrics(relaxed.value, snapped, same, reloaded)
+        if self.accelerator.is_main_process:
+            card = report.model_card(metrics, self.recipe, self.loaded)
+            with disk.room_for(len(card) + 4096, self.out, advice):
+                disk.write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+                disk.write(self.out / "README.md", card)
+            report.print_result(metrics, self.out)
+        if self.recipe.report_to != "none":
+            self.accelerator.end_training()
+        return metrics
+
+    def _metrics(
+        self, relaxed: float, snapped: float, same: Evaluation, reloaded: nn.Module
+    ) -> dict[str, Any]:
+        """Return what metrics.json holds; docs/format.md says what each is."""
+        return {
             "model": self.recipe.model,
             "task": self.recipe.task,
             "bits": self.recipe.bits,
@@ -304,7 +320,7 @@ class _Run:
             "metric": same.metric,
             "full_precision": self.loop.progress.full_precision,
             "rounded": self.loop.progress.rounded,
-            "relaxed": relaxed.value,
+            "relaxed": relaxed,
             "snapped": snapped,
             "reloaded": same.value,
             "parameters": {
@@ -314,7 +330,7 @@ class _Run:
             },
             "bytes": {
                 "full_precision": 4 * self.plan.total_parameters + _buffer_bytes(reloaded),
-                "packed": path.stat().st_size,
+                "packed": (self.out / artifact.ARTIFACT).stat().st_size,
             },
             "bits_per_weight": self.plan.bits_per_weight,
             "inside_interval": self.inside,
@@ -326,15 +342,6 @@ class _Run:
             else None,
             "peak_memory_bytes": report.peak_memory(),
         }
-        if self.accelerator.is_main_process:
-            card = report.model_card(metrics, self.recipe, self.loaded)
-            with disk.room_for(len(card) + 4096, self.out, advice):
-                disk.write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-                disk.write(self.out / "README.md", card)
-            report.print_result(metrics, self.out)
-        if self.recipe.report_to != "none":
-            self.accelerator.end_training()
-        return metrics
 
 
 def _check_sharded(recipe: Recipe) -> None:
