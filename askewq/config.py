@@ -144,6 +144,15 @@ class Recipe(BaseModel):
     recalibrate_bn: int = _key(
         0, TRAIN, "batches that give batch norm new statistics after the snap", ge=0
     )
+    polish_steps: int = _key(
+        0,
+        TRAIN,
+        "steps after the snap, in which codes rest, and scales, biases and norms train",
+        ge=0,
+    )
+    polish_lr: float = _key(
+        1e-3, TRAIN, "lr of those steps, by adamw; of a scale, a share of it", gt=0, lt=1
+    )
     compile: bool = _key(
         False, TRAIN, "compile the network: faster steps, after the time that compiling takes"
     )
@@ -338,6 +347,10 @@ def complaints(recipe: Recipe) -> list[str]:
         wrong.append("shuffle_buffer goes with streaming; leave it out")
     if recipe.full_precision_lr is not None and recipe.full_precision_steps == 0:
         wrong.append("full_precision_lr goes with full_precision_steps, which is 0; leave it out")
+    if recipe.polish_steps == 0 and _changed(recipe, "polish_lr"):
+        wrong.append("polish_lr goes with polish_steps, which is 0; leave it out")
+    if recipe.polish_steps and recipe.gradient_bits is not None:
+        wrong.append("gradient_bits does not go with polish_steps; leave one of them out")
     return wrong
 
 

@@ -190,7 +190,6 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     """
     shape = scale_shape(weight.shape, group_size)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    float32 = torch.finfo(torch.float32)
     rows = weight.detach().reshape(shape[0] * shape[1], -1)
     changes = rows.shape[1] * grid.size // 2  # of codes along the sweep of a row, at most
     if grid.levels().tolist() == [-1, 1]:
@@ -201,12 +200,13 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     else:
         parts = rows.split(max(1, CHUNK // rows.shape[1]))
         scale = torch.cat([_scan(part.to(dtype), grid) for part in parts])
+    return shortened(scale).to(dtype).reshape(shape)
+
+
+def shortened(scale: Tensor) -> Tensor:
+    """Return scales, given in float64, as positive float32 numbers of `SCALE_DIGITS` bits."""
+    float32 = torch.finfo(torch.float32)
     scale = scale.nan_to_num(0.0).clamp(float32.tiny * 2**24, float32.max)
-    return _shortened(scale).to(dtype).reshape(shape)
-
-
-def _shortened(scale: Tensor) -> Tensor:
-    """Return positive float32 numbers, given in float64, rounded to `SCALE_DIGITS` bits."""
     fraction, exponent = torch.frexp(scale)
     units = (fraction * 2**SCALE_DIGITS).round()
     # Rounded up, the largest would be no float32 numbers any more.

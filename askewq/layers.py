@@ -139,6 +139,12 @@ class QuantizedWeight:
         channels_first(self.latent, self.channel_dim).copy_(values)
 
     @torch.no_grad()
+    def rescale_(self, codes: Tensor, scale: Tensor) -> None:
+        """Put the weight on the levels of these codes, in place, with another scale."""
+        self.weight_scale.copy_(scale)
+        channels_first(self.latent, self.channel_dim).copy_(self.grid.values(codes, scale))
+
+    @torch.no_grad()
     def settle_(self) -> None:
         """Do to the weight what the layer's method does after an update, in place."""
         if self.rule is None:

@@ -43,7 +43,7 @@ CALIBRATION_SAMPLES = 512
 
 
 class Loop:
-    """What both phases of a run share.
+    """What the phases of a run share.
 
     Attributes:
         progress: how far the run has come; a checkpoint holds it.
@@ -226,17 +226,17 @@ class Loop:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             snapshots.drop(self.out, step)
-        lr = self.recipe.lr
-        if self.progress.phase != "low-bit":
-            lr = self.recipe.full_precision_lr
+        flag = {"low-bit": "lr", "polish": "polish_lr"}.get(
+            self.progress.phase, "full_precision_lr"
+        )
         others = " or --mixed-precision no" if self.recipe.mixed_precision != "no" else ""
         if not broken:
             others += "; --nan-policy skip:N passes over N such steps"
         used = self.progress.skipped
         raise DivergenceError(
             f"{what}. The last checkpoint is {snapshots.newest(self.out) or 'the start'}"
-            f"{f'; {used} steps were skipped before' if used else ''}. Try a smaller --lr than "
-            f"{lr:g}{others}."
+            f"{f'; {used} steps were skipped before' if used else ''}. Try a "
+            f"smaller --{flag.replace('_', '-')} than {getattr(self.recipe, flag):g}{others}."
         )
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:

@@ -61,7 +61,8 @@ def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> 
     _say(
         f"training: {steps} steps of {recipe.batch_size * recipe.grad_accumulation} samples a "
         f"process, {recipe.optimizer} lr {recipe.lr:g}, {recipe.method}"
-        + (f", {recipe.closing} closing" if recipe.closing else ""),
+        + (f", {recipe.closing} closing" if recipe.closing else "")
+        + (f"; then {recipe.polish_steps} to polish" if recipe.polish_steps else ""),
     )
 
 
@@ -182,11 +183,12 @@ def print_result(metrics: dict[str, Any], out: Path) -> None:
     table.add_column(metrics["metric"], justify="right")
     table.add_column("size", justify="right")
     sizes = metrics["bytes"]
+    polished = f", polished in {metrics['polish_steps']} steps" if metrics["polish_steps"] else ""
     rows = (
         ("full precision", "full_precision", size_text(sizes["full_precision"])),
         (f"rounded to {width_name(metrics)}, no training", "rounded", ""),
         (f"{metrics['method']}, before the snap", "relaxed", ""),
-        (f"{metrics['method']}, snapped", "snapped", ""),
+        (f"{metrics['method']}, snapped{polished}", "snapped", ""),
         ("reloaded from the packed file", "reloaded", size_text(sizes["packed"])),
     )
     for name, key, size in rows:

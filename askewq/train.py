@@ -1,8 +1,8 @@
 """`finetune(recipe)`: from a pretrained model to a packed, verified artifact, on Accelerate.
 
-One way down: load, evaluate, plan, train with the skewed step, snap once, evaluate, pack, reload
-and compare to the bit. Killed at any moment, a run goes on from its newest checkpoint to the same
-bytes; a signal is obeyed at the next safe point.
+One way down: load, evaluate, plan, train with the skewed step, snap once, polish, evaluate, pack,
+reload and compare to the bit. Killed at any moment, a run goes on from its newest checkpoint to
+the same bytes; a signal is obeyed at the next safe point.
 """
 
 import copy
@@ -25,6 +25,7 @@ from askewq import (
     layers,
     models,
     output,
+    polish,
     processes,
     refine,
     report,
@@ -45,7 +46,7 @@ from askewq.streams import StreamLoader
 from askewq.tasks import check_logits, logits_and_labels
 from askewq.vocabulary import ActBits
 
-FULL_PRECISION, LOW_BIT = "full precision", "low-bit"
+FULL_PRECISION, LOW_BIT, POLISH = "full precision", "low-bit", "polish"
 # Progress at which the scales of rounded inputs stay, unless the intervals are closed before.
 INPUTS_FOLLOW_UNTIL = 0.9
 
@@ -127,11 +128,15 @@ class _Run:
         self._prepare_output()
         if self.accelerator.is_main_process:
             report.print_start(self.loaded, self.plan, self.recipe, self.steps)
-        low_bit = self.loop.progress.phase == LOW_BIT
+        phase = self.loop.progress.phase
+        at = {FULL_PRECISION: None, LOW_BIT: None, POLISH: None, phase: folder}
         with signals.listening():
             try:
-                self._train_full_precision(None if low_bit else folder)
-                self._train_low_bit(folder if low_bit else None)
+                self._train_full_precision(at[FULL_PRECISION])
+                self._quantize(resumed=phase in (LOW_BIT, POLISH))
+                if phase != POLISH:
+                    self._train_low_bit(at[LOW_BIT])
+                self._polish(at[POLISH])
                 return self._finish()
             except signals.Stop as stop:
                 raise self._stopped(stop) from stop
@@ -206,24 +211,28 @@ class _Run:
     def _train_full_precision(self, folder: Path | None) -> None:
         """Fine-tune ordinarily for the first steps, if the recipe asks for it, and evaluate."""
         recipe, count = self.recipe, self.recipe.full_precision_steps
-        if count and self.loop.progress.phase != LOW_BIT:
+        if count and self.loop.progress.phase not in (LOW_BIT, POLISH):
             lr = recipe.full_precision_lr or 0.0
             optimizer = choices.plain_optimizer(recipe, self.model, lr)
             self.loop.run(FULL_PRECISION, optimizer, 0, count, folder, lambda _: {})
         if self.loop.progress.full_precision is None:
             self.loop.progress.full_precision = self.loop.evaluate().value
 
-    def _train_low_bit(self, folder: Path | None) -> None:
-        """Wrap the model, evaluate plain rounding, and fine-tune under the constraint."""
-        recipe, start = self.recipe, self.recipe.full_precision_steps
+    def _quantize(self, *, resumed: bool) -> None:
+        """Wrap the model, and evaluate plain rounding."""
+        recipe = self.recipe
         if recipe.distill:
-            self.loop.taught_by = self.teacher or self._own_teacher(resumed=folder is not None)
+            self.loop.taught_by = self.teacher or self._own_teacher(resumed=resumed)
         wrap.apply(self.model, self.plan)
         if recipe.act_bits != "none":
             self._round_inputs(recipe.act_bits)
         if self.loop.progress.rounded is None:
             with layers.snapped(self.model):
                 self.loop.progress.rounded = self.loop.evaluate().value
+
+    def _train_low_bit(self, folder: Path | None) -> None:
+        """Fine-tune under the constraint, evaluate, and snap."""
+        recipe, start = self.recipe, self.recipe.full_precision_steps
         lr = recipe.lr or 0.0
         optimizer, pacer = choices.low_bit_optimizer(recipe, self.model, lr)
         average = None
@@ -244,7 +253,26 @@ class _Run:
         self.loop.run(LOW_BIT, optimizer, start, start + self.steps, folder, before_step)
         if average is not None:
             average.use_()
-        self.inside = pacer.feasible_share()
+        self.loop.progress.inside = pacer.feasible_share()
+        relaxed = self.loop.evaluate()
+        if not math.isfinite(relaxed.loss):
+            raise DivergenceError(
+                f"the loss is {relaxed.loss} after the last step; nothing was packed. Try a "
+                f"smaller --lr than {recipe.lr:g}."
+            )
+        self.loop.progress.relaxed = relaxed.value
+        layers.snap_(self.model)
+
+    def _polish(self, folder: Path | None) -> None:
+        """Train scales, biases and norms on, if the recipe asks for it."""
+        recipe, count = self.recipe, self.recipe.polish_steps
+        if not count:
+            return
+        start = recipe.full_precision_steps + self.steps
+        polisher = polish.Polisher(self.model, recipe.polish_lr)
+        activations.follow_inputs_(self.model, False)
+        self.loop.run(POLISH, polisher.optimizer, start, start + count, folder, lambda _: {})
+        polisher.finish_()
 
     def _round_inputs(self, act_bits: ActBits) -> None:
         """Let the layers round their inputs; what the calibration decided is never asked again."""
@@ -274,14 +302,7 @@ class _Run:
         return distill.Teacher(teacher, self.loaded.spec)
 
     def _finish(self) -> dict[str, Any]:
-        """Snap, evaluate, pack, reload, compare, report."""
-        relaxed = self.loop.evaluate()
-        if not math.isfinite(relaxed.loss):
-            raise DivergenceError(
-                f"the loss is {relaxed.loss} after the last step; nothing was packed. Try a "
-                f"smaller --lr than {self.recipe.lr:g}."
-            )
-        layers.snap_(self.model)
+        """Evaluate, pack, reload, compare, report."""
         if self.recipe.recalibrate_bn:
             self.loop.recalibrate(self.recipe.recalibrate_bn)
         snapped = self.loop.evaluate().value
@@ -295,7 +316,7 @@ class _Run:
         reloaded = models.build(self.loaded.spec)
         checkpoint.load_into(reloaded, checkpoint.read(path))
         same = self.loop.evaluate(reloaded.to(self.accelerator.device))
-        metrics = self._metrics(relaxed.value, snapped, same, reloaded)
+        metrics = self._metrics(snapped, same, reloaded)
         if self.accelerator.is_main_process:
             card = report.model_card(metrics, self.recipe, self.loaded)
             with disk.room_for(len(card) + 4096, self.out, advice):
@@ -306,9 +327,7 @@ class _Run:
             self.accelerator.end_training()
         return metrics
 
-    def _metrics(
-        self, relaxed: float, snapped: float, same: Evaluation, reloaded: nn.Module
-    ) -> dict[str, Any]:
+    def _metrics(self, snapped: float, same: Evaluation, reloaded: nn.Module) -> dict[str, Any]:
         """Return what metrics.json holds; docs/format.md says what each is."""
         return {
             "model": self.recipe.model,
@@ -320,7 +339,7 @@ class _Run:
             "metric": same.metric,
             "full_precision": self.loop.progress.full_precision,
             "rounded": self.loop.progress.rounded,
-            "relaxed": relaxed,
+            "relaxed": self.loop.progress.relaxed,
             "snapped": snapped,
             "reloaded": same.value,
             "parameters": {
@@ -333,8 +352,9 @@ class _Run:
                 "packed": (self.out / artifact.ARTIFACT).stat().st_size,
             },
             "bits_per_weight": self.plan.bits_per_weight,
-            "inside_interval": self.inside,
+            "inside_interval": self.loop.progress.inside,
             "steps": self.loop.progress.step,
+            "polish_steps": self.recipe.polish_steps,
             "skipped_steps": self.loop.progress.skipped,
             "seconds": self.loop.progress.seconds,
             "step_seconds": statistics.median(self.loop.step_seconds)
@@ -349,10 +369,11 @@ def _check_sharded(recipe: Recipe) -> None:
     for key, why in (
         ("compile", "a compiled network takes weights made before its forward pass, not shards"),
         ("average", "it does not follow shards"),
+        ("polish_steps", "it does not rescale shards"),
         ("act_bits", "the scales of inputs are not kept alike in all processes"),
     ):
         value = getattr(recipe, key)
-        if value not in (False, 0.0, None, "none"):
+        if value not in (0, None, "none"):
             raise RecipeError(
                 f"{key} = {value} does not go with FSDP2: {why}. Leave it out, or use DDP."
             )

@@ -34,8 +34,11 @@ class Progress:
     Attributes:
         step: optimizer steps made, skipped ones included; with the seed it says where the sampler
             stands and what the next step draws.
-        phase: which of the two loops made the last of them.
+        phase: which of the loops made the last of them.
         skipped: steps whose update was passed over, see `divergence`.
+        full_precision, rounded, relaxed: the metric before the low-bit steps, without them, and
+            after them.
+        inside: share of the quantized weights inside their interval after the low-bit steps.
         teacher: SHA-256 of the file with the network that teaches, if the run wrote one.
         inputs: of the layers that round their inputs, whether the levels are signed.
     """
@@ -46,6 +49,8 @@ class Progress:
     skipped: int = 0
     full_precision: float | None = None
     rounded: float | None = None
+    relaxed: float | None = None
+    inside: float | None = None
     teacher: str | None = None
     inputs: dict[str, bool] | None = None
 

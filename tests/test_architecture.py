@@ -33,9 +33,8 @@ FLOORS = [
         "manifest",
         "patterns",
         "probe",
-        "plan_table",
     ),
-    ("wrap", "checkpoint", "packed", "refine"),
+    ("wrap", "checkpoint", "packed", "refine", "polish"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target", "sensitivity"),

@@ -32,6 +32,7 @@ METRICS = {
     "full_precision": 93.125,
     "rounded": 10.0,
     "relaxed": 92.5,
+    "polish_steps": 0,
     "snapped": 92.4,
     "reloaded": 92.4,
     "parameters": {"total": 1_000_000, "quantized": 900_000, "share": 0.9},
@@ -75,6 +76,8 @@ def test_the_table_of_results(printed, tmp_path):
         assert row in shown.splitlines()
     assert "2.12 bits a weight on 90.0% of the parameters" in shown
     assert str(tmp_path) in shown
+    report.print_result({**METRICS, "polish_steps": 7}, tmp_path)
+    assert "askewsgd, snapped, polished in 7 steps 92.40" in printed().splitlines()
 
 
 @pytest.mark.parametrize(

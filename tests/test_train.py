@@ -85,7 +85,7 @@ class TestEveryModelAndTask:
             *("model", "task", "bits", "method", "metric", "full_precision", "rounded", "relaxed"),
             *("snapped", "reloaded", "parameters", "bytes", "bits_per_weight", "steps", "seconds"),
             *("skipped_steps", "act_bits", "bits_override"),
-            *("step_seconds", "peak_memory_bytes", "inside_interval"),
+            *("step_seconds", "peak_memory_bytes", "inside_interval", "polish_steps"),
         }
         assert metrics["parameters"].keys() == {"total", "quantized", "share"}
         assert metrics["bytes"].keys() == {"full_precision", "packed"}

@@ -1,0 +1,78 @@
+"""Polishing: the codes stay as they are, and scales, biases and norms train on.
+
+A weight is level times scale at every step, so what is trained is what is packed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from askewq.grid import Grid, shortened
+from askewq.layers import follow_, quantized_layers
+from askewq.methods import Rule
+
+
+def _scaled(weight: Tensor, scale: Tensor, _: Grid, __: float) -> Tensor:
+    """Return the weight, to the bit; its gradient goes to the scale alone."""
+    return weight.detach() * (scale / scale.detach())
+
+
+POLISH = Rule(_scaled, learns_scale=True)
+
+
+class Polisher:
+    """Holds the codes of a snapped model while AdamW trains what has fewer than two dimensions.
+
+    That are biases, the weights of norms, and the scales, of which a step of AdamW changes a share:
+    with lr = 0.001, a scale by about a thousandth. Weights that stay float rest, too.
+
+    Args:
+        model: a model whose quantized weights are snapped (`layers.snap_`).
+        lr: of AdamW; in scales, a share.
+
+    Attributes:
+        optimizer: to make the steps with; each takes the codes along.
+
+    Example:
+        >>> polisher = Polisher(model, lr=1e-3)
+        >>> loss(model(x), y).backward()  # for every batch
+        >>> polisher.optimizer.step()
+        >>> polisher.finish_()
+    """
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        self._model = model
+        self._rested = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+        for parameter in self._rested:
+            parameter.requires_grad_(False)
+        follow_(model, POLISH)
+        self._layers = list(quantized_layers(model).values())
+        self._before: list[tuple[Tensor, Tensor]] = []
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
+        self.optimizer.register_step_pre_hook(self._remember)
+        self.optimizer.register_step_post_hook(self._rescale)
+
+    @torch.no_grad()
+    def _remember(self, *_: Any) -> None:
+        self._before = [
+            (layer.codes(), layer.weight_scale.detach().clone()) for layer in self._layers
+        ]
+
+    @torch.no_grad()
+    def _rescale(self, *_: Any) -> None:
+        for layer, (codes, before) in zip(self._layers, self._before, strict=True):
+            share = (layer.weight_scale - before).clamp(-0.5, 1.0)
+            layer.rescale_(codes, before * (1 + share))
+        self._before = []
+
+    @torch.no_grad()
+    def finish_(self) -> None:
+        """Round the scales to as many digits as fitted ones have, and end the polishing."""
+        for layer in self._layers:
+            scale = layer.weight_scale.detach()
+            layer.rescale_(layer.codes(), shortened(scale.double()).to(scale.dtype))
+        follow_(self._model, None)
+        for parameter in self._rested:
+            parameter.requires_grad_(True)
