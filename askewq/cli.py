@@ -138,14 +138,24 @@ def inspect(
     verify: Annotated[
         bool, Parameter(help="of an artifact: check its digests, and that it fits its network")
     ] = False,
+    trial: Annotated[
+        bool | None,
+        Parameter(
+            help="wrap, pack and load a model once, on random weights and a random input "
+            "[default: up to 30 million parameters]"
+        ),
+    ] = None,
     flags: Annotated[_InspectFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
 ) -> None:
-    """Print every layer of a model with its grid or why it stays float, or an artifact's."""
+    """Print every layer of a model with its grid or why it stays float, and whether it will work.
+
+    Of an artifact, print what it holds.
+    """
     values = {"model": model_or_folder, "dataset": "", "output": ""}
     recipe = config.build({**values, **dict(flags)}, "the command line")
     from askewq import inspection
 
-    inspection.inspect(recipe, verify=verify)
+    inspection.inspect(recipe, verify=verify, try_out=trial)
 
 
 @app.command

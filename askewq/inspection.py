@@ -1,21 +1,33 @@
-"""`askewq inspect`: the plan for a model before any training, or what an artifact holds."""
+"""`askewq inspect`: the plan for a model and whether it will work, or what an artifact holds."""
 
 from pathlib import Path
 
-from askewq import artifact, checkpoint, models, report, wrap
+import torch
+from torch import Tensor, nn
+
+from askewq import artifact, checkpoint, models, report, trial, wrap
 from askewq.config import Recipe
+from askewq.errors import ModelError, RecipeError
+from askewq.plan_table import Plan
+from askewq.spec import ModelSpec, first_line
+from askewq.tasks import logits_of
 
 
-def inspect(recipe: Recipe, *, verify: bool = False) -> None:
+def inspect(recipe: Recipe, *, verify: bool = False, try_out: bool | None = None) -> None:
     """Print the plan for the model of a recipe, or the content of the artifact it names.
 
     Args:
         verify: say what was checked of the artifact instead.
+        try_out: whether to wrap, pack and load the model once, on random weights and a random
+            input; by default if it is not too large.
 
     Raises:
-        AskewError: a model that cannot be loaded or has nothing to quantize; a damaged artifact.
+        AskewError: a model that cannot be loaded, has nothing to quantize, or will not work; a
+            damaged artifact.
     """
     folder = Path(recipe.model)
+    if try_out is not None and (verify or artifact.is_artifact(folder)):
+        raise RecipeError("--trial and --no-trial go with a model, not with an artifact.")
     if verify:
         report.print_lines(artifact.verify(folder))
         return
@@ -23,12 +35,8 @@ def inspect(recipe: Recipe, *, verify: bool = False) -> None:
         spec, _ = artifact.read_spec(folder)
         report.print_artifact(spec, checkpoint.read(folder / artifact.ARTIFACT))
         return
-    source = models.find_source(recipe.model)
-    trust = recipe.trust_remote_code
-    task = recipe.task or models.guess_task(recipe.model, source, trust_remote_code=trust)
-    network = models.load_bare(
-        recipe.model, source, task, trust_remote_code=trust, image_size=recipe.image_size
-    )
+    spec = _spec(recipe)
+    network = _bare(recipe, spec)
     plan = wrap.plan(
         network,
         recipe.bits,
@@ -40,3 +48,63 @@ def inspect(recipe: Recipe, *, verify: bool = False) -> None:
         bits_override=recipe.overrides,
     )
     report.print_plan(plan)
+    if try_out is False:
+        return
+    if plan.total_parameters > trial.UP_TO and not try_out:
+        report.note(
+            f"not tried, because it has more than {trial.UP_TO // 10**6} million parameters; "
+            "--trial wraps, packs and loads it once on a random input"
+        )
+        return
+    report.print_lines([_verdict(recipe, spec, network, plan)])
+
+
+def _spec(recipe: Recipe) -> ModelSpec:
+    source = models.find_source(recipe.model)
+    trust = recipe.trust_remote_code
+    task = recipe.task or models.guess_task(recipe.model, source, trust_remote_code=trust)
+    return ModelSpec(source, recipe.model, task, (), {})
+
+
+def _bare(recipe: Recipe, spec: ModelSpec) -> nn.Module:
+    return models.load_bare(
+        spec.name,
+        spec.source,
+        spec.task,
+        trust_remote_code=recipe.trust_remote_code,
+        image_size=recipe.image_size,
+    ).float()
+
+
+def _verdict(recipe: Recipe, spec: ModelSpec, network: nn.Module, plan: Plan) -> str:
+    """Try the network out, and say how that went.
+
+    Raises:
+        ModelError: it will not work.
+    """
+    inputs = trial.inputs_of(network, spec.source, spec.task, recipe.image_size)
+    if inputs is None:
+        return "not tried: the size of its images is not known; pass --image-size"
+
+    def run(model: nn.Module) -> Tensor:
+        return logits_of(model, spec, inputs)
+
+    try:
+        with torch.no_grad():
+            run(network.eval())
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+        return f"not tried: the plain network fails on a random {shapes}: {first_line(error)}"
+    try:
+        idle = trial.attempt(network, _bare(recipe, spec), plan, run)
+    except ModelError as error:
+        raise ModelError(f"{spec.name} will not work: {error}") from error
+    rest = (
+        f"; no gradient reached {', '.join(idle)}, so that training would only round it"
+        if idle
+        else ""
+    )
+    return (
+        "works: wrapped, packed and loaded, its output for a random input stayed the same to the "
+        f"bit{rest}"
+    )

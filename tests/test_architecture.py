@@ -61,7 +61,7 @@ FLOORS = [
             "gguf_tokenizer",
         ),
     ),
-    ("loop", "train", "demo", "inspection", "launch", "planning", "flags"),
+    ("loop", "train", "demo", "inspection", "trial", "launch", "planning", "flags"),
     ("cli",),
     ("__main__",),
 ]
