@@ -1,9 +1,9 @@
 """What the steps around the end bring: polishing, batch norm's statistics anew, an average.
 
-ResNet-20 on CIFAR-10, several seeds. Polishing and the new statistics start from the same checkpoint
-after the last low-bit step; the average needs a run of its own, whose weights take the same way. So
-their differences are those of the end alone. Steps that polish could have been low-bit steps: there
-is a run with so many more, too. Prints a table and what each brings, paired over the seeds.
+ResNet-20 on CIFAR-10, several seeds. Polishing and the new statistics start from the same
+checkpoint after the last low-bit step; the average needs a run of its own, whose weights take the
+same way. So their differences are those of the end alone. Steps that polish could have been low-bit
+steps: there is a run with so many more, too. Prints a table, the last column paired over the seeds.
 
     python benchmarks/after.py --data ../shared/data --output out/after  # a new folder
 """
