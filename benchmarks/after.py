@@ -45,7 +45,8 @@ def main() -> None:
         if arguments.held_out:
             flags += ["--train-split", "train[:90%]", "--eval-split", "train[90%:]"]
         flags += ["--augment", "crop-flip", "--batch-size", "128", "--compile", "--seed", str(seed)]
-        flags += ["--mixed-precision", "bf16", "--bits", arguments.bits, "--grid", "half-integer"]
+        flags += ["--mixed-precision", "bf16", "--bits", arguments.bits]
+        flags += [] if arguments.bits in ("1", "ternary") else ["--grid", "half-integer"]
         steps = ["--max-steps", str(arguments.steps), "--save-every", str(arguments.steps)]
         plain = arguments.output / f"plain-{seed}"
         found.setdefault("as it is", []).append(_finetune([*flags, *steps, "--output", str(plain)]))
