@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from askewq.optim import AskewAdamW as AskewAdamW
     from askewq.optim import AskewSGD as AskewSGD
     from askewq.plan_table import Plan as Plan
+    from askewq.polish import Polisher as Polisher
     from askewq.train import finetune as finetune
     from askewq.wrap import apply as apply
     from askewq.wrap import plan as plan
@@ -43,6 +44,7 @@ _HOMES = {
     "AskewAdamW": "optim.AskewAdamW",
     "AskewSGD": "optim.AskewSGD",
     "Plan": "plan_table.Plan",
+    "Polisher": "polish.Polisher",
     "plan": "wrap.plan",
     "apply": "wrap.apply",
     "quantize": "wrap.quantize",
