@@ -159,6 +159,12 @@ class Recipe(BaseModel):
     distill: float = _key(
         0.0, DISTILL, "share of the loss that a teacher gives, in the low-bit steps", ge=0, le=1
     )
+    distill_hidden: float = _key(
+        0.0,
+        DISTILL,
+        "weight of the distance from a teacher's hidden states, beside the loss (transformers)",
+        ge=0,
+    )
     teacher: str | None = _key(
         None,
         DISTILL,
@@ -329,9 +335,11 @@ def complaints(recipe: Recipe) -> list[str]:
                 f"{key} goes with {other} = {' or '.join(map(str, values))}, and {other} is "
                 f"{chosen}; leave {key} out"
             )
-    for key in ("teacher", "teacher_weights", "temperature"):
-        if recipe.distill == 0 and _changed(recipe, key):
-            wrong.append(f"{key} goes with distill, which is 0; leave {key} out")
+    if recipe.distill == 0 and _changed(recipe, "temperature"):
+        wrong.append("temperature goes with distill, which is 0; leave temperature out")
+    for key in ("teacher", "teacher_weights"):
+        if recipe.distill == recipe.distill_hidden == 0 and _changed(recipe, key):
+            wrong.append(f"{key} goes with distill or distill_hidden, which are 0; leave {key} out")
     if recipe.streaming:
         wrong += _unstreamable(recipe)
     elif _changed(recipe, "shuffle_buffer"):

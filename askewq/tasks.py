@@ -25,6 +25,20 @@ class Scores:
     count: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a model makes of a batch.
+
+    Attributes:
+        logits: [batch, ..., classes].
+        hidden: where they were asked for, the hidden states, from the embeddings' to the last
+            layer's: [batch, tokens, width], or [batch, channels, height, width]; else none.
+    """
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...] = ()
+
+
 def metric_of(task: Task) -> str:
     """Return the metric's name: accuracy (percent) or perplexity."""
     return "perplexity" if task == "causal-lm" else "accuracy"
@@ -39,16 +53,35 @@ def logits_and_labels(
         Logits [batch, ..., classes] and labels [batch, ...]; for a language model the logits at
         each position and the token that follows.
     """
+    return aligned(logits_of(model, spec, batch), spec, batch)
+
+
+def aligned(logits: Tensor, spec: ModelSpec, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return all logits of a batch, or those that have a label, and the labels."""
     labels = batch["labels"]
-    logits = logits_of(model, spec, {key: v for key, v in batch.items() if key != "labels"})
     return (logits[:, :-1], labels[:, 1:]) if spec.task == "causal-lm" else (logits, labels)
 
 
 def logits_of(model: nn.Module, spec: ModelSpec, inputs: dict[str, Tensor]) -> Tensor:
     """Return the model's logits [batch, ..., classes] for named inputs."""
-    if spec.task == "image-classification" and spec.source != "transformers":
-        return cast(Tensor, model(inputs["pixel_values"]))
-    return cast(Tensor, model(**inputs).logits)
+    return outputs_of(model, spec, inputs).logits
+
+
+def outputs_of(
+    model: nn.Module, spec: ModelSpec, inputs: dict[str, Tensor], *, hidden_states: bool = False
+) -> Outputs:
+    """Run the model on named inputs; `labels` among them are not shown to it.
+
+    Args:
+        hidden_states: return them, too; of transformers' models alone.
+    """
+    if spec.source != "transformers":
+        return Outputs(cast(Tensor, model(inputs["pixel_values"])))
+    inputs = {key: tensor for key, tensor in inputs.items() if key != "labels"}
+    if not hidden_states:
+        return Outputs(cast(Tensor, model(**inputs).logits))
+    made = model(**inputs, output_hidden_states=True)
+    return Outputs(cast(Tensor, made.logits), tuple(made.get("hidden_states") or ()))
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

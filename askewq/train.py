@@ -42,7 +42,7 @@ from askewq.kernels import can_compile
 from askewq.loop import Loop
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
-from askewq.tasks import check_logits, logits_and_labels
+from askewq.tasks import check_logits, logits_of
 from askewq.vocabulary import ActBits
 
 FULL_PRECISION, LOW_BIT = "full precision", "low-bit"
@@ -97,7 +97,7 @@ class _Run:
                 count,
             )
         self.loaded.model.to(self.accelerator.device)
-        self.teacher = distill.load_teacher(recipe, self.loaded) if recipe.distill else None
+        self.teacher = distill.load_teacher(recipe, self.loaded) if distill.wanted(recipe) else None
         if self.teacher is not None:
             self.teacher.model.to(self.accelerator.device)
         self.plan = wrap.plan(
@@ -179,7 +179,7 @@ class _Run:
         several = self.accelerator.num_processes > 1
         try:
             with torch.set_grad_enabled(several):
-                logits, _ = logits_and_labels(self.model, spec, batch)
+                logits = logits_of(self.model, spec, batch)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
             raise ModelError(
@@ -191,8 +191,7 @@ class _Run:
         if several and logits.requires_grad:
             logits.sum().backward()
             processes.expect(self.accelerator, self.model)
-        if self.teacher is not None:
-            distill.check_teacher(self.teacher, batch, logits)
+        distill.check(self.recipe, self.loaded, self.teacher, batch, logits)
 
     def _prepare_output(self) -> None:
         self.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
@@ -216,7 +215,7 @@ class _Run:
     def _train_low_bit(self, folder: Path | None) -> None:
         """Wrap the model, evaluate plain rounding, and fine-tune under the constraint."""
         recipe, start = self.recipe, self.recipe.full_precision_steps
-        if recipe.distill:
+        if distill.wanted(recipe):
             self.loop.taught_by = self.teacher or self._own_teacher(resumed=folder is not None)
         wrap.apply(self.model, self.plan)
         if recipe.act_bits != "none":
@@ -349,6 +348,7 @@ def _check_sharded(recipe: Recipe) -> None:
     for key, why in (
         ("compile", "a compiled network takes weights made before its forward pass, not shards"),
         ("average", "it does not follow shards"),
+        ("distill_hidden", "transformers finds hidden states by class, and FSDP2 changes classes"),
         ("act_bits", "the scales of inputs are not kept alike in all processes"),
     ):
         value = getattr(recipe, key)

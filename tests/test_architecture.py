@@ -38,7 +38,17 @@ FLOORS = [
     ("wrap", "checkpoint", "packed", "refine"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
-        *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target", "sensitivity"),
+        *(
+            "data",
+            "batches",
+            "tasks",
+            "hidden_states",
+            "distill",
+            "artifact",
+            "evaluate",
+            "target",
+            "sensitivity",
+        ),
         *("processes", "streams"),
     ),
     (
