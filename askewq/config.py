@@ -238,6 +238,11 @@ class Recipe(BaseModel):
         """The bits of layers that match a pattern."""
         return dict(map(parse_override, self.bits_override))
 
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher, be it the network before it is quantized."""
+        return self.task == "feature-extraction" or self.distill > 0 or self.distill_hidden > 0
+
     @field_validator("nan_policy")
     @classmethod
     def _check_policy(cls, value: str) -> str:
@@ -267,7 +272,9 @@ def parse_override(text: str) -> tuple[str, Bits]:
 
 _ASKEW = ("method", ("askewsgd", "askewsgd-paper"))
 _IMAGES = ("task", ("image-classification",))
-_TEXTS = ("task", ("text-classification", "causal-lm"))
+_TEXTS = ("task", ("text-classification", "causal-lm", "feature-extraction"))
+# Without labels a teacher gives the whole loss.
+_LABELLED = ("task", ("image-classification", "text-classification", "causal-lm"))
 # A key that decides something only where another one has one of these values.
 _NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("momentum", "optimizer", ("sgd",)),
@@ -288,6 +295,8 @@ _NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("level_lr", "optimizer", ("adamw",)),
     ("level_lr", *_ASKEW),
     ("label_column", "task", ("image-classification", "text-classification")),
+    ("distill", *_LABELLED),
+    ("full_precision_steps", *_LABELLED),
     ("tokenizer", *_TEXTS),
     ("max_length", *_TEXTS),
     ("text_columns", *_TEXTS),
@@ -338,7 +347,7 @@ def complaints(recipe: Recipe) -> list[str]:
     if recipe.distill == 0 and _changed(recipe, "temperature"):
         wrong.append("temperature goes with distill, which is 0; leave temperature out")
     for key in ("teacher", "teacher_weights"):
-        if recipe.distill == recipe.distill_hidden == 0 and _changed(recipe, key):
+        if not recipe.taught and _changed(recipe, key):
             wrong.append(f"{key} goes with distill or distill_hidden, which are 0; leave {key} out")
     if recipe.streaming:
         wrong += _unstreamable(recipe)

@@ -1,11 +1,12 @@
 """Distillation: a teacher's outputs take part of the labels' loss, its hidden states add to it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from askewq import hidden_states, models, tasks
+from askewq import embeddings, hidden_states, models, tasks
 from askewq.config import Recipe
 from askewq.errors import ModelError
 from askewq.own_models import load_weights
@@ -34,9 +35,13 @@ class Teacher:
         return tasks.outputs_of(self.model.eval(), self.spec, batch, hidden_states=hidden_states)
 
 
-def wanted(recipe: Recipe) -> bool:
-    """Tell whether a recipe has a teacher, be it the network itself."""
-    return recipe.distill > 0 or recipe.distill_hidden > 0
+def labelled(
+    batch: dict[str, Tensor], spec: ModelSpec, taught: tasks.Outputs | None
+) -> dict[str, Tensor]:
+    """Return a batch with labels: where data have none, they are a teacher's embeddings."""
+    if spec.task != embeddings.TASK or taught is None:
+        return batch
+    return {**batch, "labels": taught.logits}
 
 
 def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
@@ -117,7 +122,9 @@ def check(
     if teacher is None:
         return
     shape = _try(teacher, batch).logits.shape
-    if recipe.distill and shape != logits.shape:
+    if teacher.spec.task == embeddings.TASK:
+        check_width(shape, logits)
+    elif recipe.distill and shape != logits.shape:
         raise ModelError(
             f"the teacher's outputs are {list(shape)} and the model's {list(logits.shape)}; a "
             "teacher must have the same classes or tokens: pass another --teacher, or fine-tune it "
@@ -128,6 +135,20 @@ def check(
         hidden_states.check_same(ours, theirs)
 
 
+def check_width(taught: torch.Size, embedding: Tensor) -> None:
+    """Check that embeddings, of which the teacher's have the shape `taught`, can be compared.
+
+    Raises:
+        ModelError: of another width.
+    """
+    if taught != embedding.shape:
+        raise ModelError(
+            f"the teacher's embeddings have {taught[-1]} numbers and the model's "
+            f"{embedding.shape[-1]}; pass a --teacher of that width, or none: the model itself "
+            "before it is quantized."
+        )
+
+
 def _try(teacher: Teacher, batch: dict[str, Tensor]) -> tasks.Outputs:
     try:
         return teacher.outputs(batch)
@@ -136,6 +157,35 @@ def _try(teacher: Teacher, batch: dict[str, Tensor]) -> tasks.Outputs:
             f"the teacher fails on the model's own inputs: {type(error).__name__}: {error}\nIt "
             "must take the same images or tokens; pass another --teacher."
         ) from error
+
+
+def load_reference(
+    loaded: LoadedModel, teacher: str | None, teacher_weights: Path | None, recipe: Recipe
+) -> Teacher:
+    """Return the full-precision network whose embeddings an artifact's are compared with.
+
+    Args:
+        loaded: the artifact.
+        teacher, teacher_weights: as those of a recipe; by default the model it was made from.
+
+    Raises:
+        ModelError: it cannot be loaded, or prepares its inputs in another way.
+    """
+    original = teacher is None and teacher_weights is None
+    name = loaded.spec.name if original else teacher
+    named = {"teacher": name, "teacher_weights": teacher_weights, "task": embeddings.TASK}
+    try:
+        found = load_teacher(recipe.model_copy(update=named), loaded)
+    except ModelError as error:
+        if not original:
+            raise
+        raise ModelError(
+            f"similarity is to the full-precision model, and the artifact names {name!r}, which "
+            f"cannot be used: {error}\nPass --teacher MODEL, an id or a folder."
+        ) from error
+    if found is None:
+        raise ModelError("--teacher self is of a run; pass an id or a folder, or leave it out.")
+    return found
 
 
 def distance(logits: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:

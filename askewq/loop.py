@@ -192,14 +192,17 @@ class Loop:
         spec = self.loaded.spec
         hidden = self.taught_by is not None and self.recipe.distill_hidden > 0
         prepared = layers.prepared(self.model) if self.recipe.compile else nullcontext()
+        taught = None
+        if self.taught_by is not None:
+            with self.accelerator.autocast():
+                taught = self.taught_by.outputs(batch, hidden_states=hidden)
+            batch = distill.labelled(batch, spec, taught)
         with self.accelerator.autocast(), prepared:
             made = outputs_of(model, spec, batch, hidden_states=hidden)
         scores = score(*aligned(made.logits, spec, batch))
         loss = scores.loss.sum() / scores.count.sum()
-        if self.taught_by is None:
+        if taught is None:
             return loss
-        with self.accelerator.autocast():
-            taught = self.taught_by.outputs(batch, hidden_states=hidden)
         return distill.total(loss, made, taught, spec, batch, self.recipe)
 
     def _tolerate(self, loss: float, batch: dict[str, Tensor], step: int) -> None:
@@ -334,6 +337,7 @@ class Loop:
                 self.loaded.preprocessing,
                 self.eval_loader,
                 self.accelerator,
+                self.taught_by,
             )
         finally:
             self._reshard()

@@ -97,7 +97,9 @@ class _Run:
                 count,
             )
         self.loaded.model.to(self.accelerator.device)
-        self.teacher = distill.load_teacher(recipe, self.loaded) if distill.wanted(recipe) else None
+        self.teacher = (
+            distill.load_teacher(self.recipe, self.loaded) if self.recipe.taught else None
+        )
         if self.teacher is not None:
             self.teacher.model.to(self.accelerator.device)
         self.plan = wrap.plan(
@@ -131,6 +133,7 @@ class _Run:
         with signals.listening():
             try:
                 self._train_full_precision(None if low_bit else folder)
+                self._find_teacher(resumed=low_bit)
                 self._train_low_bit(folder if low_bit else None)
                 return self._finish()
             except signals.Stop as stop:
@@ -203,20 +206,23 @@ class _Run:
             self.accelerator.init_trackers("askewq", settings)
 
     def _train_full_precision(self, folder: Path | None) -> None:
-        """Fine-tune ordinarily for the first steps, if the recipe asks for it, and evaluate."""
+        """Fine-tune ordinarily for the first steps, if the recipe asks for it."""
         recipe, count = self.recipe, self.recipe.full_precision_steps
         if count and self.loop.progress.phase != LOW_BIT:
             lr = recipe.full_precision_lr or 0.0
             optimizer = choices.plain_optimizer(recipe, self.model, lr)
             self.loop.run(FULL_PRECISION, optimizer, 0, count, folder, lambda _: {})
-        if self.loop.progress.full_precision is None:
-            self.loop.progress.full_precision = self.loop.evaluate().value
+
+    def _find_teacher(self, *, resumed: bool) -> None:
+        """Let the teacher that was given, or the network as it is by now, teach from here on."""
+        if self.recipe.taught:
+            self.loop.taught_by = self.teacher or self._own_teacher(resumed=resumed)
 
     def _train_low_bit(self, folder: Path | None) -> None:
-        """Wrap the model, evaluate plain rounding, and fine-tune under the constraint."""
+        """Evaluate, wrap, evaluate plain rounding, and fine-tune under the constraint."""
         recipe, start = self.recipe, self.recipe.full_precision_steps
-        if distill.wanted(recipe):
-            self.loop.taught_by = self.teacher or self._own_teacher(resumed=folder is not None)
+        if self.loop.progress.full_precision is None:
+            self.loop.progress.full_precision = self.loop.evaluate().value
         wrap.apply(self.model, self.plan)
         if recipe.act_bits != "none":
             self._round_inputs(recipe.act_bits)

@@ -42,6 +42,7 @@ FLOORS = [
             "data",
             "batches",
             "tasks",
+            "embeddings",
             "hidden_states",
             "distill",
             "artifact",

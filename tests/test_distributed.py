@@ -676,7 +676,7 @@ def test_fsdp2_cannot(data, tmp_path):
     def body(process: int) -> None:
         with pytest.raises(RecipeError, match="compile = True does not go with FSDP2"):
             finetune("own", tmp_path / "out", **uneven(data, compile=True))
-        with pytest.raises(RecipeError, match="distill_hidden = 1.0 does not go with FSDP2"):
+        with pytest.raises(RecipeError, match=r"distill_hidden = 1\.0 does not go with FSDP2"):
             finetune("gpt2", tmp_path / "out", **GPT2, distill_hidden=1.0)
         with pytest.raises(RecipeError, match="FSDP2 cannot wrap this network"):
             finetune("gpt2", tmp_path / "out", **GPT2)
