@@ -74,10 +74,10 @@ class Images(Dataset[dict[str, Any]]):
 
 
 class Texts(Dataset[dict[str, Any]]):
-    """Tokenized texts, or pairs of texts, with their labels."""
+    """Tokenized texts, or pairs of texts, with their labels, if they have any."""
 
     def __init__(
-        self, split: Any, columns: Columns, labels: list[int], tokenizer: Any, length: int
+        self, split: Any, columns: Columns, labels: list[int] | None, tokenizer: Any, length: int
     ) -> None:
         self._texts = [list(split[name]) for name in columns.inputs]
         self._labels = labels
@@ -85,12 +85,12 @@ class Texts(Dataset[dict[str, Any]]):
         self._length = length
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._texts[0])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         texts = [column[index] or "" for column in self._texts]
         encoded = self._tokenizer(*texts, truncation=True, max_length=self._length)
-        return {**encoded, "labels": self._labels[index]}
+        return dict(encoded) if self._labels is None else {**encoded, "labels": self._labels[index]}
 
 
 class Blocks(Dataset[dict[str, Any]]):
@@ -165,15 +165,16 @@ def _loader_arguments(recipe: Recipe, preprocessing: Preprocessing) -> dict[str,
 def _dataset(
     recipe: Recipe, data: OpenData, split: Any, preprocessing: Preprocessing, flag: str
 ) -> Any:
-    if data.columns.label is None:
-        assert isinstance(preprocessing, TextPreprocessing)  # noqa: S101  # models.load saw to it
-        length = recipe.max_length or preprocessing.max_length
-        return Blocks(split, data.columns.inputs[0], preprocessing.tokenizer, length)
-    labels = label_ids(split, data.columns.label, data.labels, flag)
+    columns, labels = data.columns, None
+    if columns.label is not None:
+        labels = label_ids(split, columns.label, data.labels, flag)
     if isinstance(preprocessing, TextPreprocessing):
         length = recipe.max_length or preprocessing.max_length
-        return Texts(split, data.columns, labels, preprocessing.tokenizer, length)
-    return Images(split, data.columns.inputs[0], labels, preprocessing)
+        if columns.corpus:
+            return Blocks(split, columns.inputs[0], preprocessing.tokenizer, length)
+        return Texts(split, columns, labels, preprocessing.tokenizer, length)
+    assert labels is not None  # noqa: S101  # images without labels: models.load refused them
+    return Images(split, columns.inputs[0], labels, preprocessing)
 
 
 def prepare_batch(

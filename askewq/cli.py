@@ -112,6 +112,13 @@ def evaluate(
     folder: Path,
     *,
     model: Annotated[str | None, Parameter(help="file.py:factory of your own module")] = None,
+    teacher: Annotated[
+        str | None,
+        Parameter(help="feature-extraction: the model to compare with, if not the original"),
+    ] = None,
+    teacher_weights: Annotated[
+        Path | None, Parameter(help="state dict of it, by default of a network like the model")
+    ] = None,
     json_only: Annotated[bool, Parameter(name="--json", help="print only the JSON line")] = False,
     flags: Annotated[_EvalFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
 ) -> None:
@@ -122,7 +129,9 @@ def evaluate(
     )
     from askewq.evaluate import evaluate_artifact
 
-    result = evaluate_artifact(folder, recipe, factory=model)
+    result = evaluate_artifact(
+        folder, recipe, factory=model, teacher=teacher, teacher_weights=teacher_weights
+    )
     if not json_only:
         print(
             f"{printable(str(folder))}: {result.metric} {result.value:.2f}, "

@@ -168,6 +168,12 @@ class Recipe(BaseModel):
     distill: float = _key(
         0.0, DISTILL, "share of the loss that a teacher gives, in the low-bit steps", ge=0, le=1
     )
+    distill_hidden: float = _key(
+        0.0,
+        DISTILL,
+        "weight of the distance from a teacher's hidden states, beside the loss (transformers)",
+        ge=0,
+    )
     teacher: str | None = _key(
         None,
         DISTILL,
@@ -241,6 +247,11 @@ class Recipe(BaseModel):
         """The bits of layers that match a pattern."""
         return dict(map(parse_override, self.bits_override))
 
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher, be it the network before it is quantized."""
+        return self.task == "feature-extraction" or self.distill > 0 or self.distill_hidden > 0
+
     @field_validator("nan_policy")
     @classmethod
     def _check_policy(cls, value: str) -> str:
@@ -270,7 +281,9 @@ def parse_override(text: str) -> tuple[str, Bits]:
 
 _ASKEW = ("method", ("askewsgd", "askewsgd-paper"))
 _IMAGES = ("task", ("image-classification",))
-_TEXTS = ("task", ("text-classification", "causal-lm"))
+_TEXTS = ("task", ("text-classification", "causal-lm", "feature-extraction"))
+# Without labels a teacher gives the whole loss.
+_LABELLED = ("task", ("image-classification", "text-classification", "causal-lm"))
 # A key that decides something only where another one has one of these values.
 _NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("momentum", "optimizer", ("sgd",)),
@@ -291,6 +304,8 @@ _NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("level_lr", "optimizer", ("adamw",)),
     ("level_lr", *_ASKEW),
     ("label_column", "task", ("image-classification", "text-classification")),
+    ("distill", *_LABELLED),
+    ("full_precision_steps", *_LABELLED),
     ("tokenizer", *_TEXTS),
     ("max_length", *_TEXTS),
     ("text_columns", *_TEXTS),
@@ -338,9 +353,11 @@ def complaints(recipe: Recipe) -> list[str]:
                 f"{key} goes with {other} = {' or '.join(map(str, values))}, and {other} is "
                 f"{chosen}; leave {key} out"
             )
-    for key in ("teacher", "teacher_weights", "temperature"):
-        if recipe.distill == 0 and _changed(recipe, key):
-            wrong.append(f"{key} goes with distill, which is 0; leave {key} out")
+    if recipe.distill == 0 and _changed(recipe, "temperature"):
+        wrong.append("temperature goes with distill, which is 0; leave temperature out")
+    for key in ("teacher", "teacher_weights"):
+        if not recipe.taught and _changed(recipe, key):
+            wrong.append(f"{key} goes with distill or distill_hidden, which are 0; leave {key} out")
     if recipe.streaming:
         wrong += _unstreamable(recipe)
     elif _changed(recipe, "shuffle_buffer"):

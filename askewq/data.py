@@ -26,10 +26,16 @@ _LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "target", "clas
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The columns that a task reads; `label` is None for causal-lm."""
+    """The columns that a task reads.
+
+    Attributes:
+        label: None for causal-lm and feature-extraction.
+        corpus: whether the texts are one, cut into blocks of tokens (causal-lm).
+    """
 
     inputs: tuple[str, ...]
     label: str | None
+    corpus: bool = False
 
 
 @dataclass(slots=True)
@@ -182,10 +188,11 @@ def _columns(recipe: Recipe, task: Task, features: Any) -> Columns:
                 f"columns: {', '.join(images) or 'none'}."
             )
         return Columns(tuple(inputs), _label_column(recipe, features))
-    if task == "causal-lm":
-        inputs = list(recipe.text_columns) or [n for n in ("text", *texts) if n in texts][:1]
+    if task in ("causal-lm", "feature-extraction"):
+        guesses = [n for n in ("text", "sentence", *texts) if n in texts]
+        inputs = list(recipe.text_columns) or guesses[:1]
         _check_texts(inputs, texts, features, at_most=1)
-        return Columns(tuple(inputs), None)
+        return Columns(tuple(inputs), None, corpus=task == "causal-lm")
     label = _label_column(recipe, features)
     inputs = list(recipe.text_columns) or [name for name in texts if name != label][:2]
     _check_texts(inputs, texts, features, at_most=2)

@@ -1,11 +1,12 @@
-"""Distillation: part of the labels' loss gives way to the distance from a teacher's outputs."""
+"""Distillation: a teacher's outputs take part of the labels' loss, its hidden states add to it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from askewq import models, tasks
+from askewq import embeddings, hidden_states, models, tasks
 from askewq.config import Recipe
 from askewq.errors import ModelError
 from askewq.own_models import load_weights
@@ -29,9 +30,18 @@ class Teacher:
     spec: ModelSpec
 
     @torch.no_grad()
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return its logits for a batch, in evaluation mode."""
-        return tasks.logits_and_labels(self.model.eval(), self.spec, batch)[0]
+    def outputs(self, batch: dict[str, Tensor], *, hidden_states: bool = False) -> tasks.Outputs:
+        """Return what it makes of a batch, in evaluation mode."""
+        return tasks.outputs_of(self.model.eval(), self.spec, batch, hidden_states=hidden_states)
+
+
+def labelled(
+    batch: dict[str, Tensor], spec: ModelSpec, taught: tasks.Outputs | None
+) -> dict[str, Tensor]:
+    """Return a batch with labels: where data have none, they are a teacher's embeddings."""
+    if spec.task != embeddings.TASK or taught is None:
+        return batch
+    return {**batch, "labels": taught.logits}
 
 
 def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
@@ -70,7 +80,7 @@ def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
         )
     classes = getattr(getattr(loaded.model, "config", None), "id2label", None) or {}
     names = tuple(classes.values())
-    if set(names) == set(spec.labels) and names != spec.labels:
+    if recipe.distill and set(names) == set(spec.labels) and names != spec.labels:
         raise ModelError(
             f"the teacher {recipe.teacher!r} has the labels in another order ({', '.join(names)}; "
             f"here {', '.join(spec.labels)}); pass another --teacher."
@@ -89,25 +99,93 @@ def _same_inputs(teacher: Preprocessing, student: Preprocessing) -> bool:
     return False
 
 
-def check_teacher(teacher: Teacher, batch: dict[str, Tensor], logits: Tensor) -> None:
-    """Check on a first batch that the teacher's outputs fit the student's.
+def check(
+    recipe: Recipe,
+    student: LoadedModel,
+    teacher: Teacher | None,
+    batch: dict[str, Tensor],
+    logits: Tensor,
+) -> None:
+    """Check on a first batch that the teacher's outputs and hidden states fit the student's.
+
+    Args:
+        teacher: None where the student's own start teaches.
+        logits: the student's, of that batch.
 
     Raises:
-        ModelError: the teacher fails on the student's inputs, or has outputs of another shape.
+        ModelError: a model without hidden states where they are asked for; a teacher that fails
+            on the student's inputs, or whose outputs or hidden states have another shape.
     """
-    try:
-        shape = teacher.logits(batch).shape
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(
-            f"the teacher fails on the model's own inputs: {type(error).__name__}: {error}\nIt "
-            "must take the same images or tokens; pass another --teacher."
-        ) from error
-    if shape != logits.shape:
+    ours: tuple[Tensor, ...] = ()
+    if recipe.distill_hidden:
+        ours = hidden_states.read(student.model, student.spec, batch, "model")
+    if teacher is None:
+        return
+    shape = _try(teacher, batch).logits.shape
+    if teacher.spec.task == embeddings.TASK:
+        check_width(shape, logits)
+    elif recipe.distill and shape != logits.shape:
         raise ModelError(
             f"the teacher's outputs are {list(shape)} and the model's {list(logits.shape)}; a "
             "teacher must have the same classes or tokens: pass another --teacher, or fine-tune it "
             "to the data set first."
         )
+    if recipe.distill_hidden:
+        theirs = hidden_states.read(teacher.model, teacher.spec, batch, "teacher")
+        hidden_states.check_same(ours, theirs)
+
+
+def check_width(taught: torch.Size, embedding: Tensor) -> None:
+    """Check that embeddings, of which the teacher's have the shape `taught`, can be compared.
+
+    Raises:
+        ModelError: of another width.
+    """
+    if taught != embedding.shape:
+        raise ModelError(
+            f"the teacher's embeddings have {taught[-1]} numbers and the model's "
+            f"{embedding.shape[-1]}; pass a --teacher of that width, or none: the model itself "
+            "before it is quantized."
+        )
+
+
+def _try(teacher: Teacher, batch: dict[str, Tensor]) -> tasks.Outputs:
+    try:
+        return teacher.outputs(batch)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(
+            f"the teacher fails on the model's own inputs: {type(error).__name__}: {error}\nIt "
+            "must take the same images or tokens; pass another --teacher."
+        ) from error
+
+
+def load_reference(
+    loaded: LoadedModel, teacher: str | None, teacher_weights: Path | None, recipe: Recipe
+) -> Teacher:
+    """Return the full-precision network whose embeddings an artifact's are compared with.
+
+    Args:
+        loaded: the artifact.
+        teacher, teacher_weights: as those of a recipe; by default the model it was made from.
+
+    Raises:
+        ModelError: it cannot be loaded, or prepares its inputs in another way.
+    """
+    original = teacher is None and teacher_weights is None
+    name = loaded.spec.name if original else teacher
+    named = {"teacher": name, "teacher_weights": teacher_weights, "task": embeddings.TASK}
+    try:
+        found = load_teacher(recipe.model_copy(update=named), loaded)
+    except ModelError as error:
+        if not original:
+            raise
+        raise ModelError(
+            f"similarity is to the full-precision model, and the artifact names {name!r}, which "
+            f"cannot be used: {error}\nPass --teacher MODEL, an id or a folder."
+        ) from error
+    if found is None:
+        raise ModelError("--teacher self is of a run; pass an id or a folder, or leave it out.")
+    return found
 
 
 def distance(logits: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -126,3 +204,29 @@ def distance(logits: Tensor, taught: Tensor, labels: Tensor, temperature: float)
         student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True
     )
     return temperature**2 * divergence
+
+
+def total(
+    loss: Tensor,
+    student: tasks.Outputs,
+    teacher: tasks.Outputs,
+    spec: ModelSpec,
+    batch: dict[str, Tensor],
+    recipe: Recipe,
+) -> Tensor:
+    """Return the loss of a batch with what the teacher gives to it.
+
+    Args:
+        loss: the labels'.
+        student, teacher: what they made of the batch, hidden states included if they count.
+    """
+    if recipe.distill:
+        logits, labels = tasks.aligned(student.logits, spec, batch)
+        taught, _ = tasks.aligned(teacher.logits, spec, batch)
+        by_logits = distance(logits, taught, labels, recipe.temperature)
+        loss = torch.lerp(loss, by_logits, recipe.distill)
+    if recipe.distill_hidden:
+        mask = batch.get("attention_mask")
+        by_states = hidden_states.distance(student.hidden, teacher.hidden, mask)
+        loss = loss + recipe.distill_hidden * by_states
+    return loss

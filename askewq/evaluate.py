@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from askewq import artifact, config, processes, signals
+from askewq import artifact, config, distill, embeddings, processes, signals
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import open_eval
-from askewq.errors import ExactnessError
+from askewq.distill import Teacher
+from askewq.errors import ExactnessError, RecipeError
 from askewq.preprocessing import Preprocessing
 from askewq.spec import ModelSpec
 from askewq.tasks import check_logits, logits_and_labels, metric_of, score
@@ -21,7 +22,7 @@ from askewq.tasks import check_logits, logits_and_labels, metric_of, score
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The task's metric (accuracy in percent, or perplexity), the mean loss, the sample count."""
+    """The task's metric, as `tasks.metric_of` names it, the mean loss, the sample count."""
 
     metric: str
     value: float
@@ -35,12 +36,14 @@ def evaluate(
     preprocessing: Preprocessing,
     loader: Any,
     accelerator: Any,
+    teacher: Teacher | None = None,
 ) -> Evaluation:
     """Evaluate a model; further models must give the very same logits on every batch.
 
     Args:
         models: one model, or several that are claimed to be equal; the first is scored.
         loader: prepared by the accelerator; in several processes no sample counts twice.
+        teacher: whose embeddings are the labels of feature-extraction; no other task asks it.
 
     Raises:
         signals.Stop: a signal came, to any of the processes.
@@ -58,6 +61,8 @@ def evaluate(
             if number := processes.anyone(accelerator, signals.received()):
                 raise signals.Stop(number)
             batch = prepare_batch(raw, preprocessing)
+            if teacher is not None and spec.task == embeddings.TASK:
+                batch = distill.labelled(batch, spec, teacher.outputs(batch))
             logits, labels = logits_and_labels(first, spec, batch)
             check_logits(logits, spec)
             for other in others:
@@ -71,29 +76,48 @@ def evaluate(
     loss, correct, count = sums.tolist()
     metric = metric_of(spec.task)
     mean = loss / count
-    value = 100 * correct / count if metric == "accuracy" else math.exp(min(mean, 700.0))
+    value = math.exp(min(mean, 700.0)) if metric == "perplexity" else 100 * correct / count
     return Evaluation(metric, value, mean, samples)
 
 
-def evaluate_artifact(folder: Path, recipe: Recipe, *, factory: str | None = None) -> Evaluation:
+def evaluate_artifact(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    factory: str | None = None,
+    teacher: str | None = None,
+    teacher_weights: Path | None = None,
+) -> Evaluation:
     """Evaluate an artifact on the evaluation split of a recipe's data set.
 
     Args:
         recipe: its data settings, batch size and mixed precision are used.
         factory: of a module of the user's own, see `artifact.load_artifact`.
+        teacher, teacher_weights: of feature-extraction, see `distill.load_reference`.
 
     Raises:
-        AskewError: a damaged artifact; data that lack what its task needs.
+        AskewError: a damaged artifact; data that lack what its task needs; no network to compare
+            embeddings with, or one that decides nothing.
     """
     from accelerate import Accelerator
 
     loaded = artifact.load_artifact(folder, factory=factory)
+    reference = None
+    if loaded.spec.task == embeddings.TASK:
+        reference = distill.load_reference(loaded, teacher, teacher_weights, recipe)
+    elif teacher is not None or teacher_weights is not None:
+        raise RecipeError(
+            f"--teacher and --teacher-weights go with artifacts for {embeddings.TASK}; {folder} is "
+            f"for {loaded.spec.task}: leave them out."
+        )
     config.check(recipe.model_copy(update={"task": loaded.spec.task}))
     data = open_eval(recipe, loaded.spec.task, loaded.spec.labels)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     loader = accelerator.prepare(loaders(recipe, data, loaded.preprocessing)[1])
     model = loaded.model.to(accelerator.device)
-    return evaluate(model, loaded.spec, loaded.preprocessing, loader, accelerator)
+    if reference is not None:
+        reference.model.to(accelerator.device)
+    return evaluate(model, loaded.spec, loaded.preprocessing, loader, accelerator, reference)
 
 
 def _require_equal(logits: Tensor, other: Tensor) -> None:

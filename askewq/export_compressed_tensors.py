@@ -262,7 +262,7 @@ from the packed artifact, and what is written otherwise than it has it.
 
 
 def read_back(folder: str, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the logits of the folder's network, by transformers with compressed-tensors."""
+    """Return its logits, or embeddings, by transformers with compressed-tensors."""
     import json
     from pathlib import Path
 
@@ -275,7 +275,12 @@ def read_back(folder: str, inputs: dict[str, Tensor]) -> Tensor:
         raise KeyError(f"missing or unexpected keys: {info}")
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # memory of a file is not aligned as torch's is
-    return model.eval()(**inputs).logits
+    model.eval()
+    made = model(**inputs)
+    if "logits" in made:
+        return made.logits
+    counted = inputs["attention_mask"].unsqueeze(-1).to(made.last_hidden_state.dtype)
+    return (made.last_hidden_state * counted).sum(1) / counted.sum(1)
 
 
 TARGET = Target(

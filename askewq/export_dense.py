@@ -177,7 +177,7 @@ _LOADING = {
 
 
 def read_back(folder: str, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the logits of the folder's network, by timm, transformers or load_state_dict.
+    """Return the logits (or embeddings) of the folder's network, by its own library.
 
     It computes in float32 whatever the type of the file, so that the difference is the file's.
     """
@@ -219,9 +219,13 @@ def read_back(folder: str, inputs: dict[str, Tensor]) -> Tensor:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # memory of a file is not aligned as torch's is
     model.eval()
-    if "architectures" in facts:
-        return model(**inputs).logits
-    return model(inputs["pixel_values"])
+    if "architectures" not in facts:
+        return model(inputs["pixel_values"])
+    made = model(**inputs)
+    if "logits" in made:
+        return made.logits
+    counted = inputs["attention_mask"].unsqueeze(-1).to(made.last_hidden_state.dtype)
+    return (made.last_hidden_state * counted).sum(1) / counted.sum(1)
 
 
 TARGET = Target(

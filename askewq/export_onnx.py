@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from askewq import embeddings
 from askewq.checkpoint import Artifact
 from askewq.errors import ExportError
 from askewq.onnx_inputs import fill_inputs, marked, type_name, width
@@ -23,6 +24,7 @@ from askewq.preprocessing import ImagePreprocessing, TextPreprocessing
 from askewq.report import bits_name
 from askewq.spec import LoadedModel, first_line
 from askewq.target import ExportSource, Options, Target
+from askewq.tasks import logits_of
 
 FILE = "model.onnx"
 OPSET_INT2, IR_INT2 = 25, 13  # the first opset and IR version with 2-bit integers
@@ -125,19 +127,22 @@ def write(source: ExportSource, options: Options, folder: Path) -> None:
     )
 
 
-class _Logits(nn.Module):
-    """Calls a network with named tensors and returns its logits alone."""
+def output_name(loaded: LoadedModel) -> str:
+    """Return what the graph calls its output; for embeddings as sentence-transformers does."""
+    return "sentence_embedding" if loaded.spec.task == embeddings.TASK else "logits"
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], bare: bool) -> None:
+
+class _Logits(nn.Module):
+    """Calls a network with named tensors and returns its logits, or embeddings, alone."""
+
+    def __init__(self, loaded: LoadedModel, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.model = model
+        self.model = loaded.model
+        self.spec = loaded.spec
         self.names = names
-        self.bare = bare
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        if self.bare:
-            return cast(Tensor, self.model(*tensors))
-        return cast(Tensor, self.model(**dict(zip(self.names, tensors, strict=True))).logits)
+        return logits_of(self.model, self.spec, dict(zip(self.names, tensors, strict=True)))
 
 
 def example(loaded: LoadedModel) -> dict[str, Tensor]:
@@ -175,7 +180,7 @@ def graph(loaded: LoadedModel, artifact: Artifact, opset: int) -> Any:
     free: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
     if isinstance(loaded.preprocessing, TextPreprocessing):
         free[1] = torch.export.Dim.DYNAMIC
-    wrapped = _Logits(loaded.model, tuple(inputs), loaded.spec.source != "transformers").eval()
+    wrapped = _Logits(loaded, tuple(inputs)).eval()
     use_cache = _set_cache(loaded.model, False)
     try:
         with warnings.catch_warnings(), marked(loaded.model):
@@ -187,7 +192,7 @@ def graph(loaded: LoadedModel, artifact: Artifact, opset: int) -> Any:
                 optimize=False,
                 opset_version=opset,
                 input_names=list(inputs),
-                output_names=["logits"],
+                output_names=[output_name(loaded)],
                 dynamic_shapes=(tuple(free for _ in inputs),),
                 verbose=False,
             )
@@ -320,7 +325,7 @@ def _take_transposes(graph: Any, name: str) -> bool:
 
 
 def read_back(folder: "str", inputs: "dict[str, Tensor]") -> "Tensor":
-    """Return the logits of onnxruntime on the CPU, activations in float32."""
+    """Return what onnxruntime gives on the CPU, activations in float32."""
     from pathlib import Path
 
     import onnx
@@ -335,7 +340,7 @@ def read_back(folder: "str", inputs: "dict[str, Tensor]") -> "Tensor":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     given = {taken.name: inputs[taken.name].numpy() for taken in session.get_inputs()}
-    return torch.from_numpy(session.run(["logits"], given)[0])
+    return torch.from_numpy(session.run(None, given)[0])
 
 
 TARGET = Target(

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from askewq import embeddings
 from askewq.errors import ModelError
 from askewq.preprocessing import (
     DEFAULT_LENGTH,
@@ -31,6 +32,7 @@ _AUTO_CLASS: dict[Task, str] = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
+    "feature-extraction": "AutoModel",
 }
 _OTHER_TOKENIZER = "pass --tokenizer with a Hugging Face id or folder"
 
@@ -96,12 +98,19 @@ def load_transformers(
                 trust_remote_code=trust_remote_code,
             )
             new = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+            if task == embeddings.TASK:  # the embedding is made before the pooler
+                new = [key for key in new if not key.startswith("pooler.")]
             if new:
                 notes.append(f"new, without pretrained weights: {', '.join(new[:6])}")
         else:
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise unreachable(name, error) from error
+    if task == embeddings.TASK and model.main_input_name != "input_ids":
+        raise ModelError(
+            f"--task {task} is for encoders of texts, and {name!r} takes {model.main_input_name}; "
+            "use one that takes input_ids, or another --task."
+        )
     preprocessing: Preprocessing = ImagePreprocessing()
     if task == "image-classification":
         preprocessing = load_processor(name, trust_remote_code)

@@ -35,7 +35,7 @@ from askewq.errors import DivergenceError, RecipeError
 from askewq.evaluate import Evaluation, evaluate
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
-from askewq.tasks import logits_and_labels, score
+from askewq.tasks import aligned, logits_of, outputs_of, score
 from askewq.training_state import Progress
 
 # By which the signs and the first scales of rounded inputs are decided, in every process.
@@ -189,17 +189,21 @@ class Loop:
         return total
 
     def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        spec = self.loaded.spec
+        hidden = self.taught_by is not None and self.recipe.distill_hidden > 0
         prepared = layers.prepared(self.model) if self.recipe.compile else nullcontext()
+        taught = None
+        if self.taught_by is not None:
+            with self.accelerator.autocast():
+                taught = self.taught_by.outputs(batch, hidden_states=hidden)
+            batch = distill.labelled(batch, spec, taught)
         with self.accelerator.autocast(), prepared:
-            logits, labels = logits_and_labels(model, self.loaded.spec, batch)
-        scores = score(logits, labels)
+            made = outputs_of(model, spec, batch, hidden_states=hidden)
+        scores = score(*aligned(made.logits, spec, batch))
         loss = scores.loss.sum() / scores.count.sum()
-        if self.taught_by is None:
+        if taught is None:
             return loss
-        with self.accelerator.autocast():
-            taught = self.taught_by.logits(batch)
-        distance = distill.distance(logits, taught, labels, self.recipe.temperature)
-        return torch.lerp(loss, distance, self.recipe.distill)
+        return distill.total(loss, made, taught, spec, batch, self.recipe)
 
     def _tolerate(self, loss: float, batch: dict[str, Tensor], step: int) -> None:
         """Count a step whose update is passed over.
@@ -302,7 +306,7 @@ class Loop:
         with torch.no_grad(), self.accelerator.autocast():
             for raw in itertools.islice(self._batches(0), count):
                 batch = prepare_batch(raw, self.loaded.preprocessing)
-                logits_and_labels(self.model, self.loaded.spec, batch)
+                logits_of(self.model, self.loaded.spec, batch)
         if place is not None:
             loader.load(place)
 
@@ -320,7 +324,7 @@ class Loop:
 
         def forward(batch: dict[str, Tensor]) -> None:
             with self.accelerator.autocast():
-                logits_and_labels(self.model, self.loaded.spec, batch)
+                logits_of(self.model, self.loaded.spec, batch)
 
         refine.recalibrate_(self.model, batches(), forward, self.accelerator)
 
@@ -333,6 +337,7 @@ class Loop:
                 self.loaded.preprocessing,
                 self.eval_loader,
                 self.accelerator,
+                self.taught_by,
             )
         finally:
             self._reshard()

@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import nn
 
+from askewq import embeddings
 from askewq.errors import ModelError
 from askewq.hf_models import (
     auto_class,
@@ -80,7 +81,7 @@ def load(
 
     Args:
         labels: class names; where the pretrained head has another number of classes, a new head
-            is made (timm, transformers; said in `notes`). Ignored for causal-lm.
+            is made (timm, transformers; said in `notes`). Ignored for tasks without labels.
         image_size, mean, std, max_length: override the model's own preprocessing.
 
     Raises:
@@ -91,6 +92,11 @@ def load(
         raise ModelError(
             f"--no-pretrained does not go with {name!r}: the weights of a module of your own are "
             "those that its function gives it; leave it out."
+        )
+    if task == embeddings.TASK and source != "transformers":
+        raise ModelError(
+            f"--task {task} goes with encoders from transformers; {name!r} is from {source}: use "
+            "another --task."
         )
     if source == "timm":
         if task != "image-classification":

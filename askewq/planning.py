@@ -126,6 +126,11 @@ def _check(recipe: Recipe, settings: Settings) -> None:
             "streaming does not go with a plan, which measures on a random part of the data: leave "
             "it out here, and pass --streaming to finetune."
         )
+    if recipe.task == "feature-extraction":
+        raise RecipeError(
+            "askewq plan measures the loss of labels, and task = feature-extraction has none: name "
+            "the bits yourself, --bits-override."
+        )
     if recipe.bits_override:
         raise RecipeError("bits_override is what a plan finds: leave it out, or exclude the layer.")
     if missing := [name for name in ("scipy", "matplotlib") if find_spec(name) is None]:

@@ -239,6 +239,7 @@ _PIPELINE: dict[str, str] = {
     "image-classification": "image-classification",
     "text-classification": "text-classification",
     "causal-lm": "text-generation",
+    "feature-extraction": "feature-extraction",
 }
 
 
@@ -287,6 +288,8 @@ def _metadata(metrics: dict[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[
         "pipeline_tag": _PIPELINE[spec.task],
         "tags": ["askewq", "quantized", "low-bit", _weights_name(metrics).replace(" ", "-")],
     }
+    if spec.task == "feature-extraction":
+        header["tags"].append("sentence-similarity")
     if spec.source != "module" and not Path(recipe.model).exists():
         header["base_model"] = recipe.model
         header["base_model_relation"] = "quantized"
@@ -322,6 +325,11 @@ import askewq
 from transformers import {auto_class_name(spec.task)}
 model = {auto_class_name(spec.task)}.from_pretrained(folder_or_repo)
 ```"""
+    if spec.task == "feature-extraction":
+        text += """
+
+A text's embedding is the mean of `last_hidden_state` over the tokens whose `attention_mask` is 1;
+similarity is 100 times the mean cosine to the full-precision model's embeddings."""
     return text
 
 

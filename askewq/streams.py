@@ -188,8 +188,8 @@ def samples_of(recipe: Recipe, data: OpenData, preprocessing: Preprocessing) -> 
 
     def text(example: dict[str, Any], _: list[int]) -> tuple[list[dict[str, Any]], list[int]]:
         texts = [example[name] or "" for name in columns.inputs]
-        encoded = tokens(*texts, truncation=True, max_length=length)  # type: ignore[misc]  # a tokenizer
-        return [{**encoded, "labels": label(example)}], []
+        encoded = dict(tokens(*texts, truncation=True, max_length=length))  # type: ignore[misc]  # a tokenizer
+        return [encoded if columns.label is None else {**encoded, "labels": label(example)}], []
 
     def blocks(example: dict[str, Any], rest: list[int]) -> tuple[list[dict[str, Any]], list[int]]:
         line = (example[columns.inputs[0]] or "") + "\n"
@@ -198,6 +198,6 @@ def samples_of(recipe: Recipe, data: OpenData, preprocessing: Preprocessing) -> 
         made = torch.tensor(flat[: count * length]).view(count, length)
         return [{"input_ids": block, "labels": block} for block in made], flat[count * length :]
 
-    if columns.label is None:
+    if columns.corpus:
         return blocks
     return image if tokens is None else text

@@ -1,6 +1,7 @@
 """What a task asks of a model: logits and labels out of a batch, and the metric that is reported.
 
-The three tasks share one loss, cross entropy over rows of logits; a label of -100 does not count.
+Three tasks share one loss, cross entropy over rows of logits; a label of -100 does not count. Of
+feature-extraction the logits are embeddings, and the labels a teacher's (embeddings.py).
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from askewq import embeddings
 from askewq.errors import ModelError
 from askewq.spec import ModelSpec
 from askewq.vocabulary import Task
@@ -25,8 +27,24 @@ class Scores:
     count: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a model makes of a batch.
+
+    Attributes:
+        logits: [batch, ..., classes], or embeddings [batch, width].
+        hidden: where they were asked for, the hidden states, from the embeddings' to the last
+            layer's: [batch, tokens, width], or [batch, channels, height, width]; else none.
+    """
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...] = ()
+
+
 def metric_of(task: Task) -> str:
-    """Return the metric's name: accuracy (percent) or perplexity."""
+    """Return the metric's name: accuracy or similarity (percent), or perplexity."""
+    if task == embeddings.TASK:
+        return "similarity"
     return "perplexity" if task == "causal-lm" else "accuracy"
 
 
@@ -39,20 +57,47 @@ def logits_and_labels(
         Logits [batch, ..., classes] and labels [batch, ...]; for a language model the logits at
         each position and the token that follows.
     """
+    return aligned(logits_of(model, spec, batch), spec, batch)
+
+
+def aligned(logits: Tensor, spec: ModelSpec, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return all logits of a batch, or those that have a label, and the labels."""
     labels = batch["labels"]
-    logits = logits_of(model, spec, {key: v for key, v in batch.items() if key != "labels"})
     return (logits[:, :-1], labels[:, 1:]) if spec.task == "causal-lm" else (logits, labels)
 
 
 def logits_of(model: nn.Module, spec: ModelSpec, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the model's logits [batch, ..., classes] for named inputs."""
+    """Return the model's logits [batch, ..., classes], or embeddings, for named inputs."""
+    return outputs_of(model, spec, inputs).logits
+
+
+def outputs_of(
+    model: nn.Module, spec: ModelSpec, inputs: dict[str, Tensor], *, hidden_states: bool = False
+) -> Outputs:
+    """Run the model on named inputs; `labels` among them are not shown to it.
+
+    Args:
+        hidden_states: return them, too; of transformers' models alone.
+    """
     if spec.task == "image-classification" and spec.source != "transformers":
-        return cast(Tensor, model(inputs["pixel_values"]))
-    return cast(Tensor, model(**inputs).logits)
+        return Outputs(cast(Tensor, model(inputs["pixel_values"])))
+    inputs = {key: tensor for key, tensor in inputs.items() if key != "labels"}
+    more = {"output_hidden_states": True} if hidden_states else {}
+    made = model(**inputs, **more)
+    hidden = tuple(made.get("hidden_states") or ()) if hidden_states else ()
+    if spec.task == embeddings.TASK:
+        return Outputs(embeddings.pool(made.last_hidden_state, inputs["attention_mask"]), hidden)
+    return Outputs(cast(Tensor, made.logits), hidden)
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:
-    """Return per-sample sums of loss, correct rows and counted rows, float32."""
+    """Return per-sample sums of loss, correct rows and counted rows, float32.
+
+    Embeddings have one row a sample, as correct as it is similar to the teacher's.
+    """
+    if labels.is_floating_point():
+        similar = embeddings.similarity(logits, labels)
+        return Scores(loss=1 - similar, correct=similar, count=torch.ones_like(similar))
     rows, flat = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
     loss = nn.functional.cross_entropy(rows, flat, reduction="none", ignore_index=IGNORED)
     correct = (rows.argmax(dim=1) == flat).float()
@@ -70,7 +115,7 @@ def check_logits(logits: Tensor, spec: ModelSpec) -> None:
     Raises:
         ModelError: another number of classes than the data has labels.
     """
-    if spec.task == "causal-lm":
+    if spec.task in ("causal-lm", embeddings.TASK):
         return
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -43,7 +43,7 @@ from askewq.kernels import can_compile
 from askewq.loop import Loop
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
-from askewq.tasks import check_logits, logits_and_labels
+from askewq.tasks import check_logits, logits_of
 from askewq.vocabulary import ActBits
 
 FULL_PRECISION, LOW_BIT, POLISH = "full precision", "low-bit", "polish"
@@ -98,7 +98,9 @@ class _Run:
                 count,
             )
         self.loaded.model.to(self.accelerator.device)
-        self.teacher = distill.load_teacher(recipe, self.loaded) if recipe.distill else None
+        self.teacher = (
+            distill.load_teacher(self.recipe, self.loaded) if self.recipe.taught else None
+        )
         if self.teacher is not None:
             self.teacher.model.to(self.accelerator.device)
         self.plan = wrap.plan(
@@ -133,7 +135,8 @@ class _Run:
         with signals.listening():
             try:
                 self._train_full_precision(at[FULL_PRECISION])
-                self._quantize(resumed=phase in (LOW_BIT, POLISH))
+                self._find_teacher(resumed=phase in (LOW_BIT, POLISH))
+                self._quantize()
                 if phase != POLISH:
                     self._train_low_bit(at[LOW_BIT])
                 self._polish(at[POLISH])
@@ -184,7 +187,7 @@ class _Run:
         several = self.accelerator.num_processes > 1
         try:
             with torch.set_grad_enabled(several):
-                logits, _ = logits_and_labels(self.model, spec, batch)
+                logits = logits_of(self.model, spec, batch)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
             raise ModelError(
@@ -196,8 +199,7 @@ class _Run:
         if several and logits.requires_grad:
             logits.sum().backward()
             processes.expect(self.accelerator, self.model)
-        if self.teacher is not None:
-            distill.check_teacher(self.teacher, batch, logits)
+        distill.check(self.recipe, self.loaded, self.teacher, batch, logits)
 
     def _prepare_output(self) -> None:
         self.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
@@ -209,20 +211,23 @@ class _Run:
             self.accelerator.init_trackers("askewq", settings)
 
     def _train_full_precision(self, folder: Path | None) -> None:
-        """Fine-tune ordinarily for the first steps, if the recipe asks for it, and evaluate."""
+        """Fine-tune ordinarily for the first steps, if the recipe asks for it."""
         recipe, count = self.recipe, self.recipe.full_precision_steps
         if count and self.loop.progress.phase not in (LOW_BIT, POLISH):
             lr = recipe.full_precision_lr or 0.0
             optimizer = choices.plain_optimizer(recipe, self.model, lr)
             self.loop.run(FULL_PRECISION, optimizer, 0, count, folder, lambda _: {})
+
+    def _find_teacher(self, *, resumed: bool) -> None:
+        """Let the teacher that was given, or the network as it is by now, teach from here on."""
+        if self.recipe.taught:
+            self.loop.taught_by = self.teacher or self._own_teacher(resumed=resumed)
+
+    def _quantize(self) -> None:
+        """Evaluate, wrap the model, and evaluate plain rounding."""
+        recipe = self.recipe
         if self.loop.progress.full_precision is None:
             self.loop.progress.full_precision = self.loop.evaluate().value
-
-    def _quantize(self, *, resumed: bool) -> None:
-        """Wrap the model, and evaluate plain rounding."""
-        recipe = self.recipe
-        if recipe.distill:
-            self.loop.taught_by = self.teacher or self._own_teacher(resumed=resumed)
         wrap.apply(self.model, self.plan)
         if recipe.act_bits != "none":
             self._round_inputs(recipe.act_bits)
@@ -370,6 +375,7 @@ def _check_sharded(recipe: Recipe) -> None:
         ("compile", "a compiled network takes weights made before its forward pass, not shards"),
         ("average", "it does not follow shards"),
         ("polish_steps", "it does not rescale shards"),
+        ("distill_hidden", "transformers finds hidden states by class, and FSDP2 changes classes"),
         ("act_bits", "the scales of inputs are not kept alike in all processes"),
     ):
         value = getattr(recipe, key)

@@ -23,7 +23,7 @@ Method = Literal[
     "projected-gradient",
 ]
 Pull = Literal["decoupled", "coupled"]
-Task = Literal["image-classification", "text-classification", "causal-lm"]
+Task = Literal["image-classification", "text-classification", "causal-lm", "feature-extraction"]
 Augmentation = Literal["none", "crop", "flip", "crop-flip"]
 DenseType = Literal["fp32", "fp16", "bf16"]
 Estimate = Literal["measured", "estimated"]

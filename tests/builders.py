@@ -222,6 +222,14 @@ def text_csv(folder: Path) -> None:
 
 
 @_once
+def unlabelled_csv(folder: Path) -> None:
+    """Sentences without labels, beside a column of numbers, as csv."""
+    for split, count in (("train", 32), ("validation", 16)):
+        rows = [f"{i},{text}" for i, (text, _) in enumerate(sentences(count, seed=count))]
+        (folder / f"{split}.csv").write_text("\n".join(["idx,sentence", *rows]) + "\n")
+
+
+@_once
 def text_pairs_json(folder: Path) -> None:
     """Pairs of sentences with labels that are numbers, as lines of json."""
     for split, count in (("train", 32), ("test", 16)):
@@ -311,6 +319,25 @@ def bert(folder: Path) -> None:
 
 
 @_once
+def encoder(folder: Path) -> None:
+    """A random two-layer BERT without a head."""
+    import transformers
+
+    torch.manual_seed(5)
+    made = transformers.BertConfig(
+        vocab_size=write_tokenizer(folder, "token_type_ids"),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        initializer_range=0.5,  # so that rounding shows
+    )
+    transformers.BertModel(made).save_pretrained(folder)
+
+
+@_once
 def llama(folder: Path) -> None:
     """A random two-layer Llama whose output matrix is its embedding."""
     import transformers
@@ -392,6 +419,11 @@ SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
         "image_size": 32,
     },
     "bert": lambda: {"model": str(bert()), "dataset": str(text_csv())},
+    "encoder": lambda: {
+        "model": str(encoder()),
+        "dataset": str(unlabelled_csv()),
+        "task": "feature-extraction",
+    },
     "bert-pairs": lambda: {"model": str(bert()), "dataset": str(text_pairs_json())},
     "llama": lambda: {"model": str(llama()), "dataset": str(corpus()), "max_length": 16},
     "gpt2": lambda: {  # with its embeddings, of which one is the head
@@ -491,6 +523,7 @@ PLAIN: dict[str, Callable[[], tuple[str, Any, tuple[str, ...], dict[str, Any]]]]
         {"pretrained": False, "image_size": 32},
     ),
     "bert": lambda: (str(bert()), "text-classification", ("neg", "pos"), {}),
+    "encoder": lambda: (str(encoder()), "feature-extraction", (), {}),
     "llama": lambda: (str(llama()), "causal-lm", (), {}),
     "gpt2": lambda: (str(gpt2()), "causal-lm", (), {}),
     "vit": lambda: (str(vit()), "image-classification", tuple(COLOURS), {}),

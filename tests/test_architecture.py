@@ -37,7 +37,18 @@ FLOORS = [
     ("wrap", "checkpoint", "packed", "refine", "polish"),
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
-        *("data", "batches", "tasks", "distill", "artifact", "evaluate", "target", "sensitivity"),
+        *(
+            "data",
+            "batches",
+            "tasks",
+            "embeddings",
+            "hidden_states",
+            "distill",
+            "artifact",
+            "evaluate",
+            "target",
+            "sensitivity",
+        ),
         *("processes", "streams"),
     ),
     (

@@ -71,7 +71,7 @@ class TestSources:
     def test_plain_text(self):
         """A text file is a corpus: one column, no label."""
         found = opened(builders.corpus(), LM)
-        assert found.columns == data.Columns(("text",), None)
+        assert found.columns == data.Columns(("text",), None, corpus=True)
         assert found.labels == ()
 
     @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet", "txt"])

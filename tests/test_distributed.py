@@ -678,13 +678,15 @@ def test_agreeing_with_the_launcher(monkeypatch):
 
 
 def test_fsdp2_cannot(data, tmp_path):
-    """A compiled network, and blocks that FSDP2 cannot wrap, are refused by name."""
+    """A compiled network, hidden states, and blocks that it cannot wrap are refused by name."""
 
     def body(process: int) -> None:
         with pytest.raises(RecipeError, match="compile = True does not go with FSDP2"):
             finetune("own", tmp_path / "out", **uneven(data, compile=True))
         with pytest.raises(RecipeError, match="polish_steps = 4 does not go with FSDP2"):
             finetune("own", tmp_path / "out", **uneven(data, polish_steps=4))
+        with pytest.raises(RecipeError, match=r"distill_hidden = 1\.0 does not go with FSDP2"):
+            finetune("gpt2", tmp_path / "out", **GPT2, distill_hidden=1.0)
         with pytest.raises(RecipeError, match="FSDP2 cannot wrap this network"):
             finetune("gpt2", tmp_path / "out", **GPT2)
 
