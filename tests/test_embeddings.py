@@ -240,7 +240,29 @@ def test_an_encoder_without_a_pooler(tmp_path):
     finetune("encoder", tmp_path / "out", teacher=str(folder))
 
 
+def without_mask(folder):
+    """Write the encoder with a tokenizer that gives no attention_mask; return its folder."""
+    other_encoder(folder)
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "model_input_names": ["input_ids"]}))
+    return folder
+
+
 class TestRefusals:
+    def test_a_tokenizer_without_a_mask(self, tmp_path):
+        """Which tokens count would not be known."""
+        with pytest.raises(ModelError, match=r"gives no attention_mask.*--tokenizer"):
+            models.load(str(without_mask(tmp_path / "e")), "feature-extraction")
+
+    def test_eval_with_a_teacher_of_another_width(self, tmp_path):
+        """Both widths are said there, too."""
+        teacher = other_encoder(tmp_path / "t", hidden_size=32)
+        words = ("eval", finished("encoder")[0], "--dataset", unlabelled_csv())
+        found = command(*words, "--teacher", teacher)
+        assert found.code == 2
+        assert "embeddings have 32 numbers and the model's 16" in found.err
+
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
