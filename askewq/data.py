@@ -189,8 +189,7 @@ def _columns(recipe: Recipe, task: Task, features: Any) -> Columns:
             )
         return Columns(tuple(inputs), _label_column(recipe, features))
     if task in ("causal-lm", "feature-extraction"):
-        guesses = [n for n in ("text", "sentence", *texts) if n in texts]
-        inputs = list(recipe.text_columns) or guesses[:1]
+        inputs = list(recipe.text_columns) or [n for n in ("text", *texts) if n in texts][:1]
         _check_texts(inputs, texts, features, at_most=1)
         return Columns(tuple(inputs), None, corpus=task == "causal-lm")
     label = _label_column(recipe, features)

@@ -25,5 +25,9 @@ def pool(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def similarity(embeddings: Tensor, taught: Tensor) -> Tensor:
-    """Return the cosine of the angle between each embedding and the teacher's, float32 [batch]."""
-    return nn.functional.cosine_similarity(embeddings.float(), taught.float(), dim=-1)
+    """Return the cosine of the angle between each embedding and the teacher's, float32 [batch].
+
+    Taken in float64, so that equal embeddings have a cosine of 1 and not a little more.
+    """
+    ours, theirs = embeddings.double(), taught.double()
+    return nn.functional.cosine_similarity(ours, theirs, dim=-1).float()

@@ -65,6 +65,8 @@ def evaluate(
                 batch = distill.labelled(batch, spec, teacher.outputs(batch))
             logits, labels = logits_and_labels(first, spec, batch)
             check_logits(logits, spec)
+            if spec.task == embeddings.TASK:
+                distill.check_width(labels.shape, logits)
             for other in others:
                 _require_equal(logits, logits_and_labels(other, spec, batch)[0])
             scores = score(logits, labels)

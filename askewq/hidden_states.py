@@ -63,12 +63,11 @@ def read(
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
             f"{KEY}: the {who} {spec.name!r} fails when it is asked for its hidden states: "
-            f"{type(error).__name__}: {first_line(error)}; leave {KEY} out, or use distill."
+            f"{type(error).__name__}: {first_line(error)}; leave {KEY} out."
         ) from error
     if not found:
         raise ModelError(
-            f"{KEY}: the {who} {spec.name!r} returns no hidden states; leave {KEY} out, or use "
-            "distill."
+            f"{KEY}: the {who} {spec.name!r} returns no hidden states; leave {KEY} out."
         )
     mask = batch.get("attention_mask")
     for state in found:
@@ -76,7 +75,7 @@ def read(
             raise ModelError(
                 f"{KEY}: the {who} {spec.name!r} has hidden states of {list(state.shape)} for "
                 f"{list(mask.shape)} tokens, so that padded ones cannot be told apart; leave "
-                f"{KEY} out, or use distill."
+                f"{KEY} out."
             )
     return found
 

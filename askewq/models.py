@@ -113,7 +113,13 @@ def load(
             )
         loaded = load_transformers(name, task, labels, pretrained, trust_remote_code)
     if task != "image-classification":
-        loaded.preprocessing = load_tokenizer(tokenizer or name, trust_remote_code, max_length)
+        texts = load_tokenizer(tokenizer or name, trust_remote_code, max_length)
+        if task == embeddings.TASK and "attention_mask" not in texts.tokenizer.model_input_names:
+            raise ModelError(
+                f"the tokenizer in {tokenizer or name!r} gives no attention_mask, which says what "
+                f"tokens count for --task {task}; pass another --tokenizer."
+            )
+        loaded.preprocessing = texts
     if isinstance(loaded.preprocessing, ImagePreprocessing):
         loaded.preprocessing = loaded.preprocessing.override(image_size, mean, std)
     elif image_size or mean or std:

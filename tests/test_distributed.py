@@ -677,6 +677,25 @@ def test_agreeing_with_the_launcher(monkeypatch):
     builders.new_process()
 
 
+def test_an_encoder_without_labels(tmp_path):
+    """Its unused pooler stops no process; DDP takes hidden states, FSDP2 gives the bytes of DDP."""
+    builders.encoder(), builders.unlabelled_csv()
+    short = {"batch_size": 4, "lr": 0.01}
+
+    def ddp(process: int) -> None:
+        finetune("encoder", tmp_path / "ddp", **short)
+        finetune("encoder", tmp_path / "hidden", **short, distill_hidden=1.0)
+
+    def fsdp(process: int) -> None:
+        finetune("encoder", tmp_path / "fsdp", **short)
+
+    wrapped = {**TRANSFORMER, "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}
+    for body, environment in ((ddp, {}), (fsdp, wrapped)):
+        for outcome in together(2, body, tmp_path, **environment):
+            assert outcome.code == 0, outcome.err[-3000:]
+    assert digest(tmp_path / "fsdp") == digest(tmp_path / "ddp") != digest(tmp_path / "hidden")
+
+
 def test_fsdp2_cannot(data, tmp_path):
     """A compiled network, hidden states, and blocks that it cannot wrap are refused by name."""
 

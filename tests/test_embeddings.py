@@ -49,6 +49,7 @@ def test_scores_are_the_slow_cosines():
     torch.testing.assert_close(found.correct, wanted)
     torch.testing.assert_close(found.loss, 1 - wanted)
     assert found.count.tolist() == [1.0] * 4
+    assert score(ours, 3 * ours).correct.tolist() == [1.0] * 4
     assert score(ours.bfloat16(), theirs).loss.dtype == torch.float32
     assert metric_of("feature-extraction") == "similarity"
 
@@ -87,7 +88,7 @@ def test_a_run_from_texts_to_a_similar_encoder(tmp_path):
     """Training brings the embeddings back to those of full precision, and labels are not read."""
     made = finetune("encoder", tmp_path / "out", lr=0.01, max_steps=20)
     assert made["metric"] == "similarity"
-    assert made["full_precision"] == pytest.approx(100, abs=1e-3)
+    assert made["full_precision"] == 100
     assert made["rounded"] + 20 < made["snapped"] < 99.99
     assert made["reloaded"] == made["snapped"]
     labelled = {"dataset": str(builders.text_csv()), "text_columns": ["sentence"]}
@@ -239,7 +240,29 @@ def test_an_encoder_without_a_pooler(tmp_path):
     finetune("encoder", tmp_path / "out", teacher=str(folder))
 
 
+def without_mask(folder):
+    """Write the encoder with a tokenizer that gives no attention_mask; return its folder."""
+    other_encoder(folder)
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "model_input_names": ["input_ids"]}))
+    return folder
+
+
 class TestRefusals:
+    def test_a_tokenizer_without_a_mask(self, tmp_path):
+        """Which tokens count would not be known."""
+        with pytest.raises(ModelError, match=r"gives no attention_mask.*--tokenizer"):
+            models.load(str(without_mask(tmp_path / "e")), "feature-extraction")
+
+    def test_eval_with_a_teacher_of_another_width(self, tmp_path):
+        """Both widths are said there, too."""
+        teacher = other_encoder(tmp_path / "t", hidden_size=32)
+        words = ("eval", finished("encoder")[0], "--dataset", unlabelled_csv())
+        found = command(*words, "--teacher", teacher)
+        assert found.code == 2
+        assert "embeddings have 32 numbers and the model's 16" in found.err
+
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
