@@ -21,7 +21,7 @@ PACKAGE = Path(askewq.__file__).parent
 FLOORS = [
     ("errors", "vocabulary", "constraint", "anneal", "text"),
     (
-        *("config", "recipe_files", "grid", "kinds", "pack", "methods", "mixed"),
+        *("config", "contradictions", "recipe_files", "grid", "kinds", "pack", "methods", "mixed"),
         *("disk", "digest", "trust", "signals", "divergence", "sharding", "plan_table"),
     ),
     (

@@ -1,0 +1,114 @@
+"""Settings that contradict each other, or that would decide nothing: what a recipe may not be.
+
+The functions take a `config.Recipe`, which asks them about itself.
+"""
+
+from typing import Any
+
+_ASKEW = ("method", ("askewsgd", "askewsgd-paper"))
+_IMAGES = ("task", ("image-classification",))
+_TEXTS = ("task", ("text-classification", "causal-lm", "feature-extraction"))
+# Without labels a teacher gives the whole loss.
+_LABELLED = ("task", ("image-classification", "text-classification", "causal-lm"))
+# A key that decides something only where another one has one of these values.
+_NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
+    ("momentum", "optimizer", ("sgd",)),
+    ("strength", "method", ("proxquant", "binaryrelax", "mirror-descent")),
+    ("gradient_bits", "method", ("luq",)),
+    ("closing", *_ASKEW),
+    ("close_start", *_ASKEW),
+    ("close_end", *_ASKEW),
+    ("close_power", *_ASKEW),
+    ("pull", *_ASKEW),
+    ("alpha", *_ASKEW),
+    ("clip", *_ASKEW),
+    ("close_every", "closing", ("staggered",)),
+    ("final_radius", "closing", ("single",)),
+    ("pull", "closing", ("staggered", "single")),
+    ("alpha", "closing", ("staggered", "single")),
+    ("clip", "closing", ("staggered", "single")),
+    ("level_lr", "optimizer", ("adamw",)),
+    ("level_lr", *_ASKEW),
+    ("label_column", "task", ("image-classification", "text-classification")),
+    ("distill", *_LABELLED),
+    ("full_precision_steps", *_LABELLED),
+    ("tokenizer", *_TEXTS),
+    ("max_length", *_TEXTS),
+    ("text_columns", *_TEXTS),
+    ("image_column", *_IMAGES),
+    ("image_size", *_IMAGES),
+    ("mean", *_IMAGES),
+    ("std", *_IMAGES),
+    ("augment", *_IMAGES),
+    ("close_every", *_ASKEW),
+    ("final_radius", *_ASKEW),
+]
+
+
+def complaints(recipe: Any) -> list[str]:
+    """Return what is wrong with the settings taken together.
+
+    A choice that is still open (None, made later from the model) is not held against them.
+    """
+    wrong = []
+    start, end = recipe.close_start, recipe.close_end
+    if start is not None and end is not None and start >= end:
+        wrong.append(f"close_start = {start} must lie before close_end = {end}")
+    coupled = recipe.pull == "coupled" or (recipe.pull is None and recipe.method != "askewsgd")
+    if recipe.alpha is not None and recipe.alpha > 1 and not coupled:
+        wrong.append(
+            f"alpha = {recipe.alpha} with pull = 'decoupled' is a share of a Newton step, at most "
+            "1; the paper's alpha goes with pull = 'coupled'"
+        )
+    if recipe.resume and recipe.overwrite:
+        wrong.append("resume and overwrite contradict each other; give one of them")
+    for key, other, values in _NEEDS:
+        chosen = getattr(recipe, other)
+        if _changed(recipe, key) and chosen is not None and chosen not in values:
+            wrong.append(
+                f"{key} goes with {other} = {' or '.join(map(str, values))}, and {other} is "
+                f"{chosen}; leave {key} out"
+            )
+    if recipe.distill == 0 and _changed(recipe, "temperature"):
+        wrong.append("temperature goes with distill, which is 0; leave temperature out")
+    for key in ("teacher", "teacher_weights"):
+        if not recipe.taught and _changed(recipe, key):
+            wrong.append(f"{key} goes with distill or distill_hidden, which are 0; leave {key} out")
+    if recipe.streaming:
+        wrong += _unstreamable(recipe)
+    elif _changed(recipe, "shuffle_buffer"):
+        wrong.append("shuffle_buffer goes with streaming; leave it out")
+    if recipe.full_precision_lr is not None and recipe.full_precision_steps == 0:
+        wrong.append("full_precision_lr goes with full_precision_steps, which is 0; leave it out")
+    if recipe.polish_steps == 0 and _changed(recipe, "polish_lr"):
+        wrong.append("polish_lr goes with polish_steps, which is 0; leave it out")
+    if recipe.polish_steps and recipe.gradient_bits is not None:
+        wrong.append("gradient_bits does not go with polish_steps; leave one of them out")
+    return wrong
+
+
+def _unstreamable(recipe: Any) -> list[str]:
+    """Return what a stream, whose length nobody knows, cannot do."""
+    wrong = []
+    if recipe.max_steps is None:
+        wrong.append(
+            "streaming needs max_steps: how many samples a stream holds is not known before it ends"
+        )
+    if _changed(recipe, "epochs"):
+        wrong.append("epochs does not go with streaming, which has no length; give max_steps")
+    if recipe.max_train_samples is not None:
+        wrong.append(
+            "max_train_samples does not go with streaming: a random part needs all samples; leave "
+            "it out, max_steps decides how many are read"
+        )
+    for key in ("train_split", "eval_split"):
+        if "[" in (getattr(recipe, key) or ""):
+            wrong.append(
+                f"{key} = {getattr(recipe, key)!r} does not go with streaming: a stream has no "
+                "slices; name a whole split"
+            )
+    return wrong
+
+
+def _changed(recipe: Any, key: str) -> bool:
+    return bool(getattr(recipe, key) != type(recipe).model_fields[key].default)
