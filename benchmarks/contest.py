@@ -9,6 +9,7 @@ every seed on the whole training set, judged on the test split. A finished run i
     python benchmarks/contest.py --tasks resnet20 --bits 1 --methods askewsgd binaryconnect
     python benchmarks/contest.py --table-only
 
+With --trial-steps 600 the learning rates of a long budget are those of the trials of a short one.
 With --distill, a full-precision network trained for the budget's steps teaches every method alike.
 """
 
@@ -224,34 +225,37 @@ def entries(arguments: argparse.Namespace) -> Iterator[Run]:
                         yield Run(task, bits, steps, method, 0.0, 0, True, arguments.distill)
 
 
-def trials(entry: Run) -> list[Run]:
+def trials(entry: Run, arguments: argparse.Namespace) -> list[Run]:
     """Return the runs among which an entry's learning rate is chosen."""
     task = TASKS[entry.task]
     lrs = task.full_lrs if entry.full else LEVEL_LRS if entry.in_levels else task.lrs
-    return [replace(entry, lr=lr) for lr in lrs]
+    return [replace(entry, lr=lr, steps=arguments.trial_steps or entry.steps) for lr in lrs]
 
 
-def judged(entry: Run, results: Results, seeds: int) -> list[Run]:
+def judged(entry: Run, results: Results, arguments: argparse.Namespace) -> list[Run]:
     """Return the runs that count, with the best learning rate of the trials; none before those."""
-    best = results.best(trials(entry))
-    return [replace(best, seed=seed, trial=False) for seed in range(seeds)] if best else []
+    best = results.best(trials(entry, arguments))
+    if best is None:
+        return []
+    counting = replace(best, steps=entry.steps, trial=False)
+    return [replace(counting, seed=seed) for seed in range(arguments.seeds)]
 
 
-def teacher_of(run: Run, results: Results) -> Run | None:
+def teacher_of(run: Run, results: Results, arguments: argparse.Namespace) -> Run | None:
     """Return the best run in full precision with this run's budget and data; it teaches."""
     if not run.distill:
         return None
     full = Run(run.task, "", run.steps, FULL, 0.0, 0, True, 0.0)
-    best = results.best(trials(full))
+    best = results.best(trials(full, arguments))
     if best is None:
         sys.exit(f"no teacher for {run}: the runs in full precision are not finished")
-    return replace(best, trial=run.trial)
+    return replace(best, steps=run.steps, trial=run.trial)
 
 
 def make(run: Run, results: Results, arguments: argparse.Namespace) -> None:
     """Make a run, unless it is finished."""
     output: Path = arguments.output
-    folder, teacher = run.folder(output), teacher_of(run, results)
+    folder, teacher = run.folder(output), teacher_of(run, results, arguments)
     needed = run.method == START or (run.method == FULL and arguments.distill)
     if results.of(run) and ((folder / WEIGHTS).is_file() or not needed):
         return
@@ -273,9 +277,9 @@ def make(run: Run, results: Results, arguments: argparse.Namespace) -> None:
 
 def compete(entry: Run, results: Results, arguments: argparse.Namespace) -> None:
     """Make the trials of an entry, then the runs that count."""
-    for run in trials(entry):
+    for run in trials(entry, arguments):
         make(run, results, arguments)
-    for run in judged(entry, results, arguments.seeds):
+    for run in judged(entry, results, arguments):
         make(run, results, arguments)
 
 
@@ -286,7 +290,7 @@ def table(results: Results, arguments: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for entry in entries(arguments):
-        runs = judged(entry, results, arguments.seeds)
+        runs = judged(entry, results, arguments)
         finished = [result for run in runs if (result := results.of(run))]
         if not finished:
             continue
@@ -312,6 +316,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--bits", nargs="+", default=["1", "ternary", "2", "4"])
     parser.add_argument("--steps", nargs="+", type=int, default=[600])
+    parser.add_argument(
+        "--trial-steps", type=int, help="the budget of the trials, if not that of the runs"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--distill", type=float, default=0.0)

@@ -55,7 +55,7 @@ WRONG_FLAGS = {
     "flag without value": (["--label-column"], ["--label-column"]),
     "unknown choice": (["--optimizer", "lion"], ["--optimizer", "adamw"]),
     "unknown recipe": (["--recipe", "nope"], ["no recipe 'nope'", "minilm-sst2-2bit"]),
-    "near recipe": (["--recipe", "minilm-sst2-3bit"], ["did you mean minilm-sst2-2bit?"]),
+    "near recipe": (["--recipe", "minilm-sst2-3bit"], ["did you mean minilm-sst2-2bit"]),
     "half-integers at 1 bit": (["--bits", 1, "--grid", "half-integer"], ["half-integer", "{-1"]),
     "group size 0": (["--group-size", 0], ["group_size = 0"]),
     "alpha 2": (["--alpha", 2], ["alpha", "coupled"]),
