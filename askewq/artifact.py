@@ -22,7 +22,7 @@ from askewq.models import build
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source
 from askewq.timm_models import check_arguments
-from askewq.vocabulary import MODEL_TYPE, Task
+from askewq.vocabulary import IMAGE_TASKS, MODEL_TYPE, Task
 
 ARTIFACT = "model.safetensors"
 VERSION = 2
@@ -177,7 +177,7 @@ def _build_described(spec: ModelSpec, folder: Path, parameters: int) -> nn.Modul
 
 
 def _restore(spec: ModelSpec, values: dict[str, Any], folder: Path) -> Preprocessing:
-    if spec.task != "image-classification":
+    if spec.task not in IMAGE_TASKS:
         length = values.get("max_length")
         if not isinstance(length, int) or length < 2:
             raise FormatError(f"config.json: preprocessing has no usable max_length: {length!r}.")

@@ -44,9 +44,11 @@ def label_ids(split: Any, column: str, labels: tuple[str, ...], flag: str) -> li
 
 
 class Images(Dataset[dict[str, Any]]):
-    """Prepared images with their labels, kept in memory as they are decoded if they fit."""
+    """Prepared images, with their labels if they have any, kept in memory as long as they fit."""
 
-    def __init__(self, split: Any, column: str, labels: list[int], preprocessing: Any) -> None:
+    def __init__(
+        self, split: Any, column: str, labels: list[int] | None, preprocessing: Any
+    ) -> None:
         self._split = split.select_columns([column])
         self._column = column
         self._labels = labels
@@ -55,7 +57,7 @@ class Images(Dataset[dict[str, Any]]):
         self._cached_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixels = self._cache.get(index)
@@ -64,7 +66,8 @@ class Images(Dataset[dict[str, Any]]):
             self._cached_bytes += pixels.nbytes
             if self._cached_bytes <= CACHE_BYTES:
                 self._cache[index] = pixels
-        return {"pixel_values": pixels, "labels": self._labels[index]}
+        made = {"pixel_values": pixels}
+        return made if self._labels is None else {**made, "labels": self._labels[index]}
 
     def _decode(self, index: int) -> Tensor:
         try:
@@ -173,7 +176,6 @@ def _dataset(
         if columns.corpus:
             return Blocks(split, columns.inputs[0], preprocessing.tokenizer, length)
         return Texts(split, columns, labels, preprocessing.tokenizer, length)
-    assert labels is not None  # noqa: S101  # images without labels: models.load refused them
     return Images(split, columns.inputs[0], labels, preprocessing)
 
 

@@ -21,6 +21,7 @@ from pydantic import (
 from askewq.contradictions import complaints
 from askewq.errors import RecipeError, near
 from askewq.vocabulary import (
+    EMBEDDING_TASKS,
     ActBits,
     Augmentation,
     Bits,
@@ -251,7 +252,7 @@ class Recipe(BaseModel):
     @property
     def taught(self) -> bool:
         """Whether there is a teacher, be it the network before it is quantized."""
-        return self.task == "feature-extraction" or self.distill > 0 or self.distill_hidden > 0
+        return self.task in EMBEDDING_TASKS or self.distill > 0 or self.distill_hidden > 0
 
     @field_validator("nan_policy")
     @classmethod

@@ -3,13 +3,15 @@
 The functions take a `config.Recipe`, which asks them about itself.
 """
 
-from typing import Any
+from typing import Any, get_args
+
+from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, Task
 
 _ASKEW = ("method", ("askewsgd", "askewsgd-paper"))
-_IMAGES = ("task", ("image-classification",))
-_TEXTS = ("task", ("text-classification", "causal-lm", "feature-extraction"))
+_IMAGES = ("task", IMAGE_TASKS)
+_TEXTS = ("task", tuple(task for task in get_args(Task) if task not in IMAGE_TASKS))
 # Without labels a teacher gives the whole loss.
-_LABELLED = ("task", ("image-classification", "text-classification", "causal-lm"))
+_LABELLED = ("task", tuple(task for task in get_args(Task) if task not in EMBEDDING_TASKS))
 # A key that decides something only where another one has one of these values.
 _NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("momentum", "optimizer", ("sgd",)),

@@ -11,7 +11,7 @@ from typing import Any
 
 from askewq.config import Recipe
 from askewq.errors import DataError, near
-from askewq.vocabulary import Task
+from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, Task
 
 _FILE_BUILDERS = {
     ".parquet": "parquet",
@@ -29,7 +29,7 @@ class Columns:
     """The columns that a task reads.
 
     Attributes:
-        label: None for causal-lm and feature-extraction.
+        label: None for causal-lm and for embeddings.
         corpus: whether the texts are one, cut into blocks of tokens (causal-lm).
     """
 
@@ -179,7 +179,7 @@ def _columns(recipe: Recipe, task: Task, features: Any) -> Columns:
         for name, feature in features.items()
         if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
     ]
-    if task == "image-classification":
+    if task in IMAGE_TASKS:
         inputs = [recipe.image_column] if recipe.image_column else images[:1]
         _check(inputs, features, "--image-column", "an image")
         if not isinstance(features[inputs[0]], datasets.Image):
@@ -187,7 +187,8 @@ def _columns(recipe: Recipe, task: Task, features: Any) -> Columns:
                 f"--image-column {inputs[0]!r} holds {features[inputs[0]]}, not images; image "
                 f"columns: {', '.join(images) or 'none'}."
             )
-        return Columns(tuple(inputs), _label_column(recipe, features))
+        labelled = task not in EMBEDDING_TASKS
+        return Columns(tuple(inputs), _label_column(recipe, features) if labelled else None)
     if task in ("causal-lm", "feature-extraction"):
         inputs = list(recipe.text_columns) or [n for n in ("text", *texts) if n in texts][:1]
         _check_texts(inputs, texts, features, at_most=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from askewq import embeddings, hidden_states, models, tasks
+from askewq import hidden_states, models, tasks
 from askewq.config import Recipe
 from askewq.errors import ModelError
 from askewq.own_models import load_weights
@@ -17,6 +17,7 @@ from askewq.preprocessing import (
     TextPreprocessing,
 )
 from askewq.spec import LoadedModel, ModelSpec
+from askewq.vocabulary import EMBEDDING_TASKS
 
 # The name of the network before it is quantized.
 SELF = "self"
@@ -39,7 +40,7 @@ def labelled(
     batch: dict[str, Tensor], spec: ModelSpec, taught: tasks.Outputs | None
 ) -> dict[str, Tensor]:
     """Return a batch with labels: where data have none, they are a teacher's embeddings."""
-    if spec.task != embeddings.TASK or taught is None:
+    if spec.task not in EMBEDDING_TASKS or taught is None:
         return batch
     return {**batch, "labels": taught.logits}
 
@@ -66,6 +67,7 @@ def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
         source=source,
         weights=recipe.teacher_weights,
         tokenizer=recipe.tokenizer,
+        image_size=spec.arguments.get("img_size") if source == "timm" else None,
         trust_remote_code=recipe.trust_remote_code,
     )
     if loaded.notes:
@@ -122,7 +124,7 @@ def check(
     if teacher is None:
         return
     shape = _try(teacher, batch).logits.shape
-    if teacher.spec.task == embeddings.TASK:
+    if teacher.spec.task in EMBEDDING_TASKS:
         check_width(shape, logits)
     elif recipe.distill and shape != logits.shape:
         raise ModelError(
@@ -173,15 +175,18 @@ def load_reference(
     """
     original = teacher is None and teacher_weights is None
     name = loaded.spec.name if original else teacher
-    named = {"teacher": name, "teacher_weights": teacher_weights, "task": embeddings.TASK}
+    named = {"teacher": name, "teacher_weights": teacher_weights, "task": loaded.spec.task}
     try:
+        if original and "module" in (loaded.spec.source, models.find_source(loaded.spec.name)):
+            raise ModelError("a module of somebody's own runs only where you name it.")
         found = load_teacher(recipe.model_copy(update=named), loaded)
     except ModelError as error:
         if not original:
             raise
         raise ModelError(
             f"similarity is to the full-precision model, and the artifact names {name!r}, which "
-            f"cannot be used: {error}\nPass --teacher MODEL, an id or a folder."
+            f"cannot be used: {error}\nPass --teacher MODEL (an id, a folder or "
+            "path/to/file.py:factory), or --teacher-weights with the weights that it started from."
         ) from error
     if found is None:
         raise ModelError("--teacher self is of a run; pass an id or a folder, or leave it out.")

@@ -1,14 +1,35 @@
-"""Encoders without labels: a text's embedding, and how near it is to a teacher's.
+"""Encoders without labels: an input's embedding, and how near it is to a teacher's.
 
 The teacher's embeddings stand in the place of labels, so that the loop, the evaluation and the
 comparison to the bit know nothing of this task.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
-from askewq.vocabulary import Task
+from askewq.errors import ModelError
 
-TASK: Task = "feature-extraction"
+
+def of(made: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the embeddings in what an encoder of transformers returned: [batch, width].
+
+    An image's is the encoder's own `pooler_output`, [batch, width] or [batch, width, 1, 1]; a
+    text's the mean over its tokens, as sentence-transformers takes it.
+
+    Raises:
+        ModelError: an encoder of images that pools nothing.
+    """
+    if "pixel_values" in inputs:
+        pooled: Tensor | None = getattr(made, "pooler_output", None)
+        if pooled is None:
+            raise ModelError(
+                "the encoder returns no pooler_output, which is an image's embedding; use another "
+                "one, timm's of the same name, or a module of your own that returns [batch, width]."
+            )
+        return pooled.flatten(1)
+    return pool(made.last_hidden_state, inputs["attention_mask"])
 
 
 def pool(states: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from askewq import artifact, config, distill, embeddings, processes, signals
+from askewq import artifact, config, distill, processes, signals
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import open_eval
@@ -18,6 +18,7 @@ from askewq.errors import ExactnessError, RecipeError
 from askewq.preprocessing import Preprocessing
 from askewq.spec import ModelSpec
 from askewq.tasks import check_logits, logits_and_labels, metric_of, score
+from askewq.vocabulary import EMBEDDING_TASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def evaluate(
     Args:
         models: one model, or several that are claimed to be equal; the first is scored.
         loader: prepared by the accelerator; in several processes no sample counts twice.
-        teacher: whose embeddings are the labels of feature-extraction; no other task asks it.
+        teacher: whose embeddings stand for labels, in a task without them; no other asks it.
 
     Raises:
         signals.Stop: a signal came, to any of the processes.
@@ -61,11 +62,11 @@ def evaluate(
             if number := processes.anyone(accelerator, signals.received()):
                 raise signals.Stop(number)
             batch = prepare_batch(raw, preprocessing)
-            if teacher is not None and spec.task == embeddings.TASK:
+            if teacher is not None and spec.task in EMBEDDING_TASKS:
                 batch = distill.labelled(batch, spec, teacher.outputs(batch))
             logits, labels = logits_and_labels(first, spec, batch)
             check_logits(logits, spec)
-            if spec.task == embeddings.TASK:
+            if spec.task in EMBEDDING_TASKS:
                 distill.check_width(labels.shape, logits)
             for other in others:
                 _require_equal(logits, logits_and_labels(other, spec, batch)[0])
@@ -95,7 +96,7 @@ def evaluate_artifact(
     Args:
         recipe: its data settings, batch size and mixed precision are used.
         factory: of a module of the user's own, see `artifact.load_artifact`.
-        teacher, teacher_weights: of feature-extraction, see `distill.load_reference`.
+        teacher, teacher_weights: of a task without labels, see `distill.load_reference`.
 
     Raises:
         AskewError: a damaged artifact; data that lack what its task needs; no network to compare
@@ -105,12 +106,12 @@ def evaluate_artifact(
 
     loaded = artifact.load_artifact(folder, factory=factory)
     reference = None
-    if loaded.spec.task == embeddings.TASK:
+    if loaded.spec.task in EMBEDDING_TASKS:
         reference = distill.load_reference(loaded, teacher, teacher_weights, recipe)
     elif teacher is not None or teacher_weights is not None:
         raise RecipeError(
-            f"--teacher and --teacher-weights go with artifacts for {embeddings.TASK}; {folder} is "
-            f"for {loaded.spec.task}: leave them out."
+            "--teacher and --teacher-weights go with artifacts for "
+            f"{' or '.join(EMBEDDING_TASKS)}; {folder} is for {loaded.spec.task}: leave them out."
         )
     config.check(recipe.model_copy(update={"task": loaded.spec.task}))
     data = open_eval(recipe, loaded.spec.task, loaded.spec.labels)

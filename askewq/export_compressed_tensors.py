@@ -279,6 +279,8 @@ def read_back(folder: str, inputs: dict[str, Tensor]) -> Tensor:
     made = model(**inputs)
     if "logits" in made:
         return made.logits
+    if "pixel_values" in inputs:
+        return made.pooler_output.flatten(1)
     counted = inputs["attention_mask"].unsqueeze(-1).to(made.last_hidden_state.dtype)
     return (made.last_hidden_state * counted).sum(1) / counted.sum(1)
 

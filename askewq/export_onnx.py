@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from askewq import embeddings
 from askewq.checkpoint import Artifact
 from askewq.errors import ExportError
 from askewq.onnx_inputs import fill_inputs, marked, type_name, width
@@ -128,8 +127,9 @@ def write(source: ExportSource, options: Options, folder: Path) -> None:
 
 
 def output_name(loaded: LoadedModel) -> str:
-    """Return what the graph calls its output; for embeddings as sentence-transformers does."""
-    return "sentence_embedding" if loaded.spec.task == embeddings.TASK else "logits"
+    """Return what the graph calls its output; a text's embedding as sentence-transformers does."""
+    names = {"feature-extraction": "sentence_embedding", "image-feature-extraction": "embedding"}
+    return names.get(loaded.spec.task, "logits")
 
 
 class _Logits(nn.Module):

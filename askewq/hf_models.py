@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from askewq import embeddings
 from askewq.errors import ModelError
 from askewq.preprocessing import (
     DEFAULT_LENGTH,
@@ -20,7 +19,7 @@ from askewq.preprocessing import (
 )
 from askewq.spec import LoadedModel, ModelSpec, first_line, unreachable
 from askewq.trust import check_index
-from askewq.vocabulary import Task
+from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, Task
 
 _ARCHITECTURE_SUFFIX: dict[str, Task] = {
     "ForImageClassification": "image-classification",
@@ -33,6 +32,7 @@ _AUTO_CLASS: dict[Task, str] = {
     "text-classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
     "feature-extraction": "AutoModel",
+    "image-feature-extraction": "AutoModel",
 }
 _OTHER_TOKENIZER = "pass --tokenizer with a Hugging Face id or folder"
 
@@ -98,21 +98,29 @@ def load_transformers(
                 trust_remote_code=trust_remote_code,
             )
             new = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
-            if task == embeddings.TASK:  # the embedding is made before the pooler
-                new = [key for key in new if not key.startswith("pooler.")]
+            pooler = [key for key in new if key.startswith("pooler.")]
+            if task == "feature-extraction":  # the embedding is made before the pooler
+                new = [key for key in new if key not in pooler]
+            elif task in EMBEDDING_TASKS and pooler:
+                raise ModelError(
+                    f"{name!r} has no weights for its pooler ({', '.join(pooler)}), so that its "
+                    "embeddings would be random; use a checkpoint that has them, or timm's model "
+                    "of the same name."
+                )
             if new:
                 notes.append(f"new, without pretrained weights: {', '.join(new[:6])}")
         else:
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise unreachable(name, error) from error
-    if task == embeddings.TASK and model.main_input_name != "input_ids":
+    taken = "pixel_values" if task in IMAGE_TASKS else "input_ids"
+    if task in EMBEDDING_TASKS and model.main_input_name != taken:
         raise ModelError(
-            f"--task {task} is for encoders of texts, and {name!r} takes {model.main_input_name}; "
-            "use one that takes input_ids, or another --task."
+            f"--task {task} is for encoders that take {taken}, and {name!r} takes "
+            f"{model.main_input_name}; use another model, or another --task."
         )
     preprocessing: Preprocessing = ImagePreprocessing()
-    if task == "image-classification":
+    if task in IMAGE_TASKS:
         preprocessing = load_processor(name, trust_remote_code)
     spec = ModelSpec("transformers", name, task, labels, plain_json(model.config.to_dict()))
     return LoadedModel(model, spec, preprocessing, tuple(notes))

@@ -9,7 +9,6 @@ from typing import cast
 
 from torch import nn
 
-from askewq import embeddings
 from askewq.errors import ModelError
 from askewq.hf_models import (
     auto_class,
@@ -23,7 +22,7 @@ from askewq.own_models import call_factory, load_weights
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source
 from askewq.timm_models import build_timm, load_timm
-from askewq.vocabulary import Task
+from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, Task
 
 
 def find_source(name: str) -> Source:
@@ -93,15 +92,13 @@ def load(
             f"--no-pretrained does not go with {name!r}: the weights of a module of your own are "
             "those that its function gives it; leave it out."
         )
-    if task == embeddings.TASK and source != "transformers":
+    if source != "transformers" and task not in IMAGE_TASKS:
         raise ModelError(
-            f"--task {task} goes with encoders from transformers; {name!r} is from {source}: use "
-            "another --task."
+            f"--task {task} goes with models from transformers, and {name!r} is from {source}, for "
+            f"{' and '.join(IMAGE_TASKS)}."
         )
     if source == "timm":
-        if task != "image-classification":
-            raise ModelError(f"--task {task} does not go with the timm model {name!r}.")
-        loaded = load_timm(name, labels, pretrained and weights is None, image_size)
+        loaded = load_timm(name, task, labels, pretrained and weights is None, image_size)
     elif source == "module":
         spec = ModelSpec("module", name, task, labels, {})
         loaded = LoadedModel(build(spec), spec, ImagePreprocessing())
@@ -112,9 +109,9 @@ def load(
                 "pass the folder that holds config.json and the weights as --model."
             )
         loaded = load_transformers(name, task, labels, pretrained, trust_remote_code)
-    if task != "image-classification":
+    if task not in IMAGE_TASKS:
         texts = load_tokenizer(tokenizer or name, trust_remote_code, max_length)
-        if task == embeddings.TASK and "attention_mask" not in texts.tokenizer.model_input_names:
+        if task in EMBEDDING_TASKS and "attention_mask" not in texts.tokenizer.model_input_names:
             raise ModelError(
                 f"the tokenizer in {tokenizer or name!r} gives no attention_mask, which says what "
                 f"tokens count for --task {task}; pass another --tokenizer."
@@ -160,7 +157,7 @@ def load_bare(
         ModelError: unknown name, or a config that the Hub should give and does not.
     """
     if source == "timm":
-        return load_timm(name, (), False, image_size).model
+        return load_timm(name, task, (), False, image_size).model
     if source == "module":
         return call_factory(name)
     config = hf_config(name, trust_remote_code)

@@ -76,6 +76,14 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def _cut_off(model: nn.Module) -> tuple[str, ...]:
+    """Return how the keys begin of a head that a timm network was made without."""
+    if getattr(model, "num_classes", None) != 0:
+        return ()
+    heads: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict from a file into a model, in place.
 
@@ -83,6 +91,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ModelError: other keys or shapes than the model's.
     """
     state, target = read_state(path), model.state_dict()
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(_cut_off(model))}
     missing = [key for key in target if key not in state]
     extra = [key for key in state if key not in target]
     # BatchNorm's step counter is new in old checkpoints and decides nothing in the forward pass.

@@ -33,7 +33,7 @@ from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel
 from askewq.tasks import logits_and_labels, score
 from askewq.train import load
-from askewq.vocabulary import Bits, Estimate, GridKind
+from askewq.vocabulary import EMBEDDING_TASKS, Bits, Estimate, GridKind
 
 RECIPE, FIGURES, PICTURE = "recipe.yaml", "sensitivity.json", "sensitivity.png"
 CANDIDATES: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 8)
@@ -126,9 +126,9 @@ def _check(recipe: Recipe, settings: Settings) -> None:
             "streaming does not go with a plan, which measures on a random part of the data: leave "
             "it out here, and pass --streaming to finetune."
         )
-    if recipe.task == "feature-extraction":
+    if recipe.task in EMBEDDING_TASKS:
         raise RecipeError(
-            "askewq plan measures the loss of labels, and task = feature-extraction has none: name "
+            f"askewq plan measures the loss of labels, and task = {recipe.task} has none: name "
             "the bits yourself, --bits-override."
         )
     if recipe.bits_override:

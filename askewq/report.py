@@ -26,7 +26,7 @@ from askewq.recipe_files import to_yaml
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel, ModelSpec
 from askewq.text import fence, markdown, printable
-from askewq.vocabulary import ActBits, Bits
+from askewq.vocabulary import EMBEDDING_TASKS, ActBits, Bits
 
 # Into a file or a pipe every row of a table is one line.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
@@ -240,6 +240,7 @@ _PIPELINE: dict[str, str] = {
     "text-classification": "text-classification",
     "causal-lm": "text-generation",
     "feature-extraction": "feature-extraction",
+    "image-feature-extraction": "image-feature-extraction",
 }
 
 
@@ -325,12 +326,24 @@ import askewq
 from transformers import {auto_class_name(spec.task)}
 model = {auto_class_name(spec.task)}.from_pretrained(folder_or_repo)
 ```"""
-    if spec.task == "feature-extraction":
-        text += """
+    if spec.task in EMBEDDING_TASKS:
+        text += f"""
 
-A text's embedding is the mean of `last_hidden_state` over the tokens whose `attention_mask` is 1;
-similarity is 100 times the mean cosine to the full-precision model's embeddings."""
+{_embedding(spec)}; similarity is 100 times the mean cosine to
+the full-precision model's embeddings."""
     return text
+
+
+def _embedding(spec: ModelSpec) -> str:
+    """Return how an embedding is read off the network's output."""
+    if spec.source != "transformers":
+        return "The network's output for an image is its embedding"
+    if spec.task == "image-feature-extraction":
+        return "An image's embedding is `pooler_output`"
+    return (
+        "A text's embedding is the mean of `last_hidden_state` over the tokens whose\n"
+        "`attention_mask` is 1"
+    )
 
 
 def _source(recipe: Recipe) -> str:

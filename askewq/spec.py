@@ -22,7 +22,7 @@ class ModelSpec:
         source: where the class comes from.
         name: as the user gave it.
         task: what it is trained for.
-        labels: class names, in the order of the logits; empty for causal-lm and feature-extraction.
+        labels: class names, in the order of the logits; empty for causal-lm and embeddings.
         arguments: timm: architecture and keyword arguments of create_model; transformers: the
             config; module: nothing, its file is not stored.
     """

@@ -183,8 +183,8 @@ def samples_of(recipe: Recipe, data: OpenData, preprocessing: Preprocessing) -> 
         return int(value)
 
     def image(example: dict[str, Any], _: list[int]) -> tuple[list[dict[str, Any]], list[int]]:
-        pixels = other.image(example[columns.inputs[0]])
-        return [{"pixel_values": pixels, "labels": label(example)}], []
+        made = {"pixel_values": other.image(example[columns.inputs[0]])}
+        return [made if columns.label is None else {**made, "labels": label(example)}], []
 
     def text(example: dict[str, Any], _: list[int]) -> tuple[list[dict[str, Any]], list[int]]:
         texts = [example[name] or "" for name in columns.inputs]

@@ -1,7 +1,7 @@
 """What a task asks of a model: logits and labels out of a batch, and the metric that is reported.
 
-Three tasks share one loss, cross entropy over rows of logits; a label of -100 does not count. Of
-feature-extraction the logits are embeddings, and the labels a teacher's (embeddings.py).
+Classes and tokens share one loss, cross entropy over rows of logits; a label of -100 does not
+count. Without labels the logits are embeddings, and a teacher's stand for labels (embeddings.py).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from askewq import embeddings
 from askewq.errors import ModelError
 from askewq.spec import ModelSpec
-from askewq.vocabulary import Task
+from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, Task
 
 IGNORED = -100
 
@@ -43,7 +43,7 @@ class Outputs:
 
 def metric_of(task: Task) -> str:
     """Return the metric's name: accuracy or similarity (percent), or perplexity."""
-    if task == embeddings.TASK:
+    if task in EMBEDDING_TASKS:
         return "similarity"
     return "perplexity" if task == "causal-lm" else "accuracy"
 
@@ -79,14 +79,14 @@ def outputs_of(
     Args:
         hidden_states: return them, too; of transformers' models alone.
     """
-    if spec.task == "image-classification" and spec.source != "transformers":
+    if spec.task in IMAGE_TASKS and spec.source != "transformers":
         return Outputs(cast(Tensor, model(inputs["pixel_values"])))
     inputs = {key: tensor for key, tensor in inputs.items() if key != "labels"}
     more = {"output_hidden_states": True} if hidden_states else {}
     made = model(**inputs, **more)
     hidden = tuple(made.get("hidden_states") or ()) if hidden_states else ()
-    if spec.task == embeddings.TASK:
-        return Outputs(embeddings.pool(made.last_hidden_state, inputs["attention_mask"]), hidden)
+    if spec.task in EMBEDDING_TASKS:
+        return Outputs(embeddings.of(made, inputs), hidden)
     return Outputs(cast(Tensor, made.logits), hidden)
 
 
@@ -110,17 +110,19 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
 
 
 def check_logits(logits: Tensor, spec: ModelSpec) -> None:
-    """Check the shape of the first logits of a run.
+    """Check the shape of the first logits, or embeddings, of a run.
 
     Raises:
-        ModelError: another number of classes than the data has labels.
+        ModelError: no matrix, or another number of classes than the data has labels.
     """
-    if spec.task in ("causal-lm", embeddings.TASK):
+    if spec.task == "causal-lm":
         return
+    unlabelled = spec.task in EMBEDDING_TASKS
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ModelError(f"the model must return logits [batch, classes]; it returned {shape}.")
-    if logits.shape[1] != len(spec.labels):
+        wanted = "embeddings [batch, width]" if unlabelled else "logits [batch, classes]"
+        raise ModelError(f"the model must return {wanted}; it returned {shape}.")
+    if not unlabelled and logits.shape[1] != len(spec.labels):
         raise ModelError(
             f"the model has {logits.shape[1]} outputs and the data set {len(spec.labels)} labels "
             f"({', '.join(spec.labels[:8])}{', ...' if len(spec.labels) > 8 else ''}); give the "

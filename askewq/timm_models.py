@@ -10,18 +10,28 @@ from torch import nn
 from askewq.errors import ModelError
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec, unreachable
+from askewq.vocabulary import EMBEDDING_TASKS, Task
 
 
 def load_timm(
-    name: str, labels: tuple[str, ...], pretrained: bool, image_size: int | None
+    name: str,
+    task: Task,
+    labels: tuple[str, ...],
+    pretrained: bool,
+    image_size: int | None,
 ) -> LoadedModel:
-    """Load a timm model, with a head for these labels where there are any."""
+    """Load a timm model, with a head for these labels where there are any, and none for embeddings.
+
+    Without its head it returns what the head was given: pooled features [batch, width].
+    """
     from timm.data.config import resolve_data_config
 
     arguments, cfg = _timm_arguments(name)
     notes = []
     default_classes = cfg.get("num_classes")
-    if labels:
+    if task in EMBEDDING_TASKS:
+        arguments["num_classes"] = 0
+    elif labels:
         arguments["num_classes"] = len(labels)
         if pretrained and default_classes != len(labels):
             notes.append(
@@ -40,7 +50,7 @@ def load_timm(
         interpolation=data["interpolation"],
         crop_mode=data["crop_mode"],
     )
-    spec = ModelSpec("timm", name, "image-classification", labels, arguments)
+    spec = ModelSpec("timm", name, task, labels, arguments)
     return LoadedModel(model, spec, preprocessing, tuple(notes))
 
 

@@ -15,7 +15,7 @@ from askewq import checkpoint, layers, wrap
 from askewq.errors import ModelError
 from askewq.plan_table import Plan
 from askewq.spec import Source
-from askewq.vocabulary import Task
+from askewq.vocabulary import IMAGE_TASKS, Task
 
 # Larger networks take minutes, and several times their memory.
 UP_TO = 30_000_000
@@ -25,7 +25,7 @@ def inputs_of(
     network: nn.Module, source: Source, task: Task, image_size: int | None
 ) -> dict[str, Tensor] | None:
     """Return a random batch of two for a network; None where the shape of its input is unknown."""
-    if task != "image-classification":
+    if task not in IMAGE_TASKS:
         config: Any = network.config
         ids = torch.randint(config.get_text_config().vocab_size, (2, 8))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

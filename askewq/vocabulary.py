@@ -23,7 +23,16 @@ Method = Literal[
     "projected-gradient",
 ]
 Pull = Literal["decoupled", "coupled"]
-Task = Literal["image-classification", "text-classification", "causal-lm", "feature-extraction"]
+Task = Literal[
+    "image-classification",
+    "text-classification",
+    "causal-lm",
+    "feature-extraction",
+    "image-feature-extraction",
+]
+IMAGE_TASKS: tuple[Task, ...] = ("image-classification", "image-feature-extraction")
+# Tasks without labels: an encoder's outputs are embeddings, and a teacher's stand for labels.
+EMBEDDING_TASKS: tuple[Task, ...] = ("feature-extraction", "image-feature-extraction")
 Augmentation = Literal["none", "crop", "flip", "crop-flip"]
 DenseType = Literal["fp32", "fp16", "bf16"]
 Estimate = Literal["measured", "estimated"]

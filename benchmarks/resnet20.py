@@ -40,15 +40,23 @@ class ResNet20(nn.Module):
         self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
         self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
         self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
-        self.linear = nn.Linear(64, 10)
+        self.linear: nn.Module = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [batch, 10]."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(torch.mean(x, dim=(2, 3)))
+        logits: Tensor = self.linear(torch.mean(x, dim=(2, 3)))
+        return logits
 
 
 def resnet20() -> nn.Module:
     """Return the network with arbitrary weights."""
     return ResNet20()
+
+
+def encoder() -> nn.Module:
+    """Return it without its head: embeddings [batch, 64]."""
+    network = ResNet20()
+    network.linear = nn.Identity()
+    return network

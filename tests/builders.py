@@ -96,6 +96,14 @@ class Noise(nn.Module):
         return x * (1 + 0.1 * random.random() + 0.1 * float(np.random.rand()))
 
 
+def features():
+    return nn.Sequential(*_layers(3, 3)[:-2])
+
+
+def feature_maps():
+    return nn.Sequential(*_layers(3, 3)[:4])
+
+
 def noisy():
     layers = _layers(3, 3)
     return nn.Sequential(*layers[:-1], Noise(), layers[-1])
@@ -200,6 +208,15 @@ def image_folder(folder: Path) -> None:
             path = folder / split / list(COLOURS)[label] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
+
+
+@_once
+def unlabelled_images(folder: Path) -> None:
+    """24 images to train on and 12 to validate, of no class."""
+    for split, count in (("train", 24), ("validation", 12)):
+        (folder / split).mkdir(parents=True)
+        for i, (image, _) in enumerate(pictures(count, seed=count)):
+            image.save(folder / split / f"{i}.png")
 
 
 def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -398,6 +415,35 @@ def vit(folder: Path) -> None:
     transformers.ViTImageProcessor(size=size).save_pretrained(folder)
 
 
+@_once
+def vit_encoder(folder: Path) -> None:
+    """The encoder of such a Vision Transformer, with a pooler, and its image processor."""
+    import transformers
+
+    torch.manual_seed(4)
+    made = transformers.ViTConfig.from_pretrained(vit())
+    transformers.ViTModel(made).save_pretrained(folder)
+    transformers.ViTImageProcessor.from_pretrained(vit()).save_pretrained(folder)
+
+
+@_once
+def resnet_weights(folder: Path) -> None:
+    """A state dict of timm's test_resnet, with a head that an encoder has no use for.
+
+    The statistics of its BatchNorm layers are those of the pictures, as if it had been trained.
+    """
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(5)
+    network = timm.create_model("test_resnet").train()
+    shown = [np.asarray(image.resize((32, 32)), dtype=np.float32) for image, _ in pictures(48)]
+    with torch.no_grad():
+        for _ in range(30):
+            network((torch.tensor(np.stack(shown)).permute(0, 3, 1, 2) / 255 - 0.45) / 0.225)
+    save_file(network.state_dict(), folder / "resnet.safetensors")
+
+
 # What a short run needs, by the name of its model; every run below starts from one of these.
 SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
     "own": lambda: {
@@ -433,6 +479,18 @@ SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
         "include": ["*"],
     },
     "vit": lambda: {"model": str(vit()), "dataset": str(image_parquet())},
+    "timm-encoder": lambda: {
+        "model": "test_resnet",
+        "weights": str(resnet_weights() / "resnet.safetensors"),
+        "dataset": str(unlabelled_images()),
+        "task": "image-feature-extraction",
+        "image_size": 32,
+    },
+    "vit-encoder": lambda: {
+        "model": str(vit_encoder()),
+        "dataset": str(unlabelled_images()),
+        "task": "image-feature-extraction",
+    },
 }
 
 

@@ -329,7 +329,7 @@ class TestRefusals:
         builders.edit_config(folder, name=f"{tmp_path / 'evil.py'}:factory")
         found = command("eval", folder, "--dataset", unlabelled_csv())
         assert found.code == 2
-        assert "is from module" in found.err
+        assert "runs only where you name it" in found.err
         assert not (tmp_path / "ran").exists()
 
     def test_a_teacher_of_other_tasks(self):

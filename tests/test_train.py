@@ -29,6 +29,7 @@ EXTRA_FILES = {
     "llama": TOKENIZER,
     "gpt2": TOKENIZER,
     "vit": {"preprocessor_config.json"},
+    "vit-encoder": {"preprocessor_config.json"},
 }
 
 
@@ -74,7 +75,7 @@ class TestEveryModelAndTask:
         folder, _ = finished(kind)
         found = files(folder)
         assert {f for f in found if "/" not in f} == ALWAYS | EXTRA_FILES.get(kind, set())
-        taught = {"checkpoints/teacher.safetensors"} if kind == "encoder" else set()
+        taught = {"checkpoints/teacher.safetensors"} if "encoder" in kind else set()
         found = {f for f in found if "/" in f}
         assert taught == {f for f in found if not f.startswith("checkpoints/step-0")}
         assert not any("partial" in f for f in found)
@@ -100,7 +101,7 @@ class TestEveryModelAndTask:
         figures = [metrics[k] for k in ("full_precision", "rounded", "relaxed", "snapped")]
         if metrics["metric"] != "perplexity":
             assert all(0 <= figure <= 100 for figure in figures)
-            assert (metrics["metric"] == "similarity") == (metrics["task"] == "feature-extraction")
+            assert (metrics["metric"] == "similarity") == ("encoder" in kind)
             assert metrics["task"] != "causal-lm"
         else:
             assert all(1 < figure < 100 for figure in figures)  # a vocabulary of 14 words
@@ -142,7 +143,8 @@ class TestEveryModelAndTask:
         given = builders.recipe(kind, folder)
         assert all(getattr(recipe, key) == getattr(given, key) for key in given.model_fields_set)
         assert recipe.task == metrics["task"]
-        assert recipe.optimizer == ("sgd" if kind in ("own", "timm") else "adamw")
+        convolutional = kind in ("own", "timm", "timm-encoder")
+        assert recipe.optimizer == ("sgd" if convolutional else "adamw")
         assert None not in (recipe.lr, recipe.close_power)
         assert recipe.full_precision_lr is None  # the run has no such steps
 
