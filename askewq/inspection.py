@@ -10,7 +10,7 @@ from askewq.config import Recipe
 from askewq.errors import ModelError, RecipeError
 from askewq.plan_table import Plan
 from askewq.spec import ModelSpec, first_line
-from askewq.tasks import logits_of
+from askewq.tasks import keeps_last, logits_of
 
 
 def inspect(recipe: Recipe, *, verify: bool = False, try_out: bool | None = None) -> None:
@@ -46,6 +46,7 @@ def inspect(recipe: Recipe, *, verify: bool = False, try_out: bool | None = None
         exclude=recipe.exclude,
         act_bits=recipe.act_bits,
         bits_override=recipe.overrides,
+        keep_last=keeps_last(spec.task),
     )
     report.print_plan(plan)
     if try_out is False:

@@ -48,6 +48,14 @@ def metric_of(task: Task) -> str:
     return "perplexity" if task == "causal-lm" else "accuracy"
 
 
+def keeps_last(task: Task) -> bool:
+    """Tell whether the last layer is a head, or has no part in the task, and so stays float.
+
+    A network that gives images' embeddings has neither: its last layer is one like the others.
+    """
+    return task != "image-feature-extraction"
+
+
 def logits_and_labels(
     model: nn.Module, spec: ModelSpec, batch: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ from askewq.kernels import can_compile
 from askewq.loop import Loop
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
-from askewq.tasks import check_logits, logits_of
+from askewq.tasks import check_logits, keeps_last, logits_of
 from askewq.vocabulary import ActBits
 
 FULL_PRECISION, LOW_BIT, POLISH = "full precision", "low-bit", "polish"
@@ -112,6 +112,7 @@ class _Run:
             exclude=recipe.exclude,
             act_bits=recipe.act_bits,
             bits_override=recipe.overrides,
+            keep_last=keeps_last(self.loaded.spec.task),
         )
         self.steps = recipe.max_steps or max(
             1, math.ceil(recipe.epochs * len(train) / recipe.grad_accumulation)

@@ -37,17 +37,19 @@ def plan(
     exclude: Sequence[str] = (),
     bits_override: Mapping[str, Bits] | None = None,
     act_bits: ActBits = "none",
+    keep_last: bool = True,
 ) -> Plan:
     """Return what quantizing `model` would do; the model is not touched.
 
     By default every layer that kinds.py lists gets the grid, except the first and the last layer
     with a weight matrix (embeddings count as first), which carry little of the size and much of the
-    accuracy. `include` (glob patterns on module names) selects exactly the named layers, first,
-    last and embeddings among them if they match; `exclude` takes layers away again.
-    `bits_override` gives matching layers, out of those, other bits. A weight that several layers
-    share is quantized once, for all of them, if one is named. The weights of a layer with several
-    (attention, experts) can be named one by one: the layer's name, a dot, the weight's. `act_bits`
-    are those of the inputs of quantized layers to which one tensor of numbers is given.
+    accuracy; without `keep_last`, for networks without a head, only the first is excepted.
+    `include` (glob patterns on module names) selects exactly the named layers, first, last and
+    embeddings among them if they match; `exclude` takes layers away again. `bits_override` gives
+    matching layers, out of those, other bits. A weight that several layers share is quantized once,
+    for all of them, if one is named. The weights of a layer with several (attention, experts) can
+    be named one by one: the layer's name, a dot, the weight's. `act_bits` are those of the inputs
+    of quantized layers to which one tensor of numbers is given.
 
     Raises:
         RecipeError: bits, grid or group size that do not exist.
@@ -69,7 +71,8 @@ def plan(
     called = [name for places in users.values() for place in places for name in place.called]
     patterns.check([*include, *exclude, *overrides], list(dict.fromkeys([*modules, *called])))
     matrices = [name for name, module in modules.items() if _has_matrix(module)]
-    ends = dict(zip(matrices[:1] + matrices[-1:], ("first", "last"), strict=False))
+    kept = matrices[:1] + (matrices[-1:] if keep_last else [])
+    ends = dict(zip(kept, ("first", "last"), strict=False))
     layers = []
     counted: set[int] = set()
     for main, places in users.items():

@@ -106,6 +106,18 @@ def test_transformers_loads_it_packed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_last_layer_is_one_like_the_others(kind):
+    """There is no head: float is the first layer alone, in the plan as in the artifact."""
+    words = [builders.SETTINGS[kind]()["model"], "--task", TASK]
+    shown = command("inspect", *words, "--no-trial").out
+    packed = askewq.checkpoint.read(finished(kind)[0] / "model.safetensors").weights
+    last = {"timm-encoder": "layer4.0.downsample.1", "vit-encoder": "pooler.dense"}[kind]
+    assert f"{last}.weight" in packed
+    assert "first layer, kept" in shown
+    assert "last layer, kept" not in shown
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_card_says_what_an_embedding_is(kind):
     """And the Hub reads the task."""
     card = (finished(kind)[0] / "README.md").read_text()
