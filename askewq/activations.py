@@ -76,9 +76,9 @@ def round_to(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     else:
         level = units.round().clamp(lowest, highest)
         # 1 or 0 by arithmetic: compiled for a CPU, a mask takes several times as long as the rest.
-        # In float32 what lies beyond the range does so by 2^-24 at least.
+        # What lies beyond the range does so by 2^-24 at least in float32, 2^-53 in float64.
         beyond = (units - units.clamp(lowest - 0.5, highest + 0.5)).abs()
-        factor = (1 - beyond * 2.0**26).clamp_min(0).to(x.dtype)
+        factor = (1 - beyond * 2.0**60).clamp_min(0).to(x.dtype)
     return straight(x, (level * scale).to(x.dtype), factor)
 
 

@@ -114,7 +114,7 @@ def evaluate(
     model: Annotated[str | None, Parameter(help="file.py:factory of your own module")] = None,
     teacher: Annotated[
         str | None,
-        Parameter(help="feature-extraction: the model to compare with, if not the original"),
+        Parameter(help="for embeddings: the model to compare with, if not the original"),
     ] = None,
     teacher_weights: Annotated[
         Path | None, Parameter(help="state dict of it, by default of a network like the model")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from askewq import hidden_states, models, tasks
 from askewq.config import Recipe
-from askewq.errors import ModelError
+from askewq.errors import CALLING, ModelError
 from askewq.own_models import load_weights
 from askewq.preprocessing import (
     ImagePreprocessing,
@@ -17,6 +17,7 @@ from askewq.preprocessing import (
     TextPreprocessing,
 )
 from askewq.spec import LoadedModel, ModelSpec
+from askewq.timm_models import is_published
 from askewq.vocabulary import EMBEDDING_TASKS
 
 # The name of the network before it is quantized.
@@ -67,7 +68,7 @@ def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
         source=source,
         weights=recipe.teacher_weights,
         tokenizer=recipe.tokenizer,
-        image_size=spec.arguments.get("img_size") if source == "timm" else None,
+        image_size=_side(student.preprocessing) if source == "timm" else None,
         trust_remote_code=recipe.trust_remote_code,
     )
     if loaded.notes:
@@ -88,6 +89,12 @@ def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
             f"here {', '.join(spec.labels)}); pass another --teacher."
         )
     return Teacher(loaded.model, loaded.spec)
+
+
+def _side(preprocessing: Preprocessing) -> int | None:
+    """Return the side of the images that a network is given, where they are square."""
+    size = preprocessing.size if isinstance(preprocessing, ImagePreprocessing) else None
+    return size[0] if size and size[0] == size[1] else None
 
 
 def _same_inputs(teacher: Preprocessing, student: Preprocessing) -> bool:
@@ -123,7 +130,7 @@ def check(
         ours = hidden_states.read(student.model, student.spec, batch, "model")
     if teacher is None:
         return
-    shape = _try(teacher, batch).logits.shape
+    shape = taught(teacher, batch).logits.shape
     if teacher.spec.task in EMBEDDING_TASKS:
         check_width(shape, logits)
     elif recipe.distill and shape != logits.shape:
@@ -151,14 +158,32 @@ def check_width(taught: torch.Size, embedding: Tensor) -> None:
         )
 
 
-def _try(teacher: Teacher, batch: dict[str, Tensor]) -> tasks.Outputs:
+def taught(teacher: Teacher, batch: dict[str, Tensor]) -> tasks.Outputs:
+    """Return what a teacher makes of a batch that was prepared for another network.
+
+    Raises:
+        ModelError: it fails.
+    """
     try:
         return teacher.outputs(batch)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except CALLING as error:
         raise ModelError(
             f"the teacher fails on the model's own inputs: {type(error).__name__}: {error}\nIt "
             "must take the same images or tokens; pass another --teacher."
         ) from error
+
+
+def _check_original(spec: ModelSpec) -> None:
+    """Check that the name in an artifact, a stranger's perhaps, is one to load a network by.
+
+    Raises:
+        ModelError: it would run a file, or have timm read a repository that nobody vouches for.
+    """
+    source = models.find_source(spec.name)
+    if "module" in (spec.source, source):
+        raise ModelError("a module of somebody's own runs only where you name it.")
+    if source == "timm" and not is_published(spec.name):
+        raise ModelError("it is none of timm's own names, and is read only where you name it.")
 
 
 def load_reference(
@@ -177,8 +202,8 @@ def load_reference(
     name = loaded.spec.name if original else teacher
     named = {"teacher": name, "teacher_weights": teacher_weights, "task": loaded.spec.task}
     try:
-        if original and "module" in (loaded.spec.source, models.find_source(loaded.spec.name)):
-            raise ModelError("a module of somebody's own runs only where you name it.")
+        if original:
+            _check_original(loaded.spec)
         found = load_teacher(recipe.model_copy(update=named), loaded)
     except ModelError as error:
         if not original:

@@ -90,6 +90,10 @@ class UnverifiedWarning(UserWarning):
     """An artifact without a digest: whether it is damaged cannot be told."""
 
 
+# What a network raises that is called with something it cannot take.
+CALLING = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError)
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """Return ``' (did you mean a, b?)'`` with the known names closest to `word`, or ``''``."""
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from askewq import artifact, config, distill, processes, signals
+from askewq import artifact, config, distill, processes, recipe_files, signals
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import open_eval
@@ -63,7 +63,7 @@ def evaluate(
                 raise signals.Stop(number)
             batch = prepare_batch(raw, preprocessing)
             if teacher is not None and spec.task in EMBEDDING_TASKS:
-                batch = distill.labelled(batch, spec, teacher.outputs(batch))
+                batch = distill.labelled(batch, spec, distill.taught(teacher, batch))
             logits, labels = logits_and_labels(first, spec, batch)
             check_logits(logits, spec)
             if spec.task in EMBEDDING_TASKS:
@@ -107,6 +107,8 @@ def evaluate_artifact(
     loaded = artifact.load_artifact(folder, factory=factory)
     reference = None
     if loaded.spec.task in EMBEDDING_TASKS:
+        if teacher is None and teacher_weights is None:
+            _check_start(folder)
         reference = distill.load_reference(loaded, teacher, teacher_weights, recipe)
     elif teacher is not None or teacher_weights is not None:
         raise RecipeError(
@@ -121,6 +123,22 @@ def evaluate_artifact(
     if reference is not None:
         reference.model.to(accelerator.device)
     return evaluate(model, loaded.spec, loaded.preprocessing, loader, accelerator, reference)
+
+
+def _check_start(folder: Path) -> None:
+    """Check that a run started from the weights that are published under its model's name.
+
+    Raises:
+        RecipeError: the recipe beside the artifact says otherwise.
+    """
+    path = folder / recipe_files.RECIPE
+    settings = recipe_files.read_yaml(path) if path.is_file() else {}
+    if settings.get("weights") or settings.get("pretrained") is False:
+        raise RecipeError(
+            f"{path} says that the run did not start from the weights that are published as "
+            f"{settings.get('model')!r}, so that similarity to those would mean nothing; pass "
+            "--teacher-weights with the weights that it started from, or --teacher."
+        )
 
 
 def _require_equal(logits: Tensor, other: Tensor) -> None:

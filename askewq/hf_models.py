@@ -98,14 +98,13 @@ def load_transformers(
                 trust_remote_code=trust_remote_code,
             )
             new = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
-            pooler = [key for key in new if key.startswith("pooler.")]
             if task == "feature-extraction":  # the embedding is made before the pooler
-                new = [key for key in new if key not in pooler]
-            elif task in EMBEDDING_TASKS and pooler:
+                new = [key for key in new if not key.startswith("pooler.")]
+            if task in EMBEDDING_TASKS and new:
                 raise ModelError(
-                    f"{name!r} has no weights for its pooler ({', '.join(pooler)}), so that its "
-                    "embeddings would be random; use a checkpoint that has them, or timm's model "
-                    "of the same name."
+                    f"{name!r} has no weights for {', '.join(new[:6])}, so that its embeddings "
+                    "would be random; use a checkpoint that has them, or, where it is the pooler "
+                    "of an encoder of images, timm's model of the same name."
                 )
             if new:
                 notes.append(f"new, without pretrained weights: {', '.join(new[:6])}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from askewq.errors import ModelError
+from askewq.errors import CALLING, ModelError
 from askewq.spec import ModelSpec, first_line
 from askewq.tasks import outputs_of
 
@@ -60,7 +60,7 @@ def read(
     try:
         with torch.no_grad():
             found = outputs_of(model.eval(), spec, batch, hidden_states=True).hidden
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except CALLING as error:
         raise ModelError(
             f"{KEY}: the {who} {spec.name!r} fails when it is asked for its hidden states: "
             f"{type(error).__name__}: {first_line(error)}; leave {KEY} out."

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from askewq import artifact, checkpoint, models, report, trial, wrap
 from askewq.config import Recipe
-from askewq.errors import ModelError, RecipeError
+from askewq.errors import CALLING, ModelError, RecipeError
 from askewq.plan_table import Plan
 from askewq.spec import ModelSpec, first_line
 from askewq.tasks import keeps_last, logits_of
@@ -93,7 +93,7 @@ def _verdict(recipe: Recipe, spec: ModelSpec, network: nn.Module, plan: Plan) ->
     try:
         with torch.no_grad():
             run(network.eval())
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except CALLING as error:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
         return f"not tried: the plain network fails on a random {shapes}: {first_line(error)}"
     try:

@@ -6,8 +6,8 @@ from pathlib import Path
 from askewq import config, disk, recipe_files, snapshots
 from askewq.config import Recipe
 from askewq.errors import OutputError, RecipeError
+from askewq.recipe_files import RECIPE
 
-RECIPE = "recipe.yaml"
 # What a resumed run may change: neither decides what a run without trouble ends with.
 _FREE = ("keep", "nan_policy")
 

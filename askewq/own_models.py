@@ -77,11 +77,15 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _cut_off(model: nn.Module) -> tuple[str, ...]:
-    """Return how the keys begin of a head that a timm network was made without."""
+    """Return how the keys begin of a head that a timm network was made without.
+
+    timm names the classifier, beside which a norm or a layer may have gone as well.
+    """
     if getattr(model, "num_classes", None) != 0:
         return ()
     heads: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    return tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    names = [heads] if isinstance(heads, str) else heads
+    return tuple(f"{name.split('.')[0]}." for name in names)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -91,7 +95,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ModelError: other keys or shapes than the model's.
     """
     state, target = read_state(path), model.state_dict()
-    state = {key: tensor for key, tensor in state.items() if not key.startswith(_cut_off(model))}
+    head = _cut_off(model)
+    state = {k: tensor for k, tensor in state.items() if k in target or not k.startswith(head)}
     missing = [key for key in target if key not in state]
     extra = [key for key in state if key not in target]
     # BatchNorm's step counter is new in old checkpoints and decides nothing in the forward pass.

@@ -29,13 +29,14 @@ from askewq.grid import mixed_grid
 from askewq.methods import check_bits
 from askewq.pack import packed_size
 from askewq.plan_table import Plan
+from askewq.recipe_files import RECIPE
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel
 from askewq.tasks import logits_and_labels, score
 from askewq.train import load
 from askewq.vocabulary import EMBEDDING_TASKS, Bits, Estimate, GridKind
 
-RECIPE, FIGURES, PICTURE = "recipe.yaml", "sensitivity.json", "sensitivity.png"
+FIGURES, PICTURE = "sensitivity.json", "sensitivity.png"
 CANDIDATES: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 8)
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

@@ -8,6 +8,9 @@ import yaml
 from askewq.config import Recipe
 from askewq.errors import RecipeError, near
 
+# The recipe beside what was made by it.
+RECIPE = "recipe.yaml"
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the keys and values of a recipe file.

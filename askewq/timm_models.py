@@ -39,7 +39,7 @@ def load_timm(
             )
     try:
         model, arguments = _create_timm(name, arguments, pretrained, image_size)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise unreachable(name, error) from error
     data = resolve_data_config({}, model=model)
     preprocessing = ImagePreprocessing(
@@ -59,20 +59,22 @@ def _timm_arguments(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     import timm
     from timm.models import load_model_config_from_hf, parse_model_name
 
-    source, identifier = parse_model_name(name)
-    if not source:
-        cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
-        return {"model_name": name}, {} if cfg is None else cfg.to_dict()
     try:
+        source, identifier = parse_model_name(name)
+        if not source:
+            known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+            return {"model_name": name}, {} if known is None else known.to_dict()
         if source == "local-dir":
             content = json.loads((Path(identifier) / CONFIG).read_text(encoding="utf-8"))
             cfg = content.get("pretrained_cfg", content)
             architecture, extra = content["architecture"], content.get("model_args", {})
         else:
             cfg, architecture, extra = load_model_config_from_hf(identifier)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise unreachable(name, error) from error
-    return {"model_name": architecture, **(extra or {})}, cfg
+    arguments = {"model_name": architecture, **(extra or {})}
+    _check_describing(arguments)
+    return arguments, cfg
 
 
 def _create_timm(
@@ -108,6 +110,21 @@ def check_arguments(spec: ModelSpec) -> None:
     import timm
 
     name = str(spec.arguments.get("model_name"))
+    if not timm.is_model(name.split(".")[0]):
+        raise ModelError(f"there is no timm network {name!r}.")
+    _check_describing(spec.arguments)
+
+
+def _check_describing(arguments: dict[str, Any]) -> None:
+    import timm
+
     loading = set(inspect.signature(timm.create_model).parameters) - {"model_name", "kwargs"}
-    if not timm.is_model(name.split(".")[0]) or loading & set(spec.arguments):
-        raise ModelError(f"the arguments {spec.arguments} do not only describe a timm network.")
+    if loading & set(arguments):
+        raise ModelError(f"the arguments {arguments} do not only describe a timm network.")
+
+
+def is_published(name: str) -> bool:
+    """Tell whether timm itself says where the weights of a name come from, not the name."""
+    import timm
+
+    return timm.is_model(name.split(".")[0]) and not {":", "/"} & set(name)

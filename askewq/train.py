@@ -37,7 +37,7 @@ from askewq import (
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData, open_data
-from askewq.errors import DataError, DivergenceError, ModelError, RecipeError, StoppedError
+from askewq.errors import CALLING, DataError, DivergenceError, ModelError, RecipeError, StoppedError
 from askewq.evaluate import Evaluation
 from askewq.kernels import can_compile
 from askewq.loop import Loop
@@ -84,19 +84,22 @@ class _Run:
         set_seed(recipe.seed)
         with self.accelerator.main_process_first():  # the others find the data set prepared
             self.loaded, self.data = load(recipe)
-        self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model)
         count = self.accelerator.num_processes
         train: Any
-        train, evaluation = loaders(self.recipe, self.data, self.loaded.preprocessing, count)
+        train, evaluation = loaders(recipe, self.data, self.loaded.preprocessing, count)
         train, self.eval_loader = self.accelerator.prepare(train, evaluation)
         if recipe.streaming:
             train = StreamLoader(
-                self.recipe,
+                recipe,
                 self.data,
                 self.loaded.preprocessing,
                 self.accelerator.process_index,
                 count,
             )
+        self.steps = recipe.max_steps or max(
+            1, math.ceil(recipe.epochs * len(train) / recipe.grad_accumulation)
+        )
+        self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model, self.steps)
         self.loaded.model.to(self.accelerator.device)
         self.teacher = (
             distill.load_teacher(self.recipe, self.loaded) if self.recipe.taught else None
@@ -113,9 +116,6 @@ class _Run:
             act_bits=recipe.act_bits,
             bits_override=recipe.overrides,
             keep_last=keeps_last(self.loaded.spec.task),
-        )
-        self.steps = recipe.max_steps or max(
-            1, math.ceil(recipe.epochs * len(train) / recipe.grad_accumulation)
         )
         self.loop = Loop(self.recipe, self.accelerator, self.loaded, train, self.eval_loader)
 
@@ -189,7 +189,7 @@ class _Run:
         try:
             with torch.set_grad_enabled(several):
                 logits = logits_of(self.model, spec, batch)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except CALLING as error:
             shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
             raise ModelError(
                 f"the model fails on a first batch of {shapes}: {type(error).__name__}: {error}\n"

@@ -276,6 +276,7 @@ def quantize(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     bits_override: Mapping[str, Bits] | None = None,
+    keep_last: bool = True,
 ) -> Plan:
     """Plan and apply in one call; see `plan` for the arguments. Returns the plan."""
     chosen = plan(
@@ -286,6 +287,7 @@ def quantize(
         include=include,
         exclude=exclude,
         bits_override=bits_override,
+        keep_last=keep_last,
     )
     apply(model, chosen)
     return chosen

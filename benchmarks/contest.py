@@ -9,7 +9,8 @@ every seed on the whole training set, judged on the test split. A finished run i
     python benchmarks/contest.py --tasks resnet20 --bits 1 --methods askewsgd binaryconnect
     python benchmarks/contest.py --table-only
 
-With --trial-steps 600 the learning rates of a long budget are those of the trials of a short one.
+With --trial-steps 600 the learning rates of a long budget are those of the trials of a short one;
+--table-only needs the same flag to find them.
 With --distill, a full-precision network trained for the budget's steps teaches every method alike.
 """
 

@@ -61,6 +61,19 @@ class TestRounding:
         assert x.grad.tolist() == pytest.approx(list(slopes), abs=1e-12)
 
     @every_grid
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_the_gradient_ends_at_the_edge(self, grid, dtype):
+        """Half a level beyond the outermost one it is 1, and the next number is cut off: 0."""
+        if grid.step == 2:
+            pytest.skip("signs have no edge")
+        lowest, highest = grid.first - 0.5, grid.first + grid.last + 0.5
+        edges = torch.tensor([lowest, highest], dtype=dtype)
+        beyond = edges.nextafter(torch.tensor([-math.inf, math.inf], dtype=dtype))
+        x = torch.cat([edges, beyond, beyond.sign() * math.inf]).requires_grad_()
+        round_to(x, torch.ones((), dtype=dtype), grid).sum().backward()
+        assert x.grad.tolist() == [1, 1, 0, 0, 0, 0]
+
+    @every_grid
     def test_half_way_goes_to_the_even_level(self, grid):
         """As ONNX's QuantizeLinear and compressed-tensors do, so that no export differs."""
         if grid.step == 2:

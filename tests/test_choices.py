@@ -13,27 +13,30 @@ CONV, LINEAR = torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 3)
 
 def resolve(**given):
     """Return a recipe of an image model without batch norm with every choice made."""
-    return choices.resolve(config.build({**ESSENTIALS, **given}), "image-classification", LINEAR)
+    return choices.resolve(
+        config.build({**ESSENTIALS, **given}), "image-classification", LINEAR, 300
+    )
 
 
 def test_resolve_chooses_by_the_model():
     """Batch norm asks for SGD, everything else for AdamW, each with its own lr and closing."""
     recipe = config.build({"model": "m", "dataset": "d", "output": "o"})
-    with_norm = choices.resolve(recipe, "image-classification", CONV)
-    without = choices.resolve(recipe, "causal-lm", LINEAR)
+    with_norm = choices.resolve(recipe, "image-classification", CONV, 300)
+    without = choices.resolve(recipe, "causal-lm", LINEAR, 300)
     assert (with_norm.optimizer, with_norm.lr) == ("sgd", 0.02)
     assert (without.optimizer, without.lr) == ("adamw", 1e-4)
     assert (without.full_precision_lr, without.close_power) == (None, 3.0)
     warmed = recipe.model_copy(update={"full_precision_steps": 2})
-    warmed = choices.resolve(warmed, "causal-lm", LINEAR)
+    warmed = choices.resolve(warmed, "causal-lm", LINEAR, 300)
     assert warmed.full_precision_lr == 1e-4  # as the low-bit steps, unless it says otherwise
     fast = recipe.model_copy(update={"momentum": 0.5})
     with pytest.raises(RecipeError, match="momentum goes with optimizer = sgd"):
-        choices.resolve(fast, "causal-lm", LINEAR)
+        choices.resolve(fast, "causal-lm", LINEAR, 300)
     single = choices.resolve(
         config.build({**recipe.model_dump(exclude_unset=True), "closing": "single", "lr": 0.1}),
         "causal-lm",
         LINEAR,
+        300,
     )
     assert (single.lr, single.close_power) == (0.1, 1.0)
 
@@ -81,19 +84,27 @@ def test_other_methods_leave_the_constraint_open():
 def test_few_levels_and_batch_norm_ask_for_steps_in_levels(bits):
     """At 1 bit and ternary the quantized weights of a normalised network get their own lr."""
     recipe = config.build({**ESSENTIALS, "bits": bits})
-    chosen = choices.resolve(recipe, "image-classification", CONV)
+    chosen = choices.resolve(recipe, "image-classification", CONV, 300)
     coarse = bits != 2
-    assert (chosen.optimizer, chosen.level_lr) == (("adamw", 0.01) if coarse else ("sgd", None))
+    level_lr = {1: 0.01, "ternary": 0.005, 2: None}[bits]
+    assert (chosen.optimizer, chosen.level_lr) == ("adamw" if coarse else "sgd", level_lr)
     assert chosen.lr == (1e-2 if coarse else 0.02)
     warmed = recipe.model_copy(update={"full_precision_steps": 2})
-    warmed = choices.resolve(warmed, "image-classification", CONV)
+    warmed = choices.resolve(warmed, "image-classification", CONV, 300)
     assert warmed.full_precision_lr == (1e-4 if coarse else 0.02)
     for given in ({"optimizer": "sgd"}, {"lr": 0.1}, {"optimizer": "adamw"}, {"method": "lsq"}):
         other = config.build({**ESSENTIALS, "bits": bits, **given})
-        assert choices.resolve(other, "image-classification", CONV).level_lr is None
+        assert choices.resolve(other, "image-classification", CONV, 300).level_lr is None
     own = config.build({**ESSENTIALS, "bits": bits, "level_lr": 0.02})
-    own = choices.resolve(own, "image-classification", CONV)
+    own = choices.resolve(own, "image-classification", CONV, 300)
     assert (own.optimizer, own.lr, own.level_lr) == ("adamw", 1e-2, 0.02)
+
+
+def test_a_longer_run_at_one_bit_makes_shorter_steps():
+    """The contest found half the step better at 3,900 steps than at 600."""
+    recipe = config.build({**ESSENTIALS, "bits": 1})
+    for steps, lr in ((1, 0.01), (600, 0.01), (1500, 0.01), (1501, 0.005), (3900, 0.005)):
+        assert choices.resolve(recipe, "image-classification", CONV, steps).level_lr == lr
 
 
 @pytest.mark.parametrize(
@@ -125,4 +136,4 @@ def test_a_resolved_recipe_reads_back_as_itself():
         recipe = resolve(method=method)
         again = config.build(recipe.model_dump(), "the file")
         assert again == recipe
-        assert choices.resolve(again, "image-classification", LINEAR) == recipe
+        assert choices.resolve(again, "image-classification", LINEAR, 300) == recipe

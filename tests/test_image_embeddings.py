@@ -4,6 +4,7 @@ What texts and images share is in test_embeddings.py, and test_train.py runs bot
 """
 
 import json
+import shutil
 
 import builders
 import pytest
@@ -13,7 +14,7 @@ from builders import command, finetune, finished, unlabelled_images
 from safetensors.torch import load_file, save_file
 
 import askewq
-from askewq import data, models
+from askewq import data, models, own_models
 from askewq.errors import ModelError, RecipeError
 from askewq.tasks import logits_of, metric_of
 
@@ -151,11 +152,10 @@ def test_exports(kind, to, tmp_path):
 
 def test_inspect_tries_it():
     """The verdict is of the network without its head."""
-    words = ("inspect", "test_resnet", "--task", TASK, "--image-size", 32)
-    shown = command(*words)
-    assert shown.code == 0, shown.err
+    shown = command("inspect", "test_resnet", "--task", TASK, "--image-size", 32)
+    assert "works: " in shown.out
     assert "fc" not in shown.out.split()
-    assert command("inspect", builders.vit_encoder(), "--task", TASK).code == 0
+    assert "works: " in command("inspect", builders.vit_encoder(), "--task", TASK).out
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,9 @@ class TestOwnModules:
         weights = tmp_path / "w.safetensors"
         save_file(builders.own_network("features").state_dict(), weights)
         made = self.run(tmp_path / "out", weights=str(weights))
+        (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        builders.edit_config(tmp_path / "out", name=f"{tmp_path / 'evil.py'}:factory")
+        (tmp_path / "out" / "recipe.yaml").unlink()
         words = ("eval", tmp_path / "out", "--dataset", unlabelled_images())
         words = (*words, "--model", builders.own("features"), "--batch-size", 8)
         refused = command(*words)
@@ -242,6 +245,7 @@ class TestOwnModules:
         found = command(*words, "--teacher-weights", weights)
         assert found.code == 0, found.err
         assert json.loads(found.out.splitlines()[-1])["similarity"] == made["reloaded"]
+        assert not (tmp_path / "ran").exists()
 
     def test_feature_maps_are_refused(self, tmp_path):
         """An embedding is a row of numbers; the shape that came is said."""
@@ -274,9 +278,20 @@ class TestRefusals:
 
     def test_a_pooler_without_weights(self):
         """Embeddings would be random numbers, others at every loading."""
-        with pytest.raises(ModelError, match=r"no weights for its pooler \(pooler.dense.bias"):
+        with pytest.raises(ModelError, match=r"no weights for pooler.dense.bias, pooler.dense.we"):
             models.load(str(builders.vit()), TASK)
         models.load(str(builders.vit()), TASK, pretrained=False)
+
+    def test_a_layer_without_weights(self, tmp_path):
+        """What is random in the middle makes random embeddings, too."""
+        folder = tmp_path / "v"
+        shutil.copytree(builders.vit_encoder(), folder)
+        state = load_file(folder / "model.safetensors")
+        kept = {k: v for k, v in state.items() if "layernorm.weight" not in k}
+        assert len(kept) < len(state)
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match=r"no weights for layernorm\.weight"):
+            models.load(str(folder), TASK)
 
     def test_an_encoder_that_pools_nothing(self, tmp_path):
         """Which transformers' Segformer does not."""
@@ -291,6 +306,24 @@ class TestRefusals:
         with pytest.raises(ModelError, match="returns no pooler_output"):
             finetune("vit-encoder", tmp_path / "out", model=str(tmp_path / "s"))
         assert not (tmp_path / "out").exists()
+
+    def test_a_teacher_for_images_of_another_size(self, tmp_path):
+        """Its size is fixed, and nothing is written before it is tried."""
+        (tmp_path / "fixed.py").write_text(
+            "from torch import nn\n\n"
+            "class Fixed(nn.Flatten):\n"
+            "    def forward(self, x):\n"
+            "        assert x.shape[-1] == 64, 'takes 64 x 64'\n"
+            "        return super().forward(x)\n"
+        )
+        teacher = f"{tmp_path / 'fixed.py'}:Fixed"
+        with pytest.raises(ModelError, match=r"teacher fails on the model's own .* takes 64 x 64"):
+            finetune("timm-encoder", tmp_path / "out", teacher=teacher)
+        assert not (tmp_path / "out").exists()
+        words = ("eval", finished("timm-encoder")[0], "--dataset", unlabelled_images())
+        found = command(*words, "--teacher", teacher)
+        assert found.code == 2
+        assert "teacher fails on the model's own inputs" in found.err
 
     def test_the_weights_of_a_head_are_no_error_elsewhere(self, tmp_path):
         """Only what timm calls the head may be left over."""
@@ -311,9 +344,62 @@ class TestRefusals:
     def test_eval_runs_no_code_that_an_artifact_names(self, tmp_path):
         """A file in the place of the original is refused unread."""
         folder = builders.copy_of("timm-encoder", tmp_path)
+        (folder / "recipe.yaml").unlink()
         (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
         builders.edit_config(folder, name=f"{tmp_path / 'evil.py'}:factory")
         found = command("eval", folder, "--dataset", unlabelled_images())
         assert found.code == 2
         assert "runs only where you name it" in found.err
         assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("name", ["hf-hub:stranger/x", "local-dir:{}", "test_resnet.x/y"])
+    def test_eval_reads_no_repository_that_an_artifact_names(self, tmp_path, name):
+        """Nobody vouches for what a timm name with a source of its own leads to."""
+        folder = builders.copy_of("timm-encoder", tmp_path)
+        (folder / "recipe.yaml").unlink()
+        builders.edit_config(folder, name=name.format(tmp_path))
+        found = command("eval", folder, "--dataset", unlabelled_images())
+        assert found.code == 2
+        assert "none of timm's own names, and is read only where you name it" in found.err
+
+    @pytest.mark.parametrize("key", ["weights", "no-pretrained"])
+    def test_eval_of_a_run_from_other_weights(self, tmp_path, key):
+        """Similarity to the weights that timm publishes would mean nothing."""
+        folder = builders.copy_of("timm-encoder", tmp_path)
+        if key == "no-pretrained":
+            text = (folder / "recipe.yaml").read_text()
+            kept = [line for line in text.splitlines() if not line.startswith("weights:")]
+            (folder / "recipe.yaml").write_text("\n".join([*kept, "pretrained: false"]))
+        found = command("eval", folder, "--dataset", unlabelled_images())
+        assert found.code == 2
+        assert "did not start from the weights that are published as 'test_resnet'" in found.err
+        assert "--teacher-weights" in found.err
+
+
+def test_a_timm_folder_that_does_more_than_describe(tmp_path):
+    """Its config may not have timm read another file."""
+    content = {"architecture": "test_resnet", "model_args": {"checkpoint_path": "x.pth"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="do not only describe a timm network"):
+        models.load(f"local-dir:{tmp_path}", TASK)
+
+
+@pytest.mark.parametrize("name", ["test_resnet.x/y", "resnet18.no_such_tag"])
+def test_a_timm_name_that_is_none(name):
+    """One message, as for every other name."""
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        models.load(name, TASK)
+
+
+@pytest.mark.parametrize("name", ["efficientvit_m0", "levit_128s", "caformer_s18"])
+def test_a_head_of_several_layers(name, tmp_path):
+    """The whole network's weights fit the network without its head, whatever the head held."""
+    weights = tmp_path / "w.safetensors"
+    with torch.device("meta"):
+        whole, encoder = timm.create_model(name), timm.create_model(name, num_classes=0)
+    state = {k: torch.zeros(t.shape, dtype=t.dtype) for k, t in whole.state_dict().items()}
+    save_file(state, weights)
+    own_models.load_weights(encoder.to_empty(device="cpu"), weights)
+    save_file({**state, "extra.weight": torch.zeros(1)}, weights)
+    with pytest.raises(ModelError, match="1 are unknown"):
+        own_models.load_weights(encoder, weights)
