@@ -109,4 +109,4 @@ class TestRecalibration:
         """There the setting would decide nothing."""
         recipe = builders.recipe("own", tmp_path / "out", recalibrate_bn=2)
         with pytest.raises(RecipeError, match="no batch norm"):
-            choices.resolve(recipe, "image-classification", builders.own_network("small"))
+            choices.resolve(recipe, "image-classification", builders.own_network("small"), 6)
