@@ -5,7 +5,9 @@ gives the output of the plain one, that its weights get gradients, and that the 
 loaded from the codes gives the output of the one that was packed, all to the bit.
 """
 
-from collections.abc import Callable
+import copy
+import glob
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,10 +74,15 @@ def attempt(
             )
         wrap.apply(network, plan)
         if not _same(plain, run(network)):
+            changed = " ".join(_changing(fresh, plan, run))
             raise ModelError(
                 "with quantization-aware layers its output is another: it does more with a weight "
-                "than its layers say. Find the layer by --include, one after the other, and "
-                "--exclude it."
+                "than its layers say. "
+                + (
+                    f"Leave these in float: --exclude {changed}"
+                    if changed
+                    else "No layer does that alone: name fewer of them by --include."
+                )
             )
     output = run(network)
     if not output.requires_grad:
@@ -93,6 +100,16 @@ def attempt(
                 "something that its state dict does not."
             )
     return idle
+
+
+def _changing(network: nn.Module, plan: Plan, run: Callable[[nn.Module], Tensor]) -> Iterator[str]:
+    """Yield the layers that, quantization-aware, change a network's output all by themselves."""
+    plain = run(network)
+    for layer in plan.quantized:
+        twin = copy.deepcopy(network)
+        wrap.apply(twin, Plan((layer,)))
+        if not _same(plain, run(twin)):
+            yield glob.escape(layer.label)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

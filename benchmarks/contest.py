@@ -9,6 +9,7 @@ every seed on the whole training set, judged on the test split. A finished run i
     python benchmarks/contest.py --tasks resnet20 --bits 1 --methods askewsgd binaryconnect
     python benchmarks/contest.py --table-only
 
+With --lr a rate is judged that the trials did not choose, to see what the choice cost.
 With --trial-steps 600 the learning rates of a long budget are those of the trials of a short one;
 --table-only needs the same flag to find them.
 With --distill, a full-precision network trained for the budget's steps teaches every method alike.
@@ -236,6 +237,8 @@ def trials(entry: Run, arguments: argparse.Namespace) -> list[Run]:
 def judged(entry: Run, results: Results, arguments: argparse.Namespace) -> list[Run]:
     """Return the runs that count, with the best learning rate of the trials; none before those."""
     best = results.best(trials(entry, arguments))
+    if arguments.lr is not None:
+        best = replace(entry, lr=arguments.lr)
     if best is None:
         return []
     counting = replace(best, steps=entry.steps, trial=False)
@@ -278,7 +281,7 @@ def make(run: Run, results: Results, arguments: argparse.Namespace) -> None:
 
 def compete(entry: Run, results: Results, arguments: argparse.Namespace) -> None:
     """Make the trials of an entry, then the runs that count."""
-    for run in trials(entry, arguments):
+    for run in trials(entry, arguments) if arguments.lr is None else ():
         make(run, results, arguments)
     for run in judged(entry, results, arguments):
         make(run, results, arguments)
@@ -320,6 +323,7 @@ def main() -> None:
     parser.add_argument(
         "--trial-steps", type=int, help="the budget of the trials, if not that of the runs"
     )
+    parser.add_argument("--lr", type=float, help="judge this rate: a look beside the contest")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--distill", type=float, default=0.0)
