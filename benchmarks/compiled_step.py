@@ -4,7 +4,7 @@ Batch 128, bf16 autocast, the network compiled as `askewq finetune --compile` do
 that are made beforehand. Printed: medians of whole steps, the ratio, and the seconds that the first
 two steps take, compiling included.
 
-    python benchmarks/compiled_step.py [--threads 1] [--rounds 15] [--bits 1]
+    python benchmarks/compiled_step.py [--threads 1] [--rounds 15] [--bits 1] [--act-bits 4]
 """
 
 import argparse
@@ -23,10 +23,13 @@ from askewq.layers import prepared
 class Contestant:
     """A network with its optimizer, compiled or not."""
 
-    def __init__(self, bits: int, compiled: bool) -> None:
+    def __init__(self, bits: int, act_bits: int | None, compiled: bool) -> None:
         torch.manual_seed(0)
         self.model = resnet20().train()
         askewq.quantize(self.model, bits)
+        if act_bits is not None:
+            askewq.round_inputs(self.model, act_bits, lambda: self.model(torch.randn(8, 3, 32, 32)))
+            askewq.follow_inputs_(self.model, True)
         self.optimizer = askewq.AskewAdamW(self.model, 3e-3, level_lr=0.01)
         self.compiled = compiled
         self.network = torch.compile(self.model) if compiled else self.model
@@ -51,9 +54,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--bits", type=int, default=1)
+    parser.add_argument("--act-bits", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    eager, compiled = (Contestant(arguments.bits, compiled) for compiled in (False, True))
+    eager, compiled = (
+        Contestant(arguments.bits, arguments.act_bits, compiled) for compiled in (False, True)
+    )
     generator = torch.Generator().manual_seed(0)
     warm_up = 2
     for i in range(warm_up + arguments.rounds):

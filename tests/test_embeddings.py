@@ -152,14 +152,18 @@ def test_gguf_is_refused(tmp_path):
     assert "is a model for feature-extraction" in found.err
 
 
-@pytest.mark.parametrize("more", [{}, {"distill_hidden": 1.0}], ids=["alone", "hidden states"])
-def test_a_run_resumed_gives_the_same_bytes(tmp_path, monkeypatch, more):
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("encoder", {}), ("encoder", {"distill_hidden": 1.0}), ("timm-encoder", {})],
+    ids=["texts", "hidden states", "images"],
+)
+def test_a_run_resumed_gives_the_same_bytes(tmp_path, monkeypatch, kind, more):
     """The teacher of a resumed run is the full-precision network of its start."""
     more |= {"save_every": 2, "lr": 0.01}
-    whole = finetune("encoder", tmp_path / "whole", **more)
+    whole = finetune(kind, tmp_path / "whole", **more)
     with builders.power_cut(monkeypatch, 3), pytest.raises(builders.PowerCutError):
-        finetune("encoder", tmp_path / "cut", **more)
-    resumed = finetune("encoder", tmp_path / "cut", **more, resume=True)
+        finetune(kind, tmp_path / "cut", **more)
+    resumed = finetune(kind, tmp_path / "cut", **more, resume=True)
     packed = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert packed[0] == packed[1]
     assert [whole[k] for k in ("rounded", "reloaded")] == [
