@@ -1,4 +1,4 @@
-"""What a person looks at: the plan's table, the progress bar, the result, the model card."""
+"""What a person looks at: the plan's table, the progress bar, the result."""
 
 import math
 import resource
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,14 +18,12 @@ from askewq.checkpoint import Artifact
 from askewq.config import Recipe
 from askewq.evaluate import Evaluation
 from askewq.grid import Grid
-from askewq.hf_models import auto_class_name
 from askewq.manifest import PackedInput
 from askewq.plan_table import Plan, PlannedLayer
-from askewq.recipe_files import to_yaml
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel, ModelSpec
-from askewq.text import fence, markdown, printable
-from askewq.vocabulary import EMBEDDING_TASKS, ActBits, Bits
+from askewq.text import printable
+from askewq.vocabulary import ActBits, Bits
 
 # Into a file or a pipe every row of a table is one line.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
@@ -224,131 +221,16 @@ def bits_name(bits: Any) -> str:
     return f"{bits} bit{'' if bits == 1 else 's'}"
 
 
-def _weights_name(settings: Mapping[str, Any]) -> str:
+def weights_name(settings: Mapping[str, Any]) -> str:
+    """Return '2 bits', or 'mixed bits' with overrides."""
     return "mixed bits" if settings.get("bits_override") else bits_name(settings["bits"])
 
 
 def width_name(settings: Mapping[str, Any]) -> str:
     """Return '2 bits', 'mixed bits' with overrides, '2 bits, inputs 4 bits' with rounded inputs."""
-    weights = _weights_name(settings)
+    weights = weights_name(settings)
     inputs = settings.get("act_bits", "none")
     return weights if inputs == "none" else f"{weights}, inputs {bits_name(inputs)}"
-
-
-_PIPELINE: dict[str, str] = {
-    "image-classification": "image-classification",
-    "text-classification": "text-classification",
-    "causal-lm": "text-generation",
-    "feature-extraction": "feature-extraction",
-    "image-feature-extraction": "image-feature-extraction",
-}
-
-
-def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> str:
-    """Return README.md of an artifact: how to load it, what it measures, how it was made."""
-    header = yaml.safe_dump(_metadata(metrics, recipe, loaded.spec), sort_keys=False)
-    settings = to_yaml(recipe)
-    block = fence(settings)
-    sizes, metric = metrics["bytes"], metrics["metric"]
-    rows = "\n".join(
-        f"| {name} | {metrics[key]:.2f} |"
-        for name, key in (
-            ("full precision", "full_precision"),
-            ("rounded, no training", "rounded"),
-            ("this model", "reloaded"),
-        )
-    )
-    return f"""---
-{header.strip()}
----
-# {markdown(recipe.model)} at {width_name(metrics)}
-
-**Load it with askewq.** The weights are packed; without askewq, transformers and timm refuse them.
-
-{_how_to_load(loaded.spec)}
-
-| | {metric} on {markdown(recipe.dataset)} |
-|---|---|
-{rows}
-
-{metrics["parameters"]["share"]:.1%} of {metrics["parameters"]["total"]:,} parameters are packed at
-{metrics["bits_per_weight"]:.2f} bits a weight: {size_text(sizes["packed"])} instead of
-{size_text(sizes["full_precision"])}. The {metric} is that of the reloaded file.
-
-Fine-tuned by askewq with the method `{recipe.method}`{_source(recipe)}; the recipe:
-
-{block}yaml
-{settings}{block}
-"""
-
-
-def _metadata(metrics: dict[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
-    """Return what the Hub reads of a model card; paths of this machine are none of its business."""
-    header: dict[str, Any] = {
-        "library_name": "askewq",
-        "pipeline_tag": _PIPELINE[spec.task],
-        "tags": ["askewq", "quantized", "low-bit", _weights_name(metrics).replace(" ", "-")],
-    }
-    if spec.task == "feature-extraction":
-        header["tags"].append("sentence-similarity")
-    if spec.source != "module" and not Path(recipe.model).exists():
-        header["base_model"] = recipe.model
-        header["base_model_relation"] = "quantized"
-    public = not Path(recipe.dataset).exists()
-    if public:
-        header["datasets"] = [recipe.dataset]
-    header["metrics"] = [metrics["metric"]]
-    measured = {"type": metrics["metric"], "value": round(metrics["reloaded"], 4)}
-    dataset = {"name": Path(recipe.dataset).name, "type": recipe.dataset if public else "local"}
-    task = {"type": _PIPELINE[spec.task]}
-    result = {"task": task, "dataset": dataset, "metrics": [measured]}
-    name = f"{Path(recipe.model).name} at {width_name(metrics)}"
-    header["model-index"] = [{"name": name, "results": [result]}]
-    return header
-
-
-def _how_to_load(spec: ModelSpec) -> str:
-    """Return the calls that load an artifact, in every library that can."""
-    own = spec.source == "module"
-    call = "folder, model=factory()" if own else "folder"
-    text = f"""```python
-import askewq
-model = askewq.load({call})  # a plain {spec.source} network with dense float32 weights
-model = askewq.load({call}, packed=True)  # the same logits, weights unpacked on use
-```"""
-    if spec.source == "transformers":
-        text += f"""
-
-With transformers, packed:
-
-```python
-import askewq
-from transformers import {auto_class_name(spec.task)}
-model = {auto_class_name(spec.task)}.from_pretrained(folder_or_repo)
-```"""
-    if spec.task in EMBEDDING_TASKS:
-        text += f"""
-
-{_embedding(spec)}; similarity is 100 times the mean cosine to
-the full-precision model's embeddings."""
-    return text
-
-
-def _embedding(spec: ModelSpec) -> str:
-    """Return how an embedding is read off the network's output."""
-    if spec.source != "transformers":
-        return "The network's output for an image is its embedding"
-    if spec.task == "image-feature-extraction":
-        return "An image's embedding is `pooler_output`"
-    return (
-        "A text's embedding is the mean of `last_hidden_state` over the tokens whose\n"
-        "`attention_mask` is 1"
-    )
-
-
-def _source(recipe: Recipe) -> str:
-    ours = recipe.method.startswith("askewsgd")
-    return " (Leconte, Schechtman, Moulines, AISTATS 2023)" if ours else ""
 
 
 def peak_memory() -> int:

@@ -18,6 +18,7 @@ from torch import nn
 from askewq import (
     activations,
     artifact,
+    card,
     checkpoint,
     choices,
     disk,
@@ -324,10 +325,10 @@ class _Run:
         same = self.loop.evaluate(reloaded.to(self.accelerator.device))
         metrics = self._metrics(snapped, same, reloaded)
         if self.accelerator.is_main_process:
-            card = report.model_card(metrics, self.recipe, self.loaded)
-            with disk.room_for(len(card) + 4096, self.out, advice):
+            page = card.model_card(metrics, self.recipe, self.loaded)
+            with disk.room_for(len(page) + 4096, self.out, advice):
                 disk.write(self.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-                disk.write(self.out / "README.md", card)
+                disk.write(self.out / "README.md", page)
             report.print_result(metrics, self.out)
         if self.recipe.report_to != "none":
             self.accelerator.end_training()

@@ -54,6 +54,7 @@ FLOORS = [
     (
         *(
             "report",
+            "card",
             "training_state",
             "snapshots",
             "output",

@@ -10,6 +10,7 @@ import yaml
 from builders import finished
 
 from askewq import checkpoint, config, recipe_files, report, text, wrap
+from askewq.card import model_card
 from askewq.spec import LoadedModel, ModelSpec
 
 
@@ -175,7 +176,7 @@ class TestModelCard:
         recipe = config.build({"model": name, "dataset": name, "output": "o"})
         spec = ModelSpec("transformers", name, "text-classification", ("a",), {})
         loaded = LoadedModel(builders.own_network("small"), spec, None)
-        card = report.model_card(METRICS, recipe, loaded)
+        card = model_card(METRICS, recipe, loaded)
         _, header, body = re.split(r"^---\n", card, flags=re.MULTILINE)[:3]
         assert yaml.safe_load(header)["base_model"] == name
         page, opening, block = re.split(r"^(`{4,})yaml\n", body, flags=re.MULTILINE)
@@ -198,7 +199,7 @@ class TestModelCard:
         recipe = config.build({"model": name, "dataset": "d", "output": "o"})
         spec = ModelSpec("transformers", name, "text-classification", ("a",), {})
         loaded = LoadedModel(builders.own_network("small"), spec, None)
-        card = report.model_card(METRICS, recipe, loaded)
+        card = model_card(METRICS, recipe, loaded)
         assert yaml.safe_load(card.split("---\n")[1])["base_model"] == name
 
 

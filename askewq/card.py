@@ -1,0 +1,129 @@
+"""The model card of an artifact: README.md, with what the Hub reads at its top."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from askewq.config import Recipe
+from askewq.hf_models import auto_class_name
+from askewq.recipe_files import to_yaml
+from askewq.report import size_text, weights_name, width_name
+from askewq.spec import LoadedModel, ModelSpec
+from askewq.text import fence, markdown
+from askewq.vocabulary import EMBEDDING_TASKS
+
+_PIPELINE: dict[str, str] = {
+    "image-classification": "image-classification",
+    "text-classification": "text-classification",
+    "causal-lm": "text-generation",
+    "feature-extraction": "feature-extraction",
+    "image-feature-extraction": "image-feature-extraction",
+}
+
+
+def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> str:
+    """Return README.md of an artifact: how to load it, what it measures, how it was made."""
+    header = yaml.safe_dump(_metadata(metrics, recipe, loaded.spec), sort_keys=False)
+    settings = to_yaml(recipe)
+    block = fence(settings)
+    sizes, metric = metrics["bytes"], metrics["metric"]
+    rows = "\n".join(
+        f"| {name} | {metrics[key]:.2f} |"
+        for name, key in (
+            ("full precision", "full_precision"),
+            ("rounded, no training", "rounded"),
+            ("this model", "reloaded"),
+        )
+    )
+    return f"""---
+{header.strip()}
+---
+# {markdown(recipe.model)} at {width_name(metrics)}
+
+**Load it with askewq.** The weights are packed; without askewq, transformers and timm refuse them.
+
+{_how_to_load(loaded.spec)}
+
+| | {metric} on {markdown(recipe.dataset)} |
+|---|---|
+{rows}
+
+{metrics["parameters"]["share"]:.1%} of {metrics["parameters"]["total"]:,} parameters are packed at
+{metrics["bits_per_weight"]:.2f} bits a weight: {size_text(sizes["packed"])} instead of
+{size_text(sizes["full_precision"])}. The {metric} is that of the reloaded file.
+
+Fine-tuned by askewq with the method `{recipe.method}`{_source(recipe)}; the recipe:
+
+{block}yaml
+{settings}{block}
+"""
+
+
+def _metadata(metrics: dict[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
+    """Return what the Hub reads of a model card; paths of this machine are none of its business."""
+    header: dict[str, Any] = {
+        "library_name": "askewq",
+        "pipeline_tag": _PIPELINE[spec.task],
+        "tags": ["askewq", "quantized", "low-bit", weights_name(metrics).replace(" ", "-")],
+    }
+    if spec.task == "feature-extraction":
+        header["tags"].append("sentence-similarity")
+    if spec.source != "module" and not Path(recipe.model).exists():
+        header["base_model"] = recipe.model
+        header["base_model_relation"] = "quantized"
+    public = not Path(recipe.dataset).exists()
+    if public:
+        header["datasets"] = [recipe.dataset]
+    header["metrics"] = [metrics["metric"]]
+    measured = {"type": metrics["metric"], "value": round(metrics["reloaded"], 4)}
+    dataset = {"name": Path(recipe.dataset).name, "type": recipe.dataset if public else "local"}
+    task = {"type": _PIPELINE[spec.task]}
+    result = {"task": task, "dataset": dataset, "metrics": [measured]}
+    name = f"{Path(recipe.model).name} at {width_name(metrics)}"
+    header["model-index"] = [{"name": name, "results": [result]}]
+    return header
+
+
+def _how_to_load(spec: ModelSpec) -> str:
+    """Return the calls that load an artifact, in every library that can."""
+    own = spec.source == "module"
+    call = "folder, model=factory()" if own else "folder"
+    text = f"""```python
+import askewq
+model = askewq.load({call})  # a plain {spec.source} network with dense float32 weights
+model = askewq.load({call}, packed=True)  # the same logits, weights unpacked on use
+```"""
+    if spec.source == "transformers":
+        text += f"""
+
+With transformers, packed:
+
+```python
+import askewq
+from transformers import {auto_class_name(spec.task)}
+model = {auto_class_name(spec.task)}.from_pretrained(folder_or_repo)
+```"""
+    if spec.task in EMBEDDING_TASKS:
+        text += f"""
+
+{_embedding(spec)}; similarity is 100 times the mean cosine to
+the full-precision model's embeddings."""
+    return text
+
+
+def _embedding(spec: ModelSpec) -> str:
+    """Return how an embedding is read off the network's output."""
+    if spec.source != "transformers":
+        return "The network's output for an image is its embedding"
+    if spec.task == "image-feature-extraction":
+        return "An image's embedding is `pooler_output`"
+    return (
+        "A text's embedding is the mean of `last_hidden_state` over the tokens whose\n"
+        "`attention_mask` is 1"
+    )
+
+
+def _source(recipe: Recipe) -> str:
+    ours = recipe.method.startswith("askewsgd")
+    return " (Leconte, Schechtman, Moulines, AISTATS 2023)" if ours else ""
