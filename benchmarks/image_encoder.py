@@ -2,8 +2,8 @@
 
     python benchmarks/image_encoder.py --data ../shared/data --output out/encoder
 
-Fine-tunes it, then compares the packed artifact with the network that it started from. Further
-flags go to `askewq finetune`.
+Fine-tunes it, then compares the packed artifact with the network that it started from. Flags
+that it does not give itself go to `askewq finetune`.
 """
 
 import argparse
