@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -191,10 +192,13 @@ def main() -> None:
     import timm  # noqa: F401
     import torch
     import transformers  # noqa: F401
+    from tqdm import tqdm
 
     import askewq.train  # noqa: F401
 
     torch.set_num_threads(1)
+    # tqdm's own lock is one for all forks: a run killed as it holds it would stop all that follow.
+    tqdm.set_lock(threading.RLock())
     began = time.monotonic()
     tally = survive(options.kills, options.seed, folder)
     print(
