@@ -1,9 +1,10 @@
 """Cost of the constrained training step beside plain fine-tuning, interleaved on the same batches.
 
-For timm resnet50 with SGD and a ViT with AdamW at batch 16: median seconds of a whole training
-step (forward, backward, optimizer) and of the optimizer alone, with torch's own optimizer (default
-and fused), with askewq's, and with another method (fake quantization in the forward pass, for
-instance) beside torch's. Each round does one step of every contestant in turn. Memory: bytes of
+For timm resnet50 with SGD and a ViT with AdamW at batch 16: seconds of a training step (forward,
+backward, update) and of the update alone, with torch's own optimizer (default and fused), with
+askewq's, and with another method (fake quantization in the forward pass, for instance) beside
+torch's. Each round does one step of every contestant in turn. Forward and backward count by their
+median, the update by its mean, for some do more at every third or tenth step. Memory: bytes of
 optimizer state, the most that one update allocates on top, and the peak of a process of its own
 that makes three steps (the compiler is loaded in all of them).
 
@@ -85,11 +86,11 @@ class Contestant:
         self.optimizer = makes.get(name, next(iter(makes.values())))(self.model)
         if self.follower is not None:
             self.follower.attach(self.optimizer)
-        self.step_seconds: list[float] = []
+        self.gradient_seconds: list[float] = []
         self.update_seconds: list[float] = []
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, progress: float) -> None:
-        """Make one training step and note how long it and its update took."""
+        """Make one training step and note how long its gradient and its update took."""
         if isinstance(self.optimizer, askewq.AskewSGD | askewq.AskewAdamW):
             self.optimizer.anneal(progress)
         if self.follower is not None:
@@ -100,8 +101,13 @@ class Contestant:
         self.optimizer.step()
         ended = time.perf_counter()
         self.optimizer.zero_grad()
-        self.step_seconds.append(ended - began)
+        self.gradient_seconds.append(middle - began)
         self.update_seconds.append(ended - middle)
+
+    def seconds(self, warm_up: int) -> tuple[float, float]:
+        """Return the median of forward and backward and the mean of the update, after warm-up."""
+        gradients, updates = self.gradient_seconds[warm_up:], self.update_seconds[warm_up:]
+        return statistics.median(gradients), statistics.mean(updates)
 
     def state_bytes(self) -> int:
         """Return the bytes of all tensors that the optimizer keeps, and of scales."""
@@ -163,11 +169,10 @@ def compare(model_name: str, batch: int, rounds: int, threads: int, methods: lis
     parameters = sum(p.numel() for p in entrants[0].model.parameters())
     print(f"\n{model_name}, {parameters / 1e6:.1f} M parameters, batch {batch}, {rounds} rounds")
     print("                      step s  ratio  update ms  state MB  transient MB  process peak MB")
-    reference = statistics.median(entrants[0].step_seconds[warm_up:])
+    reference = sum(entrants[0].seconds(warm_up))
     for entrant in entrants:
-        step = statistics.median(entrant.step_seconds[warm_up:])
-        # The mean, since the closing's extra pass comes at every third step only.
-        update = statistics.mean(entrant.update_seconds[warm_up:])
+        gradient, update = entrant.seconds(warm_up)
+        step = gradient + update
         flags = ["--models", model_name, "--batch", str(batch), "--threads", str(threads)]
         command = [sys.executable, __file__, *flags, "--peak-of", entrant.name]
         peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
