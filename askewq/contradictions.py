@@ -45,6 +45,14 @@ _NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("close_every", *_ASKEW),
     ("final_radius", *_ASKEW),
 ]
+# What does not work on shards, and why.
+_UNSHARDABLE = {
+    "compile": "a compiled network takes weights made before its forward pass, not shards",
+    "average": "it does not follow shards",
+    "polish_steps": "it does not rescale shards",
+    "distill_hidden": "with GPT-2 it gave other weights than DDP",
+    "act_bits": "the scales of inputs are not kept alike in all processes",
+}
 
 
 def complaints(recipe: Any) -> list[str]:
@@ -110,6 +118,15 @@ def _unstreamable(recipe: Any) -> list[str]:
                 "slices; name a whole split"
             )
     return wrong
+
+
+def unshardable(recipe: Any) -> list[str]:
+    """Return which settings do not work where FSDP2 spreads the weights over processes, and why."""
+    return [
+        f"{key} = {getattr(recipe, key)} does not go with FSDP2: {why}"
+        for key, why in _UNSHARDABLE.items()
+        if _changed(recipe, key)
+    ]
 
 
 def _changed(recipe: Any, key: str) -> bool:

@@ -21,6 +21,7 @@ from askewq import (
     card,
     checkpoint,
     choices,
+    contradictions,
     disk,
     distill,
     layers,
@@ -75,8 +76,8 @@ class _Run:
         output.check(recipe)
         self.out = recipe.output
         self.accelerator = processes.accelerator_of(recipe)
-        if processes.is_sharded(self.accelerator):
-            _check_sharded(recipe)
+        if processes.is_sharded(self.accelerator) and (wrong := contradictions.unshardable(recipe)):
+            raise RecipeError(f"{'; '.join(wrong)}. Leave it out, or use DDP.")
         if recipe.compile and not can_compile(self.accelerator.device.type):
             raise RecipeError(
                 "compile: torch.compile does not work here, see the warning; leave it out."
@@ -369,22 +370,6 @@ class _Run:
             else None,
             "peak_memory_bytes": report.peak_memory(),
         }
-
-
-def _check_sharded(recipe: Recipe) -> None:
-    """Refuse what does not work on the shards of FSDP2."""
-    for key, why in (
-        ("compile", "a compiled network takes weights made before its forward pass, not shards"),
-        ("average", "it does not follow shards"),
-        ("polish_steps", "it does not rescale shards"),
-        ("distill_hidden", "with GPT-2 it gave other weights than DDP"),
-        ("act_bits", "the scales of inputs are not kept alike in all processes"),
-    ):
-        value = getattr(recipe, key)
-        if value not in (0, None, "none"):
-            raise RecipeError(
-                f"{key} = {value} does not go with FSDP2: {why}. Leave it out, or use DDP."
-            )
 
 
 def load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
