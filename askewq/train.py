@@ -77,7 +77,7 @@ class _Run:
         self.out = recipe.output
         self.accelerator = processes.accelerator_of(recipe)
         if processes.is_sharded(self.accelerator) and (wrong := contradictions.unshardable(recipe)):
-            raise RecipeError(f"{'; '.join(wrong)}. Leave it out, or use DDP.")
+            raise RecipeError(f"{'; '.join(wrong)}. Leave that out, or use DDP.")
         if recipe.compile and not can_compile(self.accelerator.device.type):
             raise RecipeError(
                 "compile: torch.compile does not work here, see the warning; leave it out."

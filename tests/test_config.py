@@ -11,7 +11,7 @@ from builders import command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from askewq import cli, config, recipe_files
+from askewq import cli, config, contradictions, recipe_files
 from askewq.config import Recipe, build
 from askewq.errors import RecipeError
 
@@ -347,6 +347,15 @@ class TestWrongValues:
     def test_the_papers_alpha_is_allowed_when_coupled(self):
         """With the pull coupled to the learning rate alpha may exceed 1."""
         assert build({**ESSENTIALS, "alpha": 5.0, "pull": "coupled"}).alpha == 5.0
+
+    def test_what_shards_cannot_do_is_named_at_once(self):
+        """Every setting that FSDP2 refuses is in one answer; a plain recipe has none of them."""
+        settings = {"compile": True, "average": 0.9, "polish_steps": 4, "act_bits": 4}
+        named = contradictions.unshardable(build({**ESSENTIALS, **settings, "distill_hidden": 1.0}))
+        assert sorted(complaint.split(" = ")[0] for complaint in named) == sorted(
+            [*settings, "distill_hidden"]
+        )
+        assert contradictions.unshardable(build(ESSENTIALS)) == []
 
 
 class TestOverrides:
