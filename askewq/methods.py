@@ -221,24 +221,47 @@ def quantize_gradient(bits: int, _: Any, __: Any, output: Tensor) -> Tensor:
     return _LogGradient.apply(output, bits) if output.requires_grad else output  # type: ignore[no-any-return]  # torch
 
 
-def adaste(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
-    """Return the signs; gradients pass where a step against them would bring a weight nearer 0."""
-    return _AdaSTE.apply(weight, scale, grid)  # type: ignore[no-any-return]  # torch
+def adaste(weight: Tensor, scale: Tensor, grid: Grid, beta: float) -> Tensor:
+    """Return weights drawn toward their signs, to the sign itself from beta = 1 / alpha on."""
+    return _AdaSTE.apply(weight, scale, grid, beta)  # type: ignore[no-any-return]  # torch
+
+
+# Of AdaSTE's authors' code: the depth of the double well, and the size up to which a gradient or a
+# weight, in units of the scale, counts as 0.
+_ADASTE_ALPHA = 0.01
+_ADASTE_ZERO = 1e-3
 
 
 class _AdaSTE(torch.autograd.Function):
-    """AdaSTE's adaptive gradient."""
+    """AdaSTE's minimiser of the double well and its adaptive gradient; beta is its curvature."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-        ctx.save_for_backward(weight / scale)
-        return grid.snap(weight, scale)
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: Grid, beta: float) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.beta = beta
+        sign = grid.snap(weight, scale)
+        if beta * _ADASTE_ALPHA >= 1:
+            return sign
+        inner = (weight + beta * (1 + _ADASTE_ALPHA) * sign) / (1 + beta)
+        return constraint.clamp(inner, -scale, scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (theta,) = ctx.saved_tensors
-        toward_zero = theta * grads[0] > 0
-        return grads[0] * torch.where(toward_zero, 1 / theta.abs().clamp_min(2), 0), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        grad, beta = grads[0], ctx.beta
+        theta = weight / scale
+        size = theta.abs()
+        border, plain, reach = 0.0, 1.0, 1.0
+        if (depth := beta * _ADASTE_ALPHA) < 1:
+            border, plain = 1 - depth, 1 / (1 + beta)
+            reach = (1 + 2 * beta + depth) * plain
+        on_sign = size > border
+        across = (2 * beta * (1 + _ADASTE_ALPHA) - size) * plain
+        toward = (torch.where(on_sign, reach, across) / size).clamp(0, 0.5)
+        away = plain * (~on_sign).to(size)
+        factor = torch.where(theta * grad > 0, toward, away)
+        small = ((grad * scale).abs() <= _ADASTE_ZERO) | (size <= _ADASTE_ZERO)
+        return grad * torch.where(small, plain, factor), None, None, None
 
 
 def mirror_descent(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -> Tensor:
@@ -266,6 +289,11 @@ def _power(final: float, progress: float) -> float:
     return float(final**progress)
 
 
+def _well(_: float, progress: float) -> float:
+    """Return the coefficient of AdaSTE: from alpha, geometric, to 1 / alpha after three tenths."""
+    return float(_ADASTE_ALPHA ** (1 - 2 * min(1.0, progress / 0.3)))
+
+
 # AskewSGD's own rule where its closing is lazy; the coefficient is the radius of the intervals.
 LAZY = Rule(lazy_projection, clip)
 
@@ -275,8 +303,8 @@ RIVALS: dict[Method, Rule] = {
     "proxquant": Rule(None, proxquant, strength=0.02, course=_ramp),
     "binaryrelax": Rule(binaryrelax, strength=500.0, course=_growth),
     "luq": Rule(binaryconnect, bits=(1, "ternary", 2, 3, 4), rescale=sawb),
-    "adaste": Rule(adaste, bits=(1,)),
-    "mirror-descent": Rule(mirror_descent, bits=(1,), strength=100.0, course=_power),
+    "adaste": Rule(adaste, bits=(1,), course=_well),
+    "mirror-descent": Rule(mirror_descent, bits=(1,), strength=20_000.0, course=_power),
     "projected-gradient": Rule(None, project),
 }
 

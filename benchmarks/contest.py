@@ -1,9 +1,11 @@
 """The contest: every method with the same start, layers, grid, data order, budget and tuning.
 
-For each task, width and budget every method gets the same number of learning rates to try, with
-seed 0 on nine tenths of the training set, judged on the last tenth; the best one is then run with
-every seed on the whole training set, judged on the test split. A finished run is a line of
---results and is not made again: stop and start this command as you like.
+For each task, width and budget every method gets four learning rates to try, with seed 0 on nine
+tenths of the training set, judged on the last tenth: the task's three, then one beyond the best of
+them if that is the lowest or the highest, else one between the best two neighbours. The best of
+the four is then run with every seed on the whole training set, judged on the test split. A finished
+run is a line of --results and is not made again: stop and start this command as you like; a row
+whose fourth trial is missing says so in its column of trials.
 
     python benchmarks/contest.py --data ../shared/data                # everything that is missing
     python benchmarks/contest.py --tasks resnet20 --bits 1 --methods askewsgd binaryconnect
@@ -17,6 +19,7 @@ With --distill, a full-precision network trained for the budget's steps teaches 
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -208,10 +211,9 @@ class Results:
         """Return what a run measured; None: it is not finished."""
         return self._of.get(run)
 
-    def best(self, runs: list[Run]) -> Run | None:
-        """Return the most accurate of some runs, once all of them are finished."""
-        accuracy = {run: result["accuracy"] for run in runs if (result := self.of(run))}
-        return max(runs, key=accuracy.__getitem__) if len(accuracy) == len(runs) else None
+    def best(self, runs: list[Run]) -> Run:
+        """Return the most accurate of some finished runs."""
+        return max(runs, key=lambda run: self._of[run]["accuracy"])
 
 
 def entries(arguments: argparse.Namespace) -> Iterator[Run]:
@@ -227,16 +229,40 @@ def entries(arguments: argparse.Namespace) -> Iterator[Run]:
                         yield Run(task, bits, steps, method, 0.0, 0, True, arguments.distill)
 
 
-def trials(entry: Run, arguments: argparse.Namespace) -> list[Run]:
-    """Return the runs among which an entry's learning rate is chosen."""
+def trials(entry: Run, results: Results, arguments: argparse.Namespace) -> list[Run]:
+    """Return the runs among which an entry's learning rate is chosen: three, and then a fourth."""
     task = TASKS[entry.task]
     lrs = task.full_lrs if entry.full else LEVEL_LRS if entry.in_levels else task.lrs
-    return [replace(entry, lr=lr, steps=arguments.trial_steps or entry.steps) for lr in lrs]
+    runs = [replace(entry, lr=lr, steps=arguments.trial_steps or entry.steps) for lr in lrs]
+    finished = [result["accuracy"] for run in runs if (result := results.of(run))]
+    if len(finished) < len(runs):
+        return runs
+    return [*runs, replace(runs[0], lr=fourth(lrs, finished))]
+
+
+def fourth(lrs: tuple[float, ...], accuracies: list[float]) -> float:
+    """Return the rate to try after three: beyond the best at an edge, else between neighbours.
+
+    Between them lies a rate also where the best two neighbours are equally good.
+    """
+    lowest, middle, highest = accuracies
+    if lowest > max(middle, highest):
+        return lrs[0] / 2
+    if highest > max(lowest, middle):
+        return lrs[2] * 2
+    neighbour = lrs[0] if lowest > highest else lrs[2]
+    return float(f"{math.sqrt(lrs[1] * neighbour):.2g}")
+
+
+def chosen(entry: Run, results: Results, arguments: argparse.Namespace) -> Run | None:
+    """Return the best trial of those that are finished; None: not even three are."""
+    finished = [run for run in trials(entry, results, arguments) if results.of(run)]
+    return results.best(finished) if len(finished) > 2 else None
 
 
 def judged(entry: Run, results: Results, arguments: argparse.Namespace) -> list[Run]:
     """Return the runs that count, with the best learning rate of the trials; none before those."""
-    best = results.best(trials(entry, arguments))
+    best = chosen(entry, results, arguments)
     if arguments.lr is not None:
         best = replace(entry, lr=arguments.lr)
     if best is None:
@@ -250,7 +276,7 @@ def teacher_of(run: Run, results: Results, arguments: argparse.Namespace) -> Run
     if not run.distill:
         return None
     full = Run(run.task, "", run.steps, FULL, 0.0, 0, True, 0.0)
-    best = results.best(trials(full, arguments))
+    best = chosen(full, results, arguments)
     if best is None:
         sys.exit(f"no teacher for {run}: the runs in full precision are not finished")
     return replace(best, steps=run.steps, trial=run.trial)
@@ -281,8 +307,10 @@ def make(run: Run, results: Results, arguments: argparse.Namespace) -> None:
 
 def compete(entry: Run, results: Results, arguments: argparse.Namespace) -> None:
     """Make the trials of an entry, then the runs that count."""
-    for run in trials(entry, arguments) if arguments.lr is None else ():
-        make(run, results, arguments)
+    if arguments.lr is None:
+        for turn in range(4):  # the fourth trial is known once three are finished
+            for run in trials(entry, results, arguments)[turn : turn + 1]:
+                make(run, results, arguments)
     for run in judged(entry, results, arguments):
         make(run, results, arguments)
 
@@ -290,9 +318,10 @@ def compete(entry: Run, results: Results, arguments: argparse.Namespace) -> None
 def table(results: Results, arguments: argparse.Namespace) -> None:
     """Print mean and spread over the seeds of every entry that is finished."""
     print(
-        "| task | bits | steps | method | lr | accuracy | snapped - relaxed | s a step | peak GB |"
+        "| task | bits | steps | method | lr | trials | accuracy | snapped - relaxed | s a step | "
+        "peak GB |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for entry in entries(arguments):
         runs = judged(entry, results, arguments)
         finished = [result for run in runs if (result := results.of(run))]
@@ -303,10 +332,11 @@ def table(results: Results, arguments: argparse.Namespace) -> None:
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         step = statistics.median(result["step_seconds"] for result in finished)
         memory = max(result["peak_memory_bytes"] for result in finished) / 1e9
+        tried = sum(results.of(run) is not None for run in trials(entry, results, arguments))
         print(
             f"| {entry.task} | {entry.bits} | {entry.steps} | {entry.method} | {runs[0].lr:g} | "
-            f"{statistics.mean(values):.2f}{spread} ({len(values)}) | {gap:+.2f} | {step:.3f} | "
-            f"{memory:.2f} |"
+            f"{tried} | {statistics.mean(values):.2f}{spread} ({len(values)}) | {gap:+.2f} | "
+            f"{step:.3f} | {memory:.2f} |"
         )
 
 

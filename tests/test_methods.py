@@ -245,18 +245,48 @@ def test_luq_rounds_the_gradients_of_its_layers_outputs():
     assert torch.equal(scaled, scaled.round())
 
 
-@given(st.integers(0, 999))
-@settings(deadline=None, max_examples=30)
-def test_adaste(seed):
-    """Le et al. 2022 for vanishing smoothing: 0 away from zero, min(1/|theta|, 1/2) towards it."""
+def adaste_of(theta: float, g: float, beta: float) -> tuple[float, float]:
+    """Return what the forward pass sees and the factor of the gradient, both in units of s."""
+    sign = -1.0 if theta < 0 else 1.0
+    if beta >= 100:
+        seen, plain, border, reach = sign, 1.0, 0.0, 1.0
+    else:
+        seen = max(-1.0, min(1.0, (theta + beta * 1.01 * sign) / (1 + beta)))
+        plain, border, reach = 1 / (1 + beta), 1 - 0.01 * beta, (1 + 2.01 * beta) / (1 + beta)
+    if abs(g) <= 1e-3 or abs(theta) <= 1e-3:
+        return seen, plain
+    if g * theta > 0:
+        if abs(theta) <= border:
+            reach = (2.02 * beta - abs(theta)) / (1 + beta)
+        return seen, max(0.0, min(0.5, reach / abs(theta)))
+    return seen, plain if abs(theta) <= border else 0.0
+
+
+@given(st.integers(0, 999), st.sampled_from([0.01, 0.3, 2.0, 50.0, 99.0, 100.0]))
+@settings(deadline=None, max_examples=60)
+def test_adaste(seed, beta):
+    """Le et al. 2022 as their code has it: the well's minimiser, and the adaptive gradient."""
     weight, scale = rows(seed)
-    value, grad, _, given_gradient = gradient(methods.adaste, weight, scale, make_grid(1))
-    assert torch.equal(value, torch.where(weight < 0, -scale, scale))
+    weight[:, ::5] *= 1e-4  # as good as 0
+    value, grad, _, given_gradient = gradient(methods.adaste, weight, scale, make_grid(1), beta)
     for i, row in enumerate(weight.tolist()):
+        s = scale[i].item()
         for j, w in enumerate(row):
-            g, theta = given_gradient[i, j].item(), w / scale[i].item()
-            factor = min(1 / abs(theta), 0.5) if g * theta > 0 else 0.0
+            g = given_gradient[i, j].item()
+            seen, factor = adaste_of(w / s, g * s, beta)
+            assert value[i, j].item() == pytest.approx(seen * s, abs=1e-6)  # levels: float32
             assert grad[i, j].item() == pytest.approx(g * factor, abs=1e-12)
+
+
+@pytest.mark.parametrize("theta", [-1.6, -0.7, -0.2, 0.4, 0.9, 2.5])
+@pytest.mark.parametrize("beta", [0.3, 2.0, 50.0, 100.0])
+def test_adaste_sees_the_minimiser_of_its_inner_problem(theta, beta):
+    """Le et al. 2022: w* minimises (w - theta)^2 + beta (w - (1 + alpha) sign w)^2 on [-1, 1]."""
+    line = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
+    cost = (line - theta) ** 2 + beta * (line - 1.01 * line.sign()) ** 2
+    weight, scale = torch.full((1, 1), theta).double(), torch.ones(1, 1).double()
+    seen = methods.adaste(weight, scale, make_grid(1), beta)
+    assert seen.item() == pytest.approx(line[cost.argmin()].item(), abs=2e-5)
 
 
 @given(st.integers(0, 999), st.floats(1, 50))
@@ -285,14 +315,14 @@ def test_projected_gradient(seed, grid):
         assert found[i].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["proxquant", "binaryrelax", "mirror-descent"])
+@pytest.mark.parametrize("name", ["proxquant", "binaryrelax", "mirror-descent", "adaste"])
 def test_the_coefficients_only_grow_and_end_where_they_should(name):
-    """ProxQuant and BinaryRelax end exactly on the grid; mirror descent at its final slope."""
+    """All but mirror descent, which ends at its final slope, end exactly on the grid."""
     rival = RIVALS[name]
-    course = [rival.course(rival.strength, i / 20) for i in range(21)]
+    course = [rival.course(rival.strength or 0.0, i / 20) for i in range(21)]
     assert course == sorted(course)
-    assert course[-1] == (rival.strength if name == "mirror-descent" else math.inf)
-    assert course[0] == (0.0 if name == "proxquant" else 1.0)
+    assert course[-1] == {"mirror-descent": rival.strength, "adaste": 100.0}.get(name, math.inf)
+    assert course[0] == pytest.approx({"proxquant": 0.0, "adaste": 0.01}.get(name, 1.0))
 
 
 def small() -> torch.nn.Sequential:
