@@ -275,8 +275,8 @@ def project(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
 
 
 def _ramp(final: float, progress: float) -> float:
-    """Return the coefficient of ProxQuant: linear, then all the way for the last fifth."""
-    return final * progress if progress < 0.8 else math.inf
+    """Return the coefficient of ProxQuant: linear, then all the way for the last third."""
+    return final * progress if progress < 2 / 3 else math.inf
 
 
 def _growth(final: float, progress: float) -> float:
@@ -300,7 +300,7 @@ LAZY = Rule(lazy_projection, clip)
 RIVALS: dict[Method, Rule] = {
     "binaryconnect": Rule(binaryconnect, clip),
     "lsq": Rule(lsq, learns_scale=True),
-    "proxquant": Rule(None, proxquant, strength=0.02, course=_ramp),
+    "proxquant": Rule(None, proxquant, strength=0.003, course=_ramp),
     "binaryrelax": Rule(binaryrelax, strength=500.0, course=_growth),
     "luq": Rule(binaryconnect, bits=(1, "ternary", 2, 3, 4), rescale=sawb),
     "adaste": Rule(adaste, bits=(1,), course=_well),

@@ -45,11 +45,15 @@ FORMS = {
     "askewsgd-paper": ("--method", "askewsgd-paper"),
     # Intervals that close with the first step: straight-through, with the steps of askewsgd.
     "askewsgd, closed at once": ("--method", "askewsgd", "--close-end", "0.001"),
+    # The rivals next to it on askewsgd's base optimizer, where the task's own is another.
+    "binaryconnect, adamw": ("--method", "binaryconnect", "--optimizer", "adamw"),
+    "binaryrelax, adamw": ("--method", "binaryrelax", "--optimizer", "adamw"),
 }
 METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
 LEVEL_LRS = (0.005, 0.01, 0.02)
+ADAMW_LRS = (7e-4, 1.4e-3, 2.8e-3)  # LEVEL_LRS in the weights' own units: a spacing is about 0.14
 MEASURED = ("accuracy", "relaxed", "step_seconds", "peak_memory_bytes")
 WEIGHTS = "checkpoints/teacher.safetensors"  # what a run in full precision leaves
 
@@ -109,6 +113,11 @@ class Run:
     def full(self) -> bool:
         """Whether the run is one in full precision, which leaves its weights."""
         return self.method in (FULL, START)
+
+    @property
+    def on_adamw(self) -> bool:
+        """Whether a rival runs on AdamW that runs on the task's optimizer as well."""
+        return self.method.endswith(", adamw")
 
     @property
     def in_levels(self) -> bool:
@@ -223,16 +232,21 @@ def entries(arguments: argparse.Namespace) -> Iterator[Run]:
             if FULL in arguments.methods or arguments.distill:
                 yield Run(task, "", steps, FULL, 0.0, 0, True, 0.0)
             for bits in arguments.bits:
+                width = bits if bits == "ternary" else int(bits)
                 for method in (m for m in arguments.methods if m != FULL):
-                    allowed = RIVALS[method].bits if method in RIVALS else None
-                    if allowed is None or (bits if bits == "ternary" else int(bits)) in allowed:
-                        yield Run(task, bits, steps, method, 0.0, 0, True, arguments.distill)
+                    entry = Run(task, bits, steps, method, 0.0, 0, True, arguments.distill)
+                    if method in RIVALS and width not in RIVALS[method].bits:
+                        continue
+                    if entry.on_adamw and bits not in TASKS[task].level_bits:
+                        continue  # every method there has the same base optimizer
+                    yield entry
 
 
 def trials(entry: Run, results: Results, arguments: argparse.Namespace) -> list[Run]:
     """Return the runs among which an entry's learning rate is chosen: three, and then a fourth."""
     task = TASKS[entry.task]
     lrs = task.full_lrs if entry.full else LEVEL_LRS if entry.in_levels else task.lrs
+    lrs = ADAMW_LRS if entry.on_adamw else lrs
     runs = [replace(entry, lr=lr, steps=arguments.trial_steps or entry.steps) for lr in lrs]
     finished = [result["accuracy"] for run in runs if (result := results.of(run))]
     if len(finished) < len(runs):

@@ -25,12 +25,7 @@ def parq_optimizer(
     model: nn.Module, bits: Bits, steps: int, base: Callable[[Any], torch.optim.Optimizer]
 ) -> Any:
     """Return PARQ over the quantized layers of a model; `base` makes the optimizer beneath it."""
-    from torchao.prototype.parq import (
-        ProxPARQ,
-        QuantOptimizer,
-        TernaryUnifQuantizer,
-        UnifQuantizer,
-    )
+    from torchao.prototype.parq import LSBQuantizer, ProxPARQ, QuantOptimizer, UnifQuantizer
 
     weights = [layer.latent for layer in quantized_layers(model).values()]
     if not all(weight.is_contiguous() for weight in weights):
@@ -43,7 +38,7 @@ def parq_optimizer(
     ]
     return QuantOptimizer(
         base(groups),
-        TernaryUnifQuantizer() if ternary else UnifQuantizer(),
+        LSBQuantizer(optimal=True) if ternary else UnifQuantizer(),
         ProxPARQ(anneal_start=0, anneal_end=int(0.9 * steps), steepness=20),
         quant_per_channel=True,
         quant_period=10,
