@@ -296,12 +296,13 @@ def teacher_of(run: Run, results: Results, arguments: argparse.Namespace) -> Run
     return replace(best, steps=run.steps, trial=run.trial)
 
 
-def make(run: Run, results: Results, arguments: argparse.Namespace) -> None:
-    """Make a run, unless it is finished."""
+def make(
+    run: Run, results: Results, arguments: argparse.Namespace, keep_weights: bool = False
+) -> None:
+    """Make a run, unless it is finished; with `keep_weights`, unless its weights are there too."""
     output: Path = arguments.output
     folder, teacher = run.folder(output), teacher_of(run, results, arguments)
-    needed = run.method == START or (run.method == FULL and arguments.distill)
-    if results.of(run) and ((folder / WEIGHTS).is_file() or not needed):
+    if results.of(run) and ((folder / WEIGHTS).is_file() or not keep_weights):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     weights = teacher.folder(output) / WEIGHTS if teacher else None
@@ -378,13 +379,21 @@ def main() -> None:
     results = Results(arguments.results)
     if not arguments.table_only:
         listed = list(entries(arguments))
+        full = [entry for entry in listed if entry.full]
+        low_bit = [entry for entry in listed if not entry.full]
         starts = {replace(e, trial=trial).start() for e in listed for trial in (True, False)}
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda run: make(run, results, arguments), starts - {None}))
-        for full in (True, False):  # the teachers first
-            some = [entry for entry in listed if entry.full == full]
-            with ThreadPoolExecutor(arguments.jobs) as pool:
-                list(pool.map(lambda entry: compete(entry, results, arguments), some))
+
+            def train(runs: set[Run | None]) -> None:
+                list(pool.map(lambda run: make(run, results, arguments, True), runs - {None}))
+
+            train(starts)
+            list(pool.map(lambda entry: compete(entry, results, arguments), full))
+            trial_steps = arguments.trial_steps
+            short = [replace(e, steps=trial_steps or e.steps) for e in low_bit]
+            long = [replace(e, trial=False) for e in low_bit]
+            train({teacher_of(run, results, arguments) for run in (*short, *long)})
+            list(pool.map(lambda entry: compete(entry, results, arguments), low_bit))
     table(results, arguments)
 
 

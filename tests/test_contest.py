@@ -1,6 +1,7 @@
-"""The contest's own rules, benchmarks/contest.py: which rate is tried after three."""
+"""The contest's own rules, benchmarks/contest.py: which rate is tried, and which runs are made."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -53,3 +54,38 @@ def test_a_fourth_trial_follows_three_and_counts(contest, tmp_path):
     results.add(last, {"accuracy": 91})
     runs = contest.judged(entry, contest.Results(tmp_path / "results.jsonl"), arguments)
     assert [(run.lr, run.seed, run.trial) for run in runs] == [(0.005, 0, False), (0.005, 1, False)]
+
+
+def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeypatch):
+    """A teacher whose weights are gone is trained again; nothing else that is finished is."""
+    results = contest.Results(tmp_path / "results.jsonl")
+    measured = dict.fromkeys(contest.MEASURED, 90.0)
+    for lr in (*contest.TASKS["resnet20"].full_lrs, 0.014):  # all level: the first one is chosen
+        results.add(contest.Run("resnet20", "", 600, contest.FULL, lr, 0, True, 0.0), measured)
+    for seed in range(2):
+        results.add(
+            contest.Run("resnet20", "", 600, contest.FULL, 0.005, seed, False, 0.0), measured
+        )
+    made = []
+
+    def train(command, **_):
+        folder = Path(command[command.index("--output") + 1])
+        made.append(str(folder.relative_to(tmp_path / "out" / "resnet20")))
+        if "--teacher-weights" in command:
+            assert Path(command[command.index("--teacher-weights") + 1]).is_file()
+        (folder / contest.WEIGHTS).parent.mkdir(parents=True)
+        (folder / contest.WEIGHTS).touch()
+        metrics = {"snapped": 80.0, "full_precision": 90.0, **measured}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        return contest.subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(contest.subprocess, "run", train)
+    flags = "--tasks resnet20 --bits 1 --methods askewsgd --distill 0.5 --seeds 2 --jobs 1"
+    paths = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["contest.py", *flags.split(), *paths])
+    contest.main()
+    full = [f"any-600/full-precision/{run}-lr-0.005" for run in ("trial", "seed-0")]
+    trials = [f"trial-lr-{lr}" for lr in ("0.005", "0.01", "0.02", "0.014")]
+    runs = [*trials, "seed-0-lr-0.005", "seed-1-lr-0.005"]
+    assert sorted(made[:2]) == sorted(full)
+    assert made[2:] == [f"1-bit-600-distill-0.5/askewsgd/{run}" for run in runs]
