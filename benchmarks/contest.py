@@ -54,6 +54,7 @@ METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
 LEVEL_LRS = (0.005, 0.01, 0.02)
 ADAMW_LRS = (7e-4, 1.4e-3, 2.8e-3)  # LEVEL_LRS in the weights' own units: a spacing is about 0.14
+TEACHING = threading.Lock()
 MEASURED = ("accuracy", "relaxed", "step_seconds", "peak_memory_bytes")
 WEIGHTS = "checkpoints/teacher.safetensors"  # what a run in full precision leaves
 
@@ -305,7 +306,11 @@ def make(
     if results.of(run) and ((folder / WEIGHTS).is_file() or not keep_weights):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    weights = teacher.folder(output) / WEIGHTS if teacher else None
+    weights = None
+    if teacher is not None:
+        with TEACHING:  # the first run that needs the teacher trains it, the others wait
+            make(teacher, results, arguments, keep_weights=True)
+        weights = teacher.folder(output) / WEIGHTS
     command = [*run.command(arguments.data, output, weights), "--overwrite"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     log = folder.with_name(f"{folder.name}.log")
@@ -383,17 +388,9 @@ def main() -> None:
         low_bit = [entry for entry in listed if not entry.full]
         starts = {replace(e, trial=trial).start() for e in listed for trial in (True, False)}
         with ThreadPoolExecutor(arguments.jobs) as pool:
-
-            def train(runs: set[Run | None]) -> None:
-                list(pool.map(lambda run: make(run, results, arguments, True), runs - {None}))
-
-            train(starts)
-            list(pool.map(lambda entry: compete(entry, results, arguments), full))
-            trial_steps = arguments.trial_steps
-            short = [replace(e, steps=trial_steps or e.steps) for e in low_bit]
-            long = [replace(e, trial=False) for e in low_bit]
-            train({teacher_of(run, results, arguments) for run in (*short, *long)})
-            list(pool.map(lambda entry: compete(entry, results, arguments), low_bit))
+            list(pool.map(lambda run: make(run, results, arguments, True), starts - {None}))
+            for some in (full, low_bit):  # what full precision chooses is the teacher's rate
+                list(pool.map(lambda entry: compete(entry, results, arguments), some))
     table(results, arguments)
 
 

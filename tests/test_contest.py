@@ -57,7 +57,7 @@ def test_a_fourth_trial_follows_three_and_counts(contest, tmp_path):
 
 
 def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeypatch):
-    """A teacher whose weights are gone is trained again; nothing else that is finished is."""
+    """A teacher without weights is trained again where a run needs it; nothing else finished is."""
     results = contest.Results(tmp_path / "results.jsonl")
     measured = dict.fromkeys(contest.MEASURED, 90.0)
     for lr in (*contest.TASKS["resnet20"].full_lrs, 0.014):  # all level: the first one is chosen
@@ -73,7 +73,7 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
         made.append(str(folder.relative_to(tmp_path / "out" / "resnet20")))
         if "--teacher-weights" in command:
             assert Path(command[command.index("--teacher-weights") + 1]).is_file()
-        (folder / contest.WEIGHTS).parent.mkdir(parents=True)
+        (folder / contest.WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
         (folder / contest.WEIGHTS).touch()
         metrics = {"snapped": 80.0, "full_precision": 90.0, **measured}
         (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -84,8 +84,14 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
     paths = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results.jsonl")]
     monkeypatch.setattr(sys, "argv", ["contest.py", *flags.split(), *paths])
     contest.main()
-    full = [f"any-600/full-precision/{run}-lr-0.005" for run in ("trial", "seed-0")]
     trials = [f"trial-lr-{lr}" for lr in ("0.005", "0.01", "0.02", "0.014")]
-    runs = [*trials, "seed-0-lr-0.005", "seed-1-lr-0.005"]
-    assert sorted(made[:2]) == sorted(full)
-    assert made[2:] == [f"1-bit-600-distill-0.5/askewsgd/{run}" for run in runs]
+    assert made == [
+        "any-600/full-precision/trial-lr-0.005",
+        *(f"1-bit-600-distill-0.5/askewsgd/{run}" for run in trials),
+        "any-600/full-precision/seed-0-lr-0.005",
+        *(f"1-bit-600-distill-0.5/askewsgd/seed-{seed}-lr-0.005" for seed in range(2)),
+    ]
+    made.clear()
+    contest.shutil.rmtree(tmp_path / "out")
+    contest.main()
+    assert made == []
