@@ -2,17 +2,19 @@
 
 For timm resnet50 with SGD and a ViT with AdamW at batch 16: seconds of a training step (forward,
 backward, update) and of the update alone, with torch's own optimizer (default and fused), with
-askewq's, and with another method (fake quantization in the forward pass, for instance) beside
-torch's. Each round does one step of every contestant in turn. Forward and backward count by their
-median, the update by its mean, for some do more at every third or tenth step. Memory: bytes of
-optimizer state, the most that one update allocates on top, and the peak of a process of its own
-that makes three steps (the compiler is loaded in all of them).
+askewq's, and with another method beside torch's ("torch fake_quantize" is torch's own operator of
+quantization-aware training in the forward pass, 2 bits per channel). Each round does one step of
+every contestant in turn. Forward and backward count by their median, the update by its mean, for
+some do more at every third or tenth step. Memory: bytes of optimizer state, the most that one
+update allocates on top, and the peak of a process of its own that makes three steps (the compiler
+is loaded in all of them).
 
     python benchmarks/step_overhead.py [--rounds 15] [--threads 2] [--models resnet50 ...]
         [--methods binaryconnect lsq parq ...]
 """
 
 import argparse
+import copy
 import functools
 import statistics
 import subprocess
@@ -26,9 +28,11 @@ import timm
 import torch
 from parq import parq_optimizer
 from timm.data.config import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import askewq
+from askewq.layers import quantized_layers
 from askewq.methods import RIVALS
 from askewq.rivals import Follower
 
@@ -36,6 +40,7 @@ STAGGERED = askewq.Closing("staggered")
 
 # torchao's, through its own package (pip install torchao), annealing over this many steps.
 PARQ, PARQ_STEPS = "parq", 100
+FAKE = "torch fake_quantize"
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -69,6 +74,31 @@ def contestants(base: str) -> dict[str, Make]:
     }
 
 
+class FakeQuantize(nn.Module):
+    """Parametrization of a weight by torch's fake quantization, 2 bits per output channel."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", weight.detach().flatten(1).abs().amax(1) / 2)
+        self.register_buffer("zero_point", torch.zeros(len(weight), dtype=torch.int32))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight rounded to four levels; gradients pass where it lies among them."""
+        return torch.fake_quantize_per_channel_affine(weight, self.scale, self.zero_point, 0, -2, 1)
+
+
+def fake_quantize_(model: nn.Module) -> None:
+    """Let torch fake-quantize the weights that askewq would quantize, in place."""
+    twin = copy.deepcopy(model)
+    askewq.quantize(twin, 2)
+    for name in quantized_layers(twin):
+        fake = FakeQuantize(model.get_parameter(f"{name}.weight"))
+        register_parametrization(model.get_submodule(name), "weight", fake)
+
+
 class Contestant:
     """A model of its own with its optimizer, stepped on shared batches."""
 
@@ -79,6 +109,8 @@ class Contestant:
         if not name.startswith("torch"):
             binary = name in RIVALS and 2 not in RIVALS[name].bits
             askewq.quantize(self.model, 1 if binary else 2)
+        if name == FAKE:
+            fake_quantize_(self.model)
         self.follower = Follower(self.model, name) if name in RIVALS else None
         base = base_of(model_name)
         makes = contestants(base)
@@ -191,7 +223,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak-of", help="only print this contestant's process peak")
     parser.add_argument("--models", nargs="+", default=["resnet50", "vit_small_patch16_224"])
-    parser.add_argument("--methods", nargs="*", choices=[*RIVALS, PARQ], default=["binaryconnect"])
+    parser.add_argument(
+        "--methods", nargs="*", choices=[*RIVALS, PARQ, FAKE], default=["binaryconnect", FAKE]
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak_of:
