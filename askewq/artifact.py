@@ -134,9 +134,14 @@ def load_artifact(
 
     Raises:
         FormatError: not an artifact, damaged, or of a newer version.
-        ModelError: an own module without `factory`.
+        ModelError: an own module without `factory`, or another network with one.
     """
     spec, preprocessing = read_spec(folder)
+    if factory is not None and spec.source != "module":
+        raise ModelError(
+            f"--model goes with an artifact of a module of your own; {folder} is of {spec.name} "
+            f"from {spec.source}: leave it out."
+        )
     if spec.source == "module":
         if factory is None:
             raise ModelError(

@@ -3,7 +3,7 @@
 Images are decoded once and kept where they fit in memory, and augmentation works on whole batches.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ def label_ids(split: Any, column: str, labels: tuple[str, ...], flag: str) -> li
 
     feature = split.features[column]
     values = list(split[column])
+    if None in values:
+        raise DataError(f"the split for {flag} has rows without a label; remove them.")
     if isinstance(feature, datasets.ClassLabel):
         if -1 in values:
             raise DataError(f"the split for {flag} has no labels (they are -1); choose another.")
@@ -41,6 +43,17 @@ def label_ids(split: Any, column: str, labels: tuple[str, ...], flag: str) -> li
             f"{', ...' if len(labels) > 8 else ''}."
         )
     return [known[str(value)] for value in values]
+
+
+def prepared_image(image: Any, preprocessing: Any) -> Tensor:
+    """Return an image of a data set as the preprocessing makes it, [channels, height, width].
+
+    Raises:
+        DataError: a row without an image.
+    """
+    if image is None:
+        raise DataError("the data set has a row without an image; remove it.")
+    return cast(Tensor, preprocessing.image(image))
 
 
 class Images(Dataset[dict[str, Any]]):
@@ -71,7 +84,8 @@ class Images(Dataset[dict[str, Any]]):
 
     def _decode(self, index: int) -> Tensor:
         try:
-            return self._preprocessing.image(self._split[index][self._column])  # type: ignore[no-any-return]
+            image = self._split[index][self._column]
+            return prepared_image(image, self._preprocessing)
         except (OSError, ValueError) as error:
             raise DataError(f"image {index} of the data set cannot be decoded: {error}") from error
 
@@ -101,7 +115,9 @@ class Blocks(Dataset[dict[str, Any]]):
 
     def __init__(self, split: Any, column: str, tokenizer: Any, length: int) -> None:
         def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-            return {"input_ids": tokenizer([text + "\n" for text in batch[column]])["input_ids"]}
+            return {
+                "input_ids": tokenizer([(text or "") + "\n" for text in batch[column]])["input_ids"]
+            }
 
         tokens = split.map(tokenize, batched=True, remove_columns=split.column_names)
         flat = torch.tensor([token for row in tokens["input_ids"] for token in row])
@@ -189,6 +205,17 @@ def prepare_batch(
     if isinstance(preprocessing, ImagePreprocessing):
         pixels = preprocessing.batch(pixels)
     return {**batch, "pixel_values": pixels}
+
+
+def longest(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Return one text of so many tokens, all of them one that occurs in a batch of texts."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    token = ids.flatten()[mask.flatten().argmax()]  # no padding, which may have no place
+    return {
+        "input_ids": token.expand(1, length),
+        "attention_mask": torch.ones_like(mask[:1, :1]).expand(1, length),
+    }
 
 
 def augment(pixels: Tensor, kind: str) -> Tensor:

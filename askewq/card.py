@@ -9,7 +9,7 @@ from askewq.config import Recipe
 from askewq.hf_models import auto_class_name
 from askewq.recipe_files import to_yaml
 from askewq.report import size_text, weights_name, width_name
-from askewq.spec import LoadedModel, ModelSpec
+from askewq.spec import LoadedModel, ModelSpec, path_of
 from askewq.text import fence, markdown
 from askewq.vocabulary import EMBEDDING_TASKS
 
@@ -44,7 +44,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> 
 **Load it with askewq.** The weights are packed; without askewq, transformers and timm refuse them.
 
 {_how_to_load(loaded.spec)}
-
+{_similarity(loaded.spec, recipe)}
 | | {metric} on {markdown(recipe.dataset)} |
 |---|---|
 {rows}
@@ -69,10 +69,10 @@ def _metadata(metrics: dict[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[
     }
     if spec.task == "feature-extraction":
         header["tags"].append("sentence-similarity")
-    if spec.source != "module" and not Path(recipe.model).exists():
-        header["base_model"] = recipe.model
+    if spec.source != "module" and not path_of(recipe.model).exists():
+        header["base_model"] = recipe.model.removeprefix("hf-hub:").removeprefix("hf_hub:")
         header["base_model_relation"] = "quantized"
-    public = not Path(recipe.dataset).exists()
+    public = not path_of(recipe.dataset).exists()
     if public:
         header["datasets"] = [recipe.dataset]
     header["metrics"] = [metrics["metric"]]
@@ -104,12 +104,22 @@ import askewq
 from transformers import {auto_class_name(spec.task)}
 model = {auto_class_name(spec.task)}.from_pretrained(folder_or_repo)
 ```"""
-    if spec.task in EMBEDDING_TASKS:
-        text += f"""
-
-{_embedding(spec)}; similarity is 100 times the mean cosine to
-the full-precision model's embeddings."""
     return text
+
+
+def _similarity(spec: ModelSpec, recipe: Recipe) -> str:
+    """Return what the metric of a task without labels is; nothing for other tasks."""
+    if spec.task not in EMBEDDING_TASKS:
+        return ""
+    teacher = "the full-precision model"
+    if recipe.teacher not in (None, "self"):
+        teacher = markdown(f"the teacher {recipe.teacher}")
+    elif recipe.teacher_weights is not None:
+        teacher = "its teacher, the same network with other weights"
+    return f"""
+{_embedding(spec)}; similarity is 100 times the mean cosine to
+the embeddings of {teacher}.
+"""
 
 
 def _embedding(spec: ModelSpec) -> str:

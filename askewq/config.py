@@ -78,7 +78,9 @@ class Recipe(BaseModel):
     mean: tuple[float, ...] | None = _key(None, DATA, "per channel, images in 0..1")
     std: tuple[float, ...] | None = _key(None, DATA, "per channel, images in 0..1")
     augment: Augmentation = _key("none", DATA, "light training augmentation of images")
-    max_length: int | None = _key(None, DATA, "tokens of a text; the model's own, or 512", ge=2)
+    max_length: int | None = _key(
+        None, DATA, "tokens of a text; the model's own limit, at most 512", ge=2
+    )
     max_train_samples: int | None = _key(None, DATA, "train on a random part", ge=1)
     max_eval_samples: int | None = _key(None, DATA, "evaluate on a random part", ge=1)
     num_workers: int = _key(0, DATA, "processes that decode images", ge=0)
@@ -109,14 +111,15 @@ class Recipe(BaseModel):
     )
 
     optimizer: Literal["sgd", "adamw"] | None = _key(
-        None, TRAIN, "sgd for models with batch norm, adamw for others"
+        None, TRAIN, "sgd for models with batch norm, adamw for others and beside level_lr"
     )
     lr: float | None = _key(None, TRAIN, "0.02 for sgd, 1e-4 for adamw, 1e-2 beside level_lr", gt=0)
     level_lr: float | None = _key(
         None,
         TRAIN,
-        "lr of the quantized weights in level spacings (adamw), beside lr for the rest; 0.01 "
-        "for models with batch norm at 1 bit and ternary, else not used",
+        "lr of the quantized weights in level spacings (adamw), beside lr for the rest; by default "
+        "only for models with batch norm: 0.01 at 1 bit up to 1,500 steps, 0.005 beyond and "
+        "ternary",
         gt=0,
     )
     lr_hold: float = _key(

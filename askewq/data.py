@@ -228,7 +228,7 @@ def _label_column(recipe: Recipe, features: Any) -> str:
             )
         return recipe.label_column
     classes = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel)]
-    named = [name for name in _LABEL_NAMES if name in features]
+    named = [name for name in _LABEL_NAMES if isinstance(features.get(name), datasets.Value)]
     guesses = [*classes, *named]
     _check(guesses[:1], features, "--label-column", "a label")
     return guesses[0]

@@ -126,13 +126,19 @@ def evaluate_artifact(
 
 
 def _check_start(folder: Path) -> None:
-    """Check that a run started from the weights that are published under its model's name.
+    """Check that a run learned from the weights that are published under its model's name.
 
     Raises:
         RecipeError: the recipe beside the artifact says otherwise.
     """
     path = folder / recipe_files.RECIPE
     settings = recipe_files.read_yaml(path) if path.is_file() else {}
+    if settings.get("teacher") not in (None, distill.SELF) or settings.get("teacher_weights"):
+        given = settings.get("teacher") or settings.get("teacher_weights")
+        raise RecipeError(
+            f"{path} says that {given} taught the run; pass it as --teacher or --teacher-weights, "
+            "or another network to compare with."
+        )
     if settings.get("weights") or settings.get("pretrained") is False:
         raise RecipeError(
             f"{path} says that the run did not start from the weights that are published as "

@@ -173,11 +173,6 @@ def _check_output(output: Path) -> None:
 def _open(folder: Path, factory: str | None) -> ExportSource:
     """Return an artifact with its plain network."""
     loaded = load_artifact(folder, factory=factory)
-    if factory is not None and loaded.spec.source != "module":
-        raise ExportError(
-            f"--model goes with an artifact of a module of your own; {folder} is of "
-            f"{loaded.spec.name} from {loaded.spec.source}: leave it out."
-        )
     return ExportSource(folder, loaded, checkpoint.read(folder / ARTIFACT))
 
 

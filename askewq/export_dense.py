@@ -212,7 +212,7 @@ def read_back(folder: str, inputs: dict[str, Tensor]) -> Tensor:
         spec = importlib.util.spec_from_file_location("own_module", file)
         if spec is None or spec.loader is None:
             raise ImportError(f"there is no module {file!r}")
-        own = importlib.util.module_from_spec(spec)
+        own = sys.modules["own_module"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(own)
         model = getattr(own, name)().float()
         model.load_state_dict(load_file(path / "model.safetensors"))

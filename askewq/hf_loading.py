@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -178,8 +179,19 @@ class AskewQuantizer(HfQuantizer):
         return []
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the content of the file, which is the one that was loaded."""
-        return checkpoint.serialize(artifact_of(model))
+        """Return the content of the file, which is the one that was loaded.
+
+        Raises:
+            ModelError: the model was cast since, so that its float tensors are others.
+        """
+        content = artifact_of(model)
+        for name, tensor in content.tensors.items():
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise ModelError(
+                    f"{name} is {tensor.dtype}, and an artifact holds what was evaluated, in "
+                    "float32; load it without dtype= to save it."
+                )
+        return checkpoint.serialize(content)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         for module in list(model.modules()):

@@ -1,6 +1,7 @@
 """Hugging Face models: weights, config, tokenizer and image processor, from the Hub or a folder."""
 
 import json
+import math
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast, get_args
@@ -19,7 +20,7 @@ from askewq.preprocessing import (
 )
 from askewq.spec import LoadedModel, ModelSpec, first_line, unreachable
 from askewq.trust import check_index
-from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, Task
+from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, MODEL_TYPE, Task
 
 _ARCHITECTURE_SUFFIX: dict[str, Task] = {
     "ForImageClassification": "image-classification",
@@ -75,6 +76,7 @@ def load_transformers(
 ) -> LoadedModel:
     """Load a Hugging Face model, with a head for these labels where there are any.
 
+    A head that has been trained for the same labels in another order keeps its order.
     Its preprocessing is the image processor; text tasks get their tokenizer by `load_tokenizer`.
     """
     if Path(name).is_dir():
@@ -82,7 +84,10 @@ def load_transformers(
     config = hf_config(name, trust_remote_code)
     notes: list[str] = []
     mismatched = False
-    if labels and task != "causal-lm":
+    own = tuple(dict(sorted((config.id2label or {}).items())).values())
+    if sorted(own) == sorted(labels):
+        labels = own  # the trained head has the classes in its own order
+    elif labels and task != "causal-lm":
         mismatched = config.num_labels != len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
@@ -147,9 +152,13 @@ def load_processor(name: str, trust_remote_code: bool) -> ProcessorPreprocessing
 
 
 def load_tokenizer(
-    name: str, trust_remote_code: bool, max_length: int | None = None
+    name: str, trust_remote_code: bool, max_length: int | None = None, positions: int | None = None
 ) -> TextPreprocessing:
-    """Return the tokenizer of a Hugging Face id or folder, with its own limit by default.
+    """Return the tokenizer of a Hugging Face id or folder.
+
+    Args:
+        max_length: tokens of a text; by default as many as tokenizer and model know, at most 512.
+        positions: how many the model knows; None: it does not say.
 
     Raises:
         ModelError: there is none.
@@ -160,7 +169,7 @@ def load_tokenizer(
         raise ModelError(
             f"the tokenizer in {name!r} is empty: its files are missing; {_OTHER_TOKENIZER}."
         )
-    limit = max_length or min(tokenizer.model_max_length, DEFAULT_LENGTH)
+    limit = max_length or min(tokenizer.model_max_length, DEFAULT_LENGTH, positions or math.inf)
     return TextPreprocessing(tokenizer, limit)
 
 
@@ -184,10 +193,26 @@ def plain_json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def hf_config(name: str, trust_remote_code: bool) -> Any:
-    """Return the config of a Hugging Face id or folder."""
+    """Return the config of a Hugging Face id or folder.
+
+    Raises:
+        ModelError: there is none, or that of an artifact.
+    """
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise unreachable(name, error) from error
+    if _quant_method(config) == MODEL_TYPE:
+        raise ModelError(
+            f"{name!r} is an artifact of askewq, the end of a run; pass the model that it was made "
+            "of, or what `askewq export --to dense` makes of it."
+        )
+    return config
+
+
+def _quant_method(config: Any) -> Any:
+    """Return how the weights of a config's model are packed; None: they are not."""
+    facts = getattr(config, "quantization_config", None) or {}
+    return facts.get("quant_method") if isinstance(facts, dict) else facts.quant_method

@@ -26,8 +26,8 @@ def inspect(recipe: Recipe, *, verify: bool = False, try_out: bool | None = None
             damaged artifact.
     """
     folder = Path(recipe.model)
-    if try_out is not None and (verify or artifact.is_artifact(folder)):
-        raise RecipeError("--trial and --no-trial go with a model, not with an artifact.")
+    if verify or artifact.is_artifact(folder):
+        _check_alone(recipe, try_out)
     if verify:
         report.print_lines(artifact.verify(folder))
         return
@@ -58,6 +58,16 @@ def inspect(recipe: Recipe, *, verify: bool = False, try_out: bool | None = None
         )
         return
     report.print_lines([_verdict(recipe, spec, network, plan)])
+
+
+def _check_alone(recipe: Recipe, try_out: bool | None) -> None:
+    """Refuse what decides something of a model, where an artifact is looked at."""
+    given = sorted(recipe.model_fields_set - {"model", "dataset", "output"})
+    flags = [f"--{key.replace('_', '-')}" for key in given]
+    if try_out is not None:
+        flags += ["--trial and --no-trial"]
+    if flags:
+        raise RecipeError(f"{', '.join(flags)} go with a model, not with an artifact.")
 
 
 def _spec(recipe: Recipe) -> ModelSpec:

@@ -5,7 +5,7 @@ asked for.
 """
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -20,7 +20,7 @@ from askewq.hf_models import (
 )
 from askewq.own_models import call_factory, load_weights
 from askewq.preprocessing import ImagePreprocessing
-from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source
+from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source, unreachable
 from askewq.timm_models import build_timm, load_timm
 from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, Task
 
@@ -92,11 +92,7 @@ def load(
             f"--no-pretrained does not go with {name!r}: the weights of a module of your own are "
             "those that its function gives it; leave it out."
         )
-    if source != "transformers" and task not in IMAGE_TASKS:
-        raise ModelError(
-            f"--task {task} goes with models from transformers, and {name!r} is from {source}, for "
-            f"{' and '.join(IMAGE_TASKS)}."
-        )
+    _check_task(name, source, task)
     if source == "timm":
         loaded = load_timm(name, task, labels, pretrained and weights is None, image_size)
     elif source == "module":
@@ -110,7 +106,10 @@ def load(
             )
         loaded = load_transformers(name, task, labels, pretrained, trust_remote_code)
     if task not in IMAGE_TASKS:
-        texts = load_tokenizer(tokenizer or name, trust_remote_code, max_length)
+        config: Any = loaded.model.config
+        # XLNet's is -1, for any number.
+        positions = max(0, getattr(config.get_text_config(), "max_position_embeddings", None) or 0)
+        texts = load_tokenizer(tokenizer or name, trust_remote_code, max_length, positions or None)
         if task in EMBEDDING_TASKS and "attention_mask" not in texts.tokenizer.model_input_names:
             raise ModelError(
                 f"the tokenizer in {tokenizer or name!r} gives no attention_mask, which says what "
@@ -154,13 +153,25 @@ def load_bare(
     """Return the network of a name with arbitrary weights: no weights, tokenizer or data needed.
 
     Raises:
-        ModelError: unknown name, or a config that the Hub should give and does not.
+        ModelError: unknown name, a config that the Hub should give and does not, or a task that
+            the network is not for.
     """
+    _check_task(name, source, task)
     if source == "timm":
         return load_timm(name, task, (), False, image_size).model
     if source == "module":
         return call_factory(name)
     config = hf_config(name, trust_remote_code)
-    return cast(
-        nn.Module, auto_class(task).from_config(config, trust_remote_code=trust_remote_code)
-    )
+    try:
+        made = auto_class(task).from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise unreachable(name, error) from error
+    return cast(nn.Module, made)
+
+
+def _check_task(name: str, source: Source, task: Task) -> None:
+    if source != "transformers" and task not in IMAGE_TASKS:
+        raise ModelError(
+            f"--task {task} goes with models from transformers, and {name!r} is from {source}, for "
+            f"{' and '.join(IMAGE_TASKS)}."
+        )

@@ -7,6 +7,7 @@ from askewq import config, disk, recipe_files, snapshots
 from askewq.config import Recipe
 from askewq.errors import OutputError, RecipeError
 from askewq.recipe_files import RECIPE
+from askewq.spec import path_of
 
 # What a resumed run may change: neither decides what a run without trouble ends with.
 _FREE = ("keep", "nan_policy")
@@ -39,14 +40,10 @@ def _check_may_delete(recipe: Recipe) -> None:
             f"--overwrite replaces an earlier run, and {recipe.output} is none (it has no "
             "recipe.yaml); name another folder, or empty this one yourself."
         )
-    files = (name.rpartition(":")[0] or name for name in (recipe.model, recipe.teacher or ""))
-    others = (recipe.dataset, recipe.tokenizer, recipe.weights, recipe.teacher_weights)
-    for name in [*files, *others]:
-        if (
-            name
-            and Path(name).exists()
-            and out in (Path(name).resolve(), *Path(name).resolve().parents)
-        ):
+    models = (recipe.model, recipe.teacher, recipe.weights, recipe.teacher_weights)
+    for name in filter(None, (*models, recipe.dataset, recipe.tokenizer)):
+        path = path_of(str(name)).resolve()
+        if path.exists() and out in (path, *path.parents):
             raise OutputError(
                 f"--overwrite would delete {name}, which this run reads from {recipe.output}; name "
                 "another folder."

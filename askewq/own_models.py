@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ def call_factory(name: str) -> nn.Module:
     """
     file, _, factory_name = name.rpartition(":")
     path = Path(file).resolve()
-    spec = importlib.util.spec_from_file_location(f"askewq_user_{path.stem}", path)
+    # Known to Python by a name of its own, as dataclasses and pickle want it.
+    unique = f"askewq_user_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    spec = importlib.util.spec_from_file_location(unique, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ModelError(f"there is no file {file!r} to take {factory_name!r} from.")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[unique] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)

@@ -268,7 +268,7 @@ def _write(
     widths: tuple[Bits, ...],
 ) -> None:
     """Write the folder; it appears whole or not at all."""
-    out = recipe.output
+    out = recipe.output.absolute()  # "." has no name
     partial = out.with_name(out.name + disk.PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -37,6 +37,7 @@ def accelerator_of(recipe: Recipe) -> Any:
     )
 
     _check_launcher(recipe)
+    _check_tracker(recipe)
     # A process may run several recipes; Accelerate keeps the first one's precision otherwise.
     AcceleratorState._reset_state()
     sharded = _sharding()
@@ -72,6 +73,19 @@ def accelerator_of(recipe: Recipe) -> Any:
             "it; FSDP2 needs several processes, on GPUs or the CPU."
         )
     return made
+
+
+def _check_tracker(recipe: Recipe) -> None:
+    """Refuse a tracker that is not installed: Accelerate would go on without it."""
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    there = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    name = recipe.report_to
+    if name != "none" and not there[name]():
+        raise RecipeError(
+            f"--report-to {name}: {name} cannot be imported; pip install 'askewq[{name}]', or "
+            "leave it out."
+        )
 
 
 def _check_launcher(recipe: Recipe) -> None:

@@ -92,11 +92,15 @@ def estimated(
             n times the squared gradient of a mean of n estimates the mean square of gradients.
     """
     weights = [_weight(model, layer) for layer in plan.quantized]
+    for weight in weights:
+        weight.requires_grad_(True)  # a frozen one is rounded as well
     fisher = {weight: torch.zeros_like(weight) for weight in weights}
     total = 0
     for loss, count in losses:
-        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-            fisher[weight].add_(gradient.square(), alpha=count**2)
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:  # else the loss does not depend on it
+                fisher[weight].add_(gradient.square(), alpha=count**2)
         total += count
 
     def increase(weight: nn.Parameter, rounded: Tensor) -> float:

@@ -1,6 +1,7 @@
 """ModelSpec, how to build a network again, and LoadedModel, a network with all that it needs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -44,6 +45,12 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
 
 
+def path_of(name: str) -> Path:
+    """Return where the model, weights or data set of a name would lie on this machine."""
+    file, _, _ = name.rpartition(":")
+    return Path(file if file.endswith(".py") else name.removeprefix("local-dir:")).expanduser()
+
+
 def unreachable(name: str, error: Exception) -> ModelError:
     """Return the error for a name under which nothing could be loaded."""
     import timm
@@ -53,6 +60,8 @@ def unreachable(name: str, error: Exception) -> ModelError:
             f"the model {name!r} brings code of its own, which askewq does not run. Read it; if "
             "you trust it, pass --trust-remote-code."
         )
+    if "Unrecognized configuration class" in str(error):
+        return ModelError(f"transformers has no network of {name!r} for this --task; pass another.")
     known = timm.is_model(name.split(".")[0])
     what = (
         "Its pretrained weights could not be fetched."

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from askewq.batches import collator
+from askewq.batches import collator, prepared_image
 from askewq.config import Recipe
 from askewq.data import OpenData
 from askewq.errors import DataError
@@ -174,16 +174,20 @@ def samples_of(recipe: Recipe, data: OpenData, preprocessing: Preprocessing) -> 
     if isinstance(preprocessing, TextPreprocessing):
         tokens = preprocessing.tokenizer
         length = recipe.max_length or preprocessing.max_length
-    other: Any = preprocessing
+
+    # A stream's labels are those of a ClassLabel; the model may have them in another order.
+    features = data.train.features or data.eval.features
+    names = features[columns.label].names if columns.label else ()
+    ids = [data.labels.index(name) for name in names]
 
     def label(example: dict[str, Any]) -> int:
         value = example[columns.label or ""]
-        if value is None or not 0 <= value < len(data.labels):
+        if value is None or not 0 <= value < len(ids):
             raise DataError(f"the split for --train-split has a sample with the label {value!r}.")
-        return int(value)
+        return ids[value]
 
     def image(example: dict[str, Any], _: list[int]) -> tuple[list[dict[str, Any]], list[int]]:
-        made = {"pixel_values": other.image(example[columns.inputs[0]])}
+        made = {"pixel_values": prepared_image(example[columns.inputs[0]], preprocessing)}
         return [made if columns.label is None else {**made, "labels": label(example)}], []
 
     def text(example: dict[str, Any], _: list[int]) -> tuple[list[dict[str, Any]], list[int]]:

@@ -9,11 +9,12 @@ import copy
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from askewq import (
     activations,
@@ -36,14 +37,15 @@ from askewq import (
     training_state,
     wrap,
 )
-from askewq.batches import loaders, prepare_batch
+from askewq.batches import loaders, longest, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData, open_data
 from askewq.errors import CALLING, DataError, DivergenceError, ModelError, RecipeError, StoppedError
 from askewq.evaluate import Evaluation
 from askewq.kernels import can_compile
 from askewq.loop import Loop
-from askewq.spec import LoadedModel
+from askewq.preprocessing import TextPreprocessing
+from askewq.spec import LoadedModel, first_line
 from askewq.streams import StreamLoader
 from askewq.tasks import check_logits, keeps_last, logits_of
 from askewq.vocabulary import ActBits
@@ -199,10 +201,26 @@ class _Run:
                 "--std the channels (1 or 3)."
             ) from error
         check_logits(logits, spec)
+        self._try_a_long_text(batch)
         if several and logits.requires_grad:
             logits.sum().backward()
             processes.expect(self.accelerator, self.model)
         distill.check(self.recipe, self.loaded, self.teacher, batch, logits)
+
+    def _try_a_long_text(self, batch: dict[str, Tensor]) -> None:
+        """Find out whether the model takes texts as long as may come: it may know fewer places."""
+        texts = self.loaded.preprocessing
+        if not isinstance(texts, TextPreprocessing):
+            return
+        length = self.recipe.max_length or texts.max_length
+        try:
+            with torch.no_grad():
+                logits_of(self.model, self.loaded.spec, longest(batch, length))
+        except CALLING as error:
+            raise ModelError(
+                f"the model fails on a text of {length} tokens ({type(error).__name__}: "
+                f"{first_line(error)}); pass a smaller --max-length."
+            ) from error
 
     def _prepare_output(self) -> None:
         self.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
@@ -392,7 +410,7 @@ def load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
         std=recipe.std,
         max_length=recipe.max_length,
     )
-    return loaded, data
+    return loaded, replace(data, labels=loaded.spec.labels)
 
 
 def _buffer_bytes(model: nn.Module) -> int:

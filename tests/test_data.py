@@ -247,6 +247,9 @@ def plain():
     return ImagePreprocessing()
 
 
+COLOURED = builders.pictures(6)
+
+
 class TestLabels:
     def ids(self, folder, labels, **changes):
         """Return the label ids of the evaluation split for a model with these labels."""
@@ -290,6 +293,22 @@ class TestLabels:
         source = recipe(folder)
         with pytest.raises(DataError, match="label"):
             loaders(source, open_data(source, TEXTS), tokenizer())
+
+    def test_classes_without_a_label(self, tmp_path):
+        """So is an empty cell in a column of classes."""
+        content = [(image, None if i == 2 else c) for i, (image, c) in enumerate(COLOURED)]
+        builders.write_images(tmp_path / "train.parquet", COLOURED)
+        builders.write_images(tmp_path / "test.parquet", content)
+        with pytest.raises(DataError, match="--eval-split has rows without a label"):
+            loaders(recipe(tmp_path), opened(tmp_path, IMAGES), plain())
+
+    def test_a_column_of_lists_is_no_label(self, tmp_path):
+        """Whatever its name is."""
+        row = json.dumps({"text": "a", "labels": [0, 1]}) + "\n"
+        for split in ("train", "test"):
+            (tmp_path / f"{split}.jsonl").write_text(row)
+        with pytest.raises(DataError, match="no column looks like a label"):
+            opened(tmp_path, TEXTS)
 
 
 class TestPreprocessing:
@@ -476,6 +495,31 @@ class TestBatches:
             batch["input_ids"].tolist() == torch.tensor(wanted[: count * 16]).view(-1, 16).tolist()
         )
         assert torch.equal(batch["labels"], batch["input_ids"])
+
+    def test_an_empty_cell_of_a_corpus(self, tmp_path):
+        """It is an empty line."""
+        lines = [{"text": "good film"}, {"text": None}, {"text": "bad film"}]
+        for split in ("train", "validation"):
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (tmp_path / f"{split}.jsonl").write_text(text)
+        source = recipe(tmp_path, max_length=5)
+        _, evaluation = loaders(source, open_data(source, LM), tokenizer())
+        (batch,) = list(evaluation)
+        known = [
+            token
+            for line in lines
+            for token in tokenizer().tokenizer(line["text"] or "")["input_ids"]
+        ]
+        assert batch["input_ids"].tolist() == [known[:5], known[5:10]]
+
+    def test_a_row_without_an_image(self, tmp_path):
+        """Is said to be one."""
+        for split in ("train", "test"):
+            builders.write_images(tmp_path / f"{split}.parquet", [(None, 1), *COLOURED])
+        source = recipe(tmp_path)
+        _, evaluation = loaders(source, open_data(source, IMAGES), plain())
+        with pytest.raises(DataError, match="row without an image"):
+            list(evaluation)
 
     def test_a_corpus_shorter_than_a_block(self):
         """Too little text names the tokens there are and --max-length."""

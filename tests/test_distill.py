@@ -9,7 +9,7 @@ import torch
 from builders import finetune
 from safetensors.torch import load_file, save_file
 
-from askewq import distill
+from askewq import distill, output
 from askewq.errors import ModelError, OutputError, RecipeError
 
 
@@ -82,6 +82,26 @@ def test_overwrite_does_not_delete_the_teacher(tmp_path):
     with pytest.raises(OutputError, match=r"would delete .*teacher\.safetensors"):
         finetune("own", tmp_path, distill=0.5, teacher_weights=str(teacher), overwrite=True)
     assert teacher.is_file()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "local-dir:{}/dense"},
+        {"teacher": "local-dir:{}/dense", "distill": 0.5},
+        {"dataset": "~/run/data"},
+    ],
+)
+def test_overwrite_does_not_delete_what_a_name_leads_to(tmp_path, monkeypatch, changes):
+    """The folder behind local-dir: or ~ is kept as well."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "run"
+    for name in ("dense", "data"):
+        (folder / name).mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("")
+    named = {key: str(value).format(folder) for key, value in changes.items()}
+    with pytest.raises(OutputError, match="would delete"):
+        output.check(builders.recipe("timm", folder, overwrite=True, **named))
 
 
 def test_self_is_the_network_before_it_is_quantized(tmp_path):

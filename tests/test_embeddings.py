@@ -10,7 +10,7 @@ from builders import command, copy_of, finetune, finished, unlabelled_csv
 from safetensors.torch import load_file, save_file
 
 import askewq
-from askewq import config, data, embeddings, models
+from askewq import config, data, embeddings, models, text
 from askewq.errors import ModelError, RecipeError
 from askewq.tasks import logits_of, metric_of, score
 
@@ -212,7 +212,11 @@ def test_another_teacher(tmp_path):
     words = ("eval", tmp_path / "out", "--dataset", unlabelled_csv(), "--batch-size", 8)
     told = json.loads(command(*words, "--teacher", teacher).out.splitlines()[-1])
     assert told["similarity"] == made["reloaded"]
-    assert json.loads(command(*words).out.splitlines()[-1])["similarity"] != made["reloaded"]
+    untold = command(*words)
+    assert untold.code == 2
+    assert f"{teacher} taught the run" in untold.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"the embeddings of the teacher {text.markdown(str(teacher))}" in card
 
 
 def test_weights_of_a_teacher(tmp_path):
@@ -224,6 +228,7 @@ def test_weights_of_a_teacher(tmp_path):
     words = ("eval", tmp_path / "out", "--dataset", unlabelled_csv(), "--batch-size", 8)
     told = json.loads(command(*words, "--teacher-weights", weights).out.splitlines()[-1])
     assert told["similarity"] == made["reloaded"] < 99
+    assert "the embeddings of its teacher" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_teacher_of_another_width(tmp_path):

@@ -183,6 +183,13 @@ class TestArtifacts:
         assert result.value == metrics["reloaded"]
         assert result.samples == 24
 
+    def test_other_networks_have_none(self):
+        """A factory that would not be called is refused, like an option that decides nothing."""
+        folder, dataset = builders.finished("timm")[0], builders.image_folder()
+        found = builders.command("eval", folder, "--dataset", dataset, "--model", "no.py:thing")
+        assert found.code == 2
+        assert "--model goes with an artifact of a module of your own" in found.err
+
     def test_own_module_needs_its_factory(self):
         """Without the user's code an own module is refused; no code is run from the artifact."""
         folder, _ = builders.finished("own")

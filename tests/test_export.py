@@ -188,7 +188,7 @@ class TestRefuses:
         """An own module must be passed in; another artifact takes none."""
         with pytest.raises(ModelError, match=r"--model path/to/file\.py:factory"):
             export(own, "dense", tmp_path / "out")
-        with pytest.raises(ExportError, match="--model goes with an artifact of a module of your"):
+        with pytest.raises(ModelError, match="--model goes with an artifact of a module of your"):
             export(timm, "dense", tmp_path / "out", factory=builders.own("small"))
         assert list(tmp_path.iterdir()) == []
 

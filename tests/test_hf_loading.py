@@ -139,6 +139,13 @@ class TestSave:
         )
         assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "askewq"
 
+    def test_a_cast_model_is_not_saved(self, tmp_path):
+        """Its float tensors are others than those that were evaluated, and nothing reads them."""
+        kind = transformers.AutoModelForSequenceClassification
+        model = kind.from_pretrained(finished("bert")[0], dtype=torch.bfloat16)
+        with pytest.raises(ModelError, match=r"bfloat16.*load it without dtype= to save it"):
+            model.save_pretrained(tmp_path)
+
     def test_the_config_alone(self, tmp_path):
         """A config that is saved alone does not pass for a float network's either."""
         transformers.AutoConfig.from_pretrained(finished("vit")[0]).save_pretrained(tmp_path)

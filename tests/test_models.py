@@ -206,6 +206,45 @@ class TestHuggingFace:
         assert loaded.model.config.id2label == dict(enumerate("abcd"))
         assert any("classifier.weight" in note for note in loaded.notes)
 
+    def test_a_head_for_the_labels_keeps_their_order(self, tmp_path):
+        """The trained rows of the head mean what the model's config says, whatever the data say."""
+        folder = shutil.copytree(builders.bert(), tmp_path / "bert")
+        edit_json(folder / "config.json", id2label={"0": "pos", "1": "neg"})
+        loaded = models.load(str(folder), "text-classification", ("neg", "pos"))
+        assert loaded.spec.labels == ("pos", "neg")
+        assert loaded.model.config.id2label == {0: "pos", 1: "neg"}
+        assert loaded.notes == ()
+
+    def test_positions_limit_texts(self, tmp_path):
+        """A tokenizer that names no limit gets the model's."""
+        folder = shutil.copytree(builders.bert(), tmp_path / "bert")
+        edit_json(folder / "tokenizer_config.json", model_max_length=10**30)
+        loaded = models.load(str(folder), "text-classification", ("pos", "neg"))
+        assert loaded.preprocessing.max_length == 32
+
+    def test_an_artifact_is_no_pretrained_model(self):
+        """It is called by its name, for training, a plan of it and its task."""
+        name = str(builders.finished("bert")[0])
+        for call in (
+            lambda: models.load(name, "text-classification"),
+            lambda: models.load_bare(name, "transformers", "text-classification"),
+            lambda: models.guess_task(name, "transformers"),
+        ):
+            with pytest.raises(ModelError, match=r"is an artifact of askewq.*--to dense"):
+                call()
+
+    def test_a_network_of_another_kind(self):
+        """A text model has no form for images, and it is not said that it was not found."""
+        name = str(builders.bert())
+        for call in (
+            lambda: models.load(name, IMAGES, LABELS),
+            lambda: models.load_bare(name, "transformers", IMAGES),
+        ):
+            with pytest.raises(ModelError, match=r"no network of .* for this --task"):
+                call()
+        with pytest.raises(ModelError, match="goes with models from transformers"):
+            models.load_bare("test_resnet", "timm", "text-classification")
+
     def test_an_image_processor(self):
         """An image model brings its processor."""
         loaded = models.load(str(builders.vit()), IMAGES, LABELS)
@@ -325,6 +364,20 @@ class TestOwnModules:
         loaded = models.load(f"{tmp_path / 'net.py'}:make", IMAGES, LABELS)
         assert loaded.model.in_features == 5
         assert sys.path == before
+
+    def test_a_module_is_known_to_python(self, tmp_path):
+        """Dataclasses look their module up where annotations are text."""
+        source = (
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+            "from torch import nn\n\n\n@dataclass\nclass Sizes:\n    width: int = {}\n\n\n"
+            "def make():\n    return nn.Linear(2, Sizes().width)\n"
+        )
+        for width in (3, 4):
+            (tmp_path / str(width)).mkdir()
+            (tmp_path / str(width) / "own.py").write_text(source.format(width))
+        for width in (3, 4, 3):
+            name = f"{tmp_path / str(width) / 'own.py'}:make"
+            assert models.load(name, IMAGES, LABELS).model.out_features == width
 
     def test_weights(self):
         """A safetensors file fills the network."""

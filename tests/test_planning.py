@@ -260,3 +260,11 @@ def test_samples(words, tmp_path):
     words[words.index("--samples") + 1] = 0
     outcome = command("plan", *words, "--average-bits", 2)
     assert (outcome.code, "at least 1" in outcome.err) == (2, True)
+
+
+def test_the_folder_that_one_is_in(words, tmp_path, monkeypatch):
+    """An output of . works, if it is empty."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert command("plan", *words[:-1], ".", "--average-bits", 2).code == 0
+    assert "recipe.yaml" in files(tmp_path / "here")

@@ -202,6 +202,20 @@ class TestModelCard:
         card = model_card(METRICS, recipe, loaded)
         assert yaml.safe_load(card.split("---\n")[1])["base_model"] == name
 
+    def test_ids_are_those_of_the_hub_and_nothing_local(self, tmp_path, monkeypatch):
+        """hf-hub: is timm's word, not a part of the id; local-dir: and ~ lead to this machine."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "data").mkdir()
+        spec = ModelSpec("timm", "resnet18", "image-classification", ("a",), {})
+        loaded = LoadedModel(builders.own_network("small"), spec, None)
+        headers = []
+        for name in ("hf-hub:timm/resnet18.a1_in1k", f"local-dir:{tmp_path}"):
+            recipe = config.build({"model": name, "dataset": "~/data", "output": "o"})
+            headers.append(yaml.safe_load(model_card(METRICS, recipe, loaded).split("---\n")[1]))
+        assert headers[0]["base_model"] == "timm/resnet18.a1_in1k"
+        assert "base_model" not in headers[1]
+        assert all("datasets" not in header for header in headers)
+
 
 def test_the_bar_counts_and_shows(capsys):
     """The bar goes to standard error and shows what it is given."""

@@ -191,3 +191,32 @@ def test_a_shared_weight_is_rounded_for_both_of_its_layers():
         model, planned(model), (1, 8), "integer", lambda: model(torch.ones(1, 4)).sum().item()
     )
     assert [layer.names for layer in found.layers] == [("0", "2")]
+
+
+class WithSpare(nn.Module):
+    """A network beside a layer that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+        self.spare = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_layers_that_are_frozen_or_not_used():
+    """A frozen weight has a sensitivity as any other; one that the loss does not see has none."""
+
+    def losses(model):
+        x, y = data()
+        yield nn.functional.cross_entropy(model(x), y), len(x)
+
+    tables = []
+    for frozen in (False, True):
+        model = WithSpare()
+        model.body[1].weight.requires_grad_(not frozen)
+        tables.append(estimated(model, planned(model), WIDTHS, "integer", losses(model)))
+    assert torch.equal(tables[0].increase, tables[1].increase)
+    assert tables[0].increase[-1].tolist() == [0.0] * len(WIDTHS)
+    assert (tables[0].increase[:-1] > 0).all()

@@ -1,9 +1,11 @@
 """Fine-tuning from end to end on tiny models: the files, the figures, and going on after a cut."""
 
+import copy
 import functools
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import builders
@@ -14,7 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import askewq
 from askewq import checkpoint, config, loop, recipe_files, train, training_state, wrap
-from askewq.errors import DivergenceError, ExactnessError, OutputError, RecipeError
+from askewq.errors import (
+    DivergenceError,
+    ExactnessError,
+    ModelError,
+    OutputError,
+    RecipeError,
+)
 from askewq.evaluate import evaluate_artifact
 from askewq.grid import channels_first
 from askewq.kernels import can_compile
@@ -462,6 +470,53 @@ class TestSettings:
         settings = {"pretrained": True, "weights": str(tmp_path / "w.safetensors")}
         metrics = finetune("timm", tmp_path / "out", **settings, max_steps=1)
         assert metrics["full_precision"] == finished("timm")[1]["reloaded"]
+
+    def test_a_head_with_its_labels_in_another_order(self, tmp_path):
+        """A model that knows the labels keeps what it knows, from full data and from a stream."""
+        import transformers
+
+        torch.manual_seed(0)
+        knowing = transformers.ViTForImageClassification.from_pretrained(
+            builders.vit(), num_labels=3, ignore_mismatched_sizes=True
+        )
+        order = (2, 0, 1)
+        names = [list(builders.COLOURS)[i] for i in order]
+        knowing.config.id2label = dict(enumerate(names))
+        knowing.config.label2id = {name: i for i, name in enumerate(names)}
+        shutil.copytree(builders.vit(), tmp_path / "knowing")
+        knowing.save_pretrained(tmp_path / "knowing")
+        back = torch.tensor([names.index(name) for name in builders.COLOURS])
+        plain = copy.deepcopy(knowing)
+        with torch.no_grad():
+            plain.classifier.weight.copy_(knowing.classifier.weight[back])
+            plain.classifier.bias.copy_(knowing.classifier.bias[back])
+        plain.config.id2label = dict(enumerate(builders.COLOURS))
+        plain.config.label2id = {name: i for i, name in enumerate(builders.COLOURS)}
+        shutil.copytree(builders.vit(), tmp_path / "plain")
+        plain.save_pretrained(tmp_path / "plain")
+        pixels = torch.randn(4, 3, 16, 16)
+        for streaming in (False, True):
+            logits = {}
+            for name in ("knowing", "plain"):
+                out = tmp_path / f"{name}-{streaming}"
+                finetune("vit", out, model=str(tmp_path / name), streaming=streaming)
+                logits[name] = askewq.load(out)(pixels).logits
+            torch.testing.assert_close(logits["knowing"][:, back], logits["plain"])
+
+    def test_texts_longer_than_the_model_knows(self, tmp_path):
+        """--max-length beyond the table of positions is refused before anything is written."""
+        with pytest.raises(ModelError, match=r"text of 40 tokens .*smaller --max-length"):
+            finetune("bert", tmp_path / "out", max_length=40)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_tracker_that_is_not_installed(self, tmp_path, monkeypatch):
+        """Is named with what to install; the run does not go on without it."""
+        import accelerate.utils
+
+        monkeypatch.setattr(accelerate.utils, "is_wandb_available", lambda: False)
+        with pytest.raises(RecipeError, match=r"pip install 'askewq\[wandb\]'"):
+            finetune("own", tmp_path / "out", report_to="wandb")
+        assert not (tmp_path / "out").exists()
 
     def test_tensorboard(self, tmp_path):
         """--report-to tensorboard writes an events file below the output."""

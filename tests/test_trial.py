@@ -145,9 +145,12 @@ class TestCommand:
         monkeypatch.undo()
         assert WORKS not in command("inspect", "test_resnet", "--no-trial").out
 
-    @pytest.mark.parametrize("flag", ["--trial", "--no-trial"])
-    def test_artifacts(self, flag):
-        """An artifact has been tried by the run that made it."""
-        outcome = command("inspect", builders.finished("timm")[0], flag)
+    @pytest.mark.parametrize(
+        "flags", [["--trial"], ["--no-trial"], ["--bits", 4], ["--include", "x*", "--verify"]]
+    )
+    def test_artifacts(self, flags):
+        """An artifact has been tried by the run that made it, and its plan was made there."""
+        outcome = command("inspect", builders.finished("timm")[0], *flags)
         assert outcome.code == 2
         assert "go with a model" in outcome.err
+        assert flags[0] in outcome.err
