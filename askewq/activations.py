@@ -39,14 +39,23 @@ class RoundedInput(Mixin):
     input_scale: Tensor
     follows: Tensor | None = None
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return what the layer makes of its rounded input."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the layer makes of its rounded input, which is its first argument."""
+        if not args:
+            name = _named_input(kwargs)
+            made = self.rounded(self._followed(kwargs[name]))
+            return super().forward(**{**kwargs, name: made})
+        return super().forward(self.rounded(self._followed(args[0])), *args[1:], **kwargs)
+
+    def _followed(self, input: Tensor) -> Tensor:
+        """Return the input, once the scale has followed it; zeros alone say nothing about it."""
         if self.training and self.follows is not None:
             with torch.no_grad():
-                scale = scale_of(moments(input, self.input_grid), self.input_grid)
-                moved = self.input_scale.lerp(scale, MOMENTUM)
-                self.input_scale.copy_(torch.where(self.follows, moved, self.input_scale))
-        return super().forward(self.rounded(input), *args, **kwargs)
+                sums = moments(input, self.input_grid)
+                moved = self.input_scale.lerp(scale_of(sums, self.input_grid), MOMENTUM)
+                moves = self.follows & (sums[2] > 0)
+                self.input_scale.copy_(torch.where(moves, moved, self.input_scale))
+        return input
 
     def rounded(self, input: Tensor) -> Tensor:
         """Return the input on its levels."""
@@ -59,6 +68,11 @@ class RoundedInput(Mixin):
         if self.input_scale.dtype != scale.dtype:
             self.input_scale = scale.to(self.input_scale.device)
         return self
+
+
+def _named_input(kwargs: dict[str, Any]) -> str:
+    """Return by what name a layer is given its input, where it is given no other way."""
+    return next(name for name, value in kwargs.items() if isinstance(value, Tensor))
 
 
 def round_to(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -187,7 +201,7 @@ def _watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = args[0] if args else kwargs[_named_input(kwargs)]
             sums = torch.cat([moments(x), (x < 0).sum().float().view(1)])
             seen[name] = seen[name] + sums if name in seen else sums
 

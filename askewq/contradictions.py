@@ -86,14 +86,24 @@ def complaints(recipe: Any) -> list[str]:
             wrong.append(f"{key} goes with distill or distill_hidden, which are 0; leave {key} out")
     if recipe.streaming:
         wrong += _unstreamable(recipe)
-    elif _changed(recipe, "shuffle_buffer"):
-        wrong.append("shuffle_buffer goes with streaming; leave it out")
+    else:
+        wrong += _streamed(recipe)
     if recipe.full_precision_lr is not None and recipe.full_precision_steps == 0:
         wrong.append("full_precision_lr goes with full_precision_steps, which is 0; leave it out")
     if recipe.polish_steps == 0 and _changed(recipe, "polish_lr"):
         wrong.append("polish_lr goes with polish_steps, which is 0; leave it out")
     if recipe.polish_steps and recipe.gradient_bits is not None:
         wrong.append("gradient_bits does not go with polish_steps; leave one of them out")
+    return wrong
+
+
+def _streamed(recipe: Any) -> list[str]:
+    """Return what decides something of a stream alone, or is counted already."""
+    wrong = []
+    if _changed(recipe, "shuffle_buffer"):
+        wrong.append("shuffle_buffer goes with streaming; leave it out")
+    if recipe.max_steps is not None and _changed(recipe, "epochs"):
+        wrong.append("epochs does not go with max_steps, which decides; leave one of them out")
     return wrong
 
 

@@ -186,7 +186,7 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
 
     Returns:
         Positive scales, float32 (float64 for a float64 weight), shape `scale_shape`. A row of
-        zeros gets the tiniest normal number: its levels are then zeros for every purpose.
+        zeros gets one near the tiniest normal number: its levels are zeros for every purpose.
     """
     shape = scale_shape(weight.shape, group_size)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

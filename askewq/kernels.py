@@ -5,6 +5,7 @@ eager, with the same result, where no compiler is found.
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -109,7 +110,10 @@ def lazy_projection(weight: Tensor, scale: Tensor, grid: Grid, radius: float) ->
     """Return what `methods.lazy_projection` does, to the bit, in one pass over memory."""
     number = functools.partial(torch.tensor, dtype=weight.dtype)
     numbers = (number(float(n)) for n in (grid.first, grid.step, grid.last, radius))
-    point = compiled(methods.nearest_point, weight.device.type)(weight.detach(), scale, *numbers)
+    kernel = compiled(methods.nearest_point, weight.device.type)
+    # One kernel, whatever the forward pass around it does.
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        point = kernel(weight.detach(), scale, *numbers)
     return methods.straight(weight, point)
 
 
@@ -133,7 +137,11 @@ def compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    arguments: dict[str, Any] = {"dynamic": True, "fullgraph": True}
+    # One process may train several models with several settings, each of them a variant.
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in older ones
+        arguments["recompile_limit"] = 64
+    return torch.compile(function, **arguments)
 
 
 @functools.cache

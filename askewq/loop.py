@@ -220,26 +220,23 @@ class Loop:
         most = divergence.tolerated(self.recipe.nan_policy)
         broken = self._weights_broken()
         if broken or self.progress.skipped >= most:
-            self._diverged(f"{what}: {where}", step, broken)
+            self._diverged(f"{what}: {where}", broken)
         self.progress.skipped += 1
         if self.accelerator.is_main_process:
             report.note(f"{what}: {where}; skipped, {self.progress.skipped} of {most}")
 
-    def _diverged(self, what: str, step: int, broken: bool) -> None:
-        """Drop the checkpoint of the very weights that gave this, and say what is left."""
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            snapshots.drop(self.out, step)
+    def _diverged(self, what: str, broken: bool) -> None:
+        """Say what can be done: with another lr another run, in this one to pass over the step."""
         flag = {"low-bit": "lr", "polish": "polish_lr"}.get(
             self.progress.phase, "full_precision_lr"
         )
         others = " or --mixed-precision no" if self.recipe.mixed_precision != "no" else ""
+        last, used = snapshots.newest(self.out), self.progress.skipped
         if not broken:
-            others += "; --nan-policy skip:N passes over N such steps"
-        used = self.progress.skipped
+            goes_on = f"--resume goes on from {last} " if last else "and "
+            others += f"; --nan-policy skip:N passes over N such steps, {goes_on}with it"
         raise DivergenceError(
-            f"{what}. The last checkpoint is {snapshots.newest(self.out) or 'the start'}"
-            f"{f'; {used} steps were skipped before' if used else ''}. Try a "
+            f"{what}{f'; {used} steps were skipped before' if used else ''}. Start again with a "
             f"smaller --{flag.replace('_', '-')} than {getattr(self.recipe, flag):g}{others}."
         )
 
@@ -247,7 +244,7 @@ class Loop:
         if self._weights_broken():
             where = divergence.trace(self.model, {}, lambda: None, self._told)
             step = self.progress.step
-            self._diverged(f"the weights are not finite after step {step}: {where}", step, True)
+            self._diverged(f"the weights are not finite after step {step}: {where}", True)
         model, main = self.model, self.accelerator.is_main_process
         if self.hollow is not None:
             model = sharding.fill(self.hollow, model, "cpu", keep=main)
@@ -330,6 +327,7 @@ class Loop:
 
     def evaluate(self, *also: nn.Module) -> Evaluation:
         """Evaluate the model; `also` names models that must equal it to the bit."""
+        processes.share_buffers(self.accelerator, self.model)
         try:
             return evaluate(
                 [self.model, *also],

@@ -200,7 +200,7 @@ def log_quantize(grad: Tensor, bits: int) -> Tensor:
     gap = torch.where(exponent < least, top * 2.0**least, below)
     up = torch.rand_like(size) * gap < size - below
     rounded = exact.sign() * (below + gap * up)
-    return torch.where(top > 0, rounded, 0).to(grad.dtype)
+    return torch.where(top == 0, 0, rounded).to(grad.dtype)  # what is NaN stays NaN
 
 
 class _LogGradient(torch.autograd.Function):

@@ -96,6 +96,11 @@ class _Skewed(torch.optim.Optimizer):
         for module in self._modules:
             module.strength = self.closing.radius(progress)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; the intervals are those of its progress."""
+        super().load_state_dict(state_dict)
+        self.anneal(self.param_groups[0]["progress"])
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Make one update; call `anneal` with the current progress before it."""

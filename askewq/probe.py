@@ -16,8 +16,9 @@ def unsupported(module: nn.Module, leaf: str) -> str:
     if isinstance(module, ParametrizationList) or (kind and leaf not in kind.leaves):
         return "a weight computed from other parameters"
     if kind is None:
-        matrix = any(parameter.dim() > 1 for parameter in own.values())
-        return f"{name} is not Linear, Conv or Embedding" if matrix else "no weight matrix"
+        if any(parameter.dim() > 1 for parameter in own.values()):
+            return f"{name} is no layer that askewq knows (docs/methods.md)"
+        return "no weight matrix"
     if not own[leaf].is_floating_point():
         return f"its weight is {own[leaf].dtype}"
     if obstacle := kind.obstacle(module):

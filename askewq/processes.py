@@ -175,6 +175,15 @@ def expect(accelerator: Any, model: Any) -> None:
     model.zero_grad()
 
 
+def share_buffers(accelerator: Any, model: Any) -> None:
+    """Give every process the first one's buffers; batch norm's statistics are each process' own."""
+    import torch
+
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 def anyone(accelerator: Any, number: int) -> int:
     """Return the largest number of all processes, so that they go the same way."""
     import torch

@@ -115,12 +115,6 @@ def set_aside(folder: Path) -> None:
     folder.rename(aside)
 
 
-def drop(out: Path, step: int) -> None:
-    """Delete the checkpoint of a step, if there is one."""
-    if (path := _path(out, step)).exists():
-        disk.delete(path)
-
-
 def tidy(out: Path) -> None:
     """Delete what a run that was killed left half-written."""
     for leftover in (out / CHECKPOINTS).glob(f"*{PARTIAL}"):

@@ -289,6 +289,31 @@ class TestLayer:
         layer(x)
         assert torch.equal(layer.input_scale, moved)
 
+    @pytest.mark.parametrize("x", [torch.zeros(5, 12), torch.zeros(0, 12)])
+    def test_zeros_alone_move_no_scale(self, x):
+        """An expert that no token reached keeps the scale that was calibrated."""
+        model = rounded()
+        layer = model[3].train()
+        first = layer.input_scale.clone()
+        askewq.follow_inputs_(model, True)
+        layer(x)
+        assert torch.equal(layer.input_scale, first)
+
+    def test_an_input_by_another_name(self):
+        """A layer that calls its input something else is rounded like any other."""
+
+        class Hidden(nn.Linear):
+            def forward(self, hidden_states, scale=1.0):
+                return super().forward(hidden_states) * scale
+
+        model = network()
+        model[3] = Hidden(12, 6)
+        askewq.quantize(model, 2, include=["*"])
+        askewq.round_inputs(model, 4, lambda: model(torch.arange(8)))
+        layer, x = model[3], torch.rand(5, 12)
+        assert torch.equal(layer(hidden_states=x, scale=2.0), layer(x, 2.0))
+        assert torch.equal(layer(scale=2.0, hidden_states=x), layer(x, 2.0))
+
     def test_copies_and_casts(self):
         """Deep copies and pickles round as well; a cast leaves the scale as it is."""
         model, x = rounded(), torch.arange(8)

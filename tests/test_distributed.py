@@ -30,6 +30,13 @@ def network():  # neither 2 nor 4 divides its channels; some parts are empty
     )
 
 
+def norm():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3),
+    )
+
+
 class Idle(nn.Module):  # has a layer that no output depends on
     def __init__(self):
         super().__init__()
@@ -79,14 +86,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16": {"mixed_precision": "bf16"},
     "distilled": {"distill": 0.5, "max_steps": 6},
     "idle": {"factory": "idle", "max_steps": 6},
+    "norm": {"factory": "norm", "max_steps": 6, "eval_every": 2},
     "polished": {"max_steps": 6, "polish_steps": 4, "polish_lr": 0.01},
 }
 # What FSDP2 cannot do.
 WHOLE = ("polished",)
 # transformers' layout [in, out], cut across channels and groups; tied to an embedding.
 GPT2 = {"max_steps": 6, "group_size": 8, "closing": "staggered", "batch_size": 4}
-# Their gradients are rounded, or gathered, sample by sample: not those of one process.
-OWN_NOISE = ("luq", "bf16")
+# Their gradients are rounded, gathered or normalised in each process: not those of one process.
+OWN_NOISE = ("luq", "bf16", "norm")
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +220,7 @@ class TestCounting:
         in a batch. Beside that: progress is global, and the first process alone writes.
         """
         given = uneven(data, max_steps=None, epochs=1.0, lr=1e-3)
-        few = {**given, "max_eval_samples": 3, "max_steps": 1, "epochs": 5.0}
+        few = {**given, "max_eval_samples": 3, "max_steps": None, "epochs": 5.0}
         finetune("own", tmp_path / "one", **{**given, "batch_size": 4 * count})
         finetune("own", tmp_path / "one-few", **few)
 

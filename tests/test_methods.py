@@ -230,6 +230,9 @@ def test_logarithmic_gradients_are_unbiased_powers_of_two(bits, dtype):
 def test_a_gradient_of_zeros_stays():
     """Without a largest size there is nothing to round to."""
     assert torch.equal(methods.log_quantize(torch.zeros(5), 4), torch.zeros(5))
+    # A gradient that is not finite stays one, so that the run finds out.
+    for bad in (torch.nan, torch.inf):
+        assert not methods.log_quantize(torch.tensor([1.0, -2.0, bad]), 4).isfinite().all()
 
 
 def test_luq_rounds_the_gradients_of_its_layers_outputs():

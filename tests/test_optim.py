@@ -1,7 +1,9 @@
 """The skewed optimizers: beside the scalar reference, beside torch's, and on their own promises."""
 
 import copy
+import functools
 import io
+import itertools
 import math
 import warnings
 
@@ -21,6 +23,7 @@ from askewq.grid import GroupSize, fit_scale, make_grid, scale_shape
 from askewq.kernels import DISTANCE_BINS, Interval, constrain
 from askewq.layers import quantize_layer_, quantized_layers
 from askewq.optim import AskewAdamW, AskewSGD
+from askewq.wrap import quantize
 
 FREE = Closing("single", start=0.0, end=1.0, final_radius=0.5)  # eps = 1 all along
 SINGLE = Closing("single", start=0.0, end=1.0, power=1.0, final_radius=0.01)
@@ -402,6 +405,8 @@ def test_a_reloaded_optimizer_continues_identically(base, closing):
     resumed.load_state_dict(saved["model"])
     reloaded = OPTIMIZERS[base](resumed, closing=closing)
     reloaded.load_state_dict(saved["optimizer"])
+    images = torch.randn(2, 3, 6, 6)
+    assert torch.equal(resumed.eval()(images), model.eval()(images))  # before `anneal` is called
     for a, b in ((model, optimizer), (resumed, reloaded)):
         train(a, b, range(8, 16))
     for (name, expected), parameter in zip(
@@ -409,6 +414,28 @@ def test_a_reloaded_optimizer_continues_identically(base, closing):
     ):
         assert torch.equal(parameter, expected), name
     assert any(closed.any() for closed in on_level(model)) == (closing is STAGGERED)
+
+
+def test_many_settings_in_one_process(monkeypatch):
+    """Shapes, precisions and group sizes are variants of a few kernels, and no variant too many."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    kernels._compile.cache_clear()
+    x, y = torch.randn(8, 8), torch.randint(0, 3, (8,))
+    for size, bf16 in itertools.product(("channel", "tensor"), (False, True)):
+        layers = itertools.starmap(nn.Linear, itertools.pairwise((8, 64, 64, 128, 1, 32, 3)))
+        model = nn.Sequential(*layers)
+        quantize(model, 2, include=["*"], group_size=size)
+        optimizer = AskewSGD(model, 0.01, momentum=0.9, compile=True)
+        for t in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.anneal(t / 2)
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.feasible_share()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model(x)
+    kernels._compile.cache_clear()
 
 
 def test_parameter_groups_have_their_own_settings():

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -753,16 +754,35 @@ class TestDivergence:
         settings = {"full_precision_steps": 5, "full_precision_lr": 0.01, "save_every": save_every}
         with pytest.raises(DivergenceError, match=r"nan at step 6\b") as caught:
             finetune("own", tmp_path, **settings, lr=1e30)
-        name = str(tmp_path / "checkpoints" / "step-00000005")
-        assert name in str(caught.value)
+        (name,) = re.findall(r"--resume goes on from (\S+) with it", str(caught.value))
+        assert Path(name).name == "step-00000006"  # the first step of a phase is always kept
         state = load_file(Path(name) / "model.safetensors")
         assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
-    def test_without_a_good_checkpoint_the_message_says_so(self, tmp_path):
-        """A run that diverges at once names the start, not a checkpoint of broken weights."""
-        with pytest.raises(DivergenceError) as caught:
-            finetune("own", tmp_path, lr=1e30, save_every=1)
-        assert "The last checkpoint is the start" in str(caught.value)
+    def test_a_bad_batch_can_be_passed_over(self, tmp_path, monkeypatch):
+        """The checkpoint before it is there, even if it is the only one, and the run goes on."""
+        original = loop.Loop._loss
+        bad = {"step": 3}
+
+        def loss(self, model, batch):
+            made = original(self, model, batch)
+            return made * torch.nan if self.progress.step == bad["step"] else made
+
+        monkeypatch.setattr(loop.Loop, "_loss", loss)
+        settings = {"save_every": 1, "keep": 1}
+        with pytest.raises(DivergenceError, match=r"step-00000003 with it"):
+            finetune("own", tmp_path, **settings)
+        metrics = finetune("own", tmp_path, **settings, resume=True, nan_policy="skip:1")
+        assert metrics["skipped_steps"] == 1
+
+    def test_without_a_checkpoint_there_is_none_to_go_on_from(self, tmp_path, monkeypatch):
+        """A run that diverges before the first one is started again."""
+        original = loop.Loop._loss
+        monkeypatch.setattr(loop.Loop, "_loss", lambda *given: original(*given) * torch.nan)
+        with pytest.raises(DivergenceError, match="nan at step 0") as caught:
+            finetune("own", tmp_path)
+        assert "Start again with a smaller --lr" in str(caught.value)
+        assert "--resume" not in str(caught.value)
 
     def test_weights_that_overflow_in_the_last_step(self, tmp_path):
         """Weights that are not finite after the last step are a divergence, and not packed."""

@@ -452,8 +452,8 @@ def test_what_is_no_linear_layer_is_named_with_its_kind():
     )  # fmt: skip
     assert notes(plan(model, 2)) == {
         "0": "first layer, kept in full precision",
-        "1": "LSTM is not Linear, Conv or Embedding",
-        "2": "Bilinear is not Linear, Conv or Embedding",
+        "1": "LSTM is no layer that askewq knows (docs/methods.md)",
+        "2": "Bilinear is no layer that askewq knows (docs/methods.md)",
         "3": "no weight matrix",
         "5": "last layer, kept in full precision",
     }
