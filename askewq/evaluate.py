@@ -133,11 +133,16 @@ def _check_start(folder: Path) -> None:
     """
     path = folder / recipe_files.RECIPE
     settings = recipe_files.read_yaml(path) if path.is_file() else {}
-    if settings.get("teacher") not in (None, distill.SELF) or settings.get("teacher_weights"):
-        given = settings.get("teacher") or settings.get("teacher_weights")
+    named = {key: settings.get(key) for key in ("teacher", "teacher_weights")}
+    taught = [
+        f"--{key.replace('_', '-')} {name}"
+        for key, name in named.items()
+        if name not in (None, distill.SELF)
+    ]
+    if taught:
         raise RecipeError(
-            f"{path} says that {given} taught the run; pass it as --teacher or --teacher-weights, "
-            "or another network to compare with."
+            f"{path} says that another network taught the run; pass {' '.join(taught)}, or another "
+            "network to compare with."
         )
     if settings.get("weights") or settings.get("pretrained") is False:
         raise RecipeError(

@@ -213,6 +213,8 @@ class _Run:
         if not isinstance(texts, TextPreprocessing):
             return
         length = self.recipe.max_length or texts.max_length
+        if batch["input_ids"].shape[1] >= length:
+            return
         try:
             with torch.no_grad():
                 logits_of(self.model, self.loaded.spec, longest(batch, length))

@@ -214,7 +214,7 @@ def test_another_teacher(tmp_path):
     assert told["similarity"] == made["reloaded"]
     untold = command(*words)
     assert untold.code == 2
-    assert f"{teacher} taught the run" in untold.err
+    assert f"another network taught the run; pass --teacher {teacher}" in untold.err
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"the embeddings of the teacher {text.markdown(str(teacher))}" in card
 
