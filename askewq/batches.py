@@ -207,17 +207,6 @@ def prepare_batch(
     return {**batch, "pixel_values": pixels}
 
 
-def longest(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Return one text of so many tokens, all of them one that occurs in a batch of texts."""
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids))
-    token = ids.flatten()[mask.flatten().argmax()]  # no padding, which may have no place
-    return {
-        "input_ids": token.expand(1, length),
-        "attention_mask": torch.ones_like(mask[:1, :1]).expand(1, length),
-    }
-
-
 def augment(pixels: Tensor, kind: str) -> Tensor:
     """Shift each image by up to an eighth of its size (edges repeated) and flip half of them.
 

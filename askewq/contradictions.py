@@ -87,7 +87,7 @@ def complaints(recipe: Any) -> list[str]:
     if recipe.streaming:
         wrong += _unstreamable(recipe)
     else:
-        wrong += _streamed(recipe)
+        wrong += _unstreamed(recipe)
     if recipe.full_precision_lr is not None and recipe.full_precision_steps == 0:
         wrong.append("full_precision_lr goes with full_precision_steps, which is 0; leave it out")
     if recipe.polish_steps == 0 and _changed(recipe, "polish_lr"):
@@ -97,8 +97,8 @@ def complaints(recipe: Any) -> list[str]:
     return wrong
 
 
-def _streamed(recipe: Any) -> list[str]:
-    """Return what decides something of a stream alone, or is counted already."""
+def _unstreamed(recipe: Any) -> list[str]:
+    """Return what decides nothing where data are not a stream."""
     wrong = []
     if _changed(recipe, "shuffle_buffer"):
         wrong.append("shuffle_buffer goes with streaming; leave it out")

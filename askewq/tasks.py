@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from askewq import embeddings
-from askewq.errors import ModelError
-from askewq.spec import ModelSpec
+from askewq.errors import CALLING, ModelError
+from askewq.spec import ModelSpec, first_line
 from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, Task
 
 IGNORED = -100
@@ -136,3 +136,29 @@ def check_logits(logits: Tensor, spec: ModelSpec) -> None:
             f"({', '.join(spec.labels[:8])}{', ...' if len(spec.labels) > 8 else ''}); give the "
             "model a head of that size, or choose another --label-column."
         )
+
+
+@torch.no_grad()
+def check_length(model: nn.Module, spec: ModelSpec, batch: dict[str, Tensor], length: int) -> None:
+    """Check that a model takes texts as long as they may come: it may know fewer positions.
+
+    Args:
+        batch: of texts that it takes.
+        length: tokens of the longest text.
+
+    Raises:
+        ModelError: it does not.
+    """
+    ids = batch["input_ids"]
+    if ids.shape[1] >= length:
+        return
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    token = ids.flatten()[mask.flatten().argmax()]  # no padding, which may have no position
+    long = token.expand(1, length)
+    try:
+        logits_of(model, spec, {"input_ids": long, "attention_mask": torch.ones_like(long)})
+    except CALLING as error:
+        raise ModelError(
+            f"the model fails on a text of {length} tokens ({type(error).__name__}: "
+            f"{first_line(error)}); pass a smaller --max-length."
+        ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from askewq import (
     activations,
@@ -37,7 +37,7 @@ from askewq import (
     training_state,
     wrap,
 )
-from askewq.batches import loaders, longest, prepare_batch
+from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData, open_data
 from askewq.errors import CALLING, DataError, DivergenceError, ModelError, RecipeError, StoppedError
@@ -45,9 +45,9 @@ from askewq.evaluate import Evaluation
 from askewq.kernels import can_compile
 from askewq.loop import Loop
 from askewq.preprocessing import TextPreprocessing
-from askewq.spec import LoadedModel, first_line
+from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
-from askewq.tasks import check_logits, keeps_last, logits_of
+from askewq.tasks import check_length, check_logits, keeps_last, logits_of
 from askewq.vocabulary import ActBits
 
 FULL_PRECISION, LOW_BIT, POLISH = "full precision", "low-bit", "polish"
@@ -201,28 +201,13 @@ class _Run:
                 "--std the channels (1 or 3)."
             ) from error
         check_logits(logits, spec)
-        self._try_a_long_text(batch)
+        texts = self.loaded.preprocessing
+        if isinstance(texts, TextPreprocessing):
+            check_length(self.model, spec, batch, self.recipe.max_length or texts.max_length)
         if several and logits.requires_grad:
             logits.sum().backward()
             processes.expect(self.accelerator, self.model)
         distill.check(self.recipe, self.loaded, self.teacher, batch, logits)
-
-    def _try_a_long_text(self, batch: dict[str, Tensor]) -> None:
-        """Find out whether the model takes texts as long as may come: it may know fewer places."""
-        texts = self.loaded.preprocessing
-        if not isinstance(texts, TextPreprocessing):
-            return
-        length = self.recipe.max_length or texts.max_length
-        if batch["input_ids"].shape[1] >= length:
-            return
-        try:
-            with torch.no_grad():
-                logits_of(self.model, self.loaded.spec, longest(batch, length))
-        except CALLING as error:
-            raise ModelError(
-                f"the model fails on a text of {length} tokens ({type(error).__name__}: "
-                f"{first_line(error)}); pass a smaller --max-length."
-            ) from error
 
     def _prepare_output(self) -> None:
         self.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
