@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-from askewq import config, recipe_files
+from askewq import config, processes, recipe_files
 from askewq.errors import AskewError, OutputError
 from askewq.flags import flags_of, whole
 from askewq.text import printable
@@ -304,6 +304,10 @@ def main() -> None:
         _end(str(error), error.exit_code)
     except KeyboardInterrupt:  # before training began, or in another command
         _end("interrupted.", 130)
+    except SystemExit as end:  # so cyclopts ends a command, a successful one as well
+        if processes.several():
+            _leave(int(end.code or 0))
+        raise
     except Exception as error:
         if "WORLD_SIZE" not in os.environ:
             raise
@@ -312,8 +316,6 @@ def main() -> None:
 
 def _end_together(error: Exception) -> None:
     """End a process among several with an error that nobody raised on purpose."""
-    from askewq import processes
-
     if processes.lost_another(error):
         _end("another process ended without saying why.", 1)
     traceback.print_exc()
@@ -322,16 +324,23 @@ def _end_together(error: Exception) -> None:
 
 def _end(message: str, code: int) -> None:
     """Say what went wrong, and exit; of several processes one does, for the first that failed."""
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if not processes.several():
         sys.exit(_fail(message, code))
-    from askewq import processes
-
     process, first, code = processes.failed_first(message, code)
     if process == int(os.environ.get("RANK") or 0):
         _fail(first)
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """End one process of several at once, with what it has printed.
+
+    An ordinary exit would wait for exchanges with the others that nobody finishes. Where all are
+    finished, gloo's threads may still hold a tensor's Python object, and abort the process when
+    they let go of it in an interpreter that is shutting down.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    # An ordinary exit waits for exchanges with the others that nobody will finish.
     os._exit(code)
 
 

@@ -524,10 +524,11 @@ class TestRecipes:
         refused(command("recipes", *words), "no recipe 'nope'", *recipe_files.shipped_recipes())
 
 
-def python(*words: str) -> subprocess.CompletedProcess:
-    """Run python in a process of its own, with this environment."""
+def python(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run python in a process of its own, with this environment and some more variables."""
+    variables = {**os.environ, **environment}
     return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=os.environ, check=False
+        [sys.executable, *words], capture_output=True, text=True, env=variables, check=False
     )
 
 
@@ -555,6 +556,20 @@ class TestProcess:
         assert done.returncode == 2
         assert done.stdout == ""
         assert done.stderr.startswith("askewq: there is no recipe 'nope'")
+
+    def test_one_of_several_ends_whatever_its_threads_do(self):
+        """A thread in torch's C++ when the interpreter shuts down aborts the process otherwise."""
+        code = (
+            "import sys, threading, torch\n"
+            "def busy():\n    while True: torch.ones(300, 300) @ torch.ones(300, 300)\n"
+            "threading.Thread(target=busy, daemon=True).start()\n"
+            "from askewq.cli import main\n"
+            "sys.argv = ['askewq', 'recipes', 'ls']\n"
+            "main()\n"
+        )
+        done = python("-c", code, WORLD_SIZE="2")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == command("recipes", "ls").out
 
     def test_the_launchers_file(self):
         """cli.py, which `accelerate launch` points at, is the same command."""
