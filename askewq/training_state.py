@@ -117,7 +117,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, process: int)
     """
     with fitting(folder):
         _join(optimizer, load_file(folder / OPTIMIZER), _content(folder)["optimizer"])
-        _load_random(_random_file(folder, process))
+        _load_random(folder / RANDOM.format(process))
 
 
 @contextmanager
@@ -203,11 +203,6 @@ def _join(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def save_random(folder: Path, process: int) -> None:
-    """Write the state of every generator of random numbers of this process."""
-    _random_file(folder, process).write_bytes(random_numbers())
-
-
 def random_numbers() -> bytes:
     """Return the state of every generator of random numbers of this process, as safetensors."""
     version, words, gauss = random.getstate()
@@ -237,10 +232,6 @@ def _load_random(path: Path) -> None:
     states = [tensors[f"cuda.{i}"] for i in range(sum(n.startswith("cuda.") for n in tensors))]
     if states and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states)
-
-
-def _random_file(folder: Path, process: int) -> Path:
-    return folder / RANDOM.format(process)
 
 
 def save_network(model: nn.Module, path: Path) -> None:

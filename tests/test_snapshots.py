@@ -36,6 +36,12 @@ def seal(folder: Path) -> None:
     snapshots._write_sums(folder)
 
 
+def save_random(folder: Path, process: int) -> None:
+    """Write the random numbers of this process where a checkpoint has them."""
+    path = folder / training_state.RANDOM.format(process)
+    path.write_bytes(training_state.random_numbers())
+
+
 def at_step(monkeypatch, number, action):
     """Let `action` happen before step `number` is made."""
     original = loop.Loop._step
@@ -94,7 +100,7 @@ class TestContent:
         model(torch.ones(1, 3)).sum().backward()
         first.step()
         training_state.save(tmp_path, model, first, training_state.Progress(), 1)
-        training_state.save_random(tmp_path, 0)
+        save_random(tmp_path, 0)
         training_state.load(tmp_path, other, second, 0)
         before, after = first.state_dict(), second.state_dict()
         assert before["state"].keys() == after["state"].keys()
@@ -114,7 +120,7 @@ class TestContent:
             return random.gauss(0, 1), random.random(), normal, float(torch.randn(()))
 
         draw()
-        training_state.save_random(tmp_path, 3)
+        save_random(tmp_path, 3)
         expected = [draw() for _ in range(3)]
         training_state._load_random(tmp_path / "random-00003.safetensors")
         assert [draw() for _ in range(3)] == expected
@@ -377,7 +383,7 @@ class TestFullDisk:
         model(torch.ones(1, 300)).sum().backward()
         optimizer.step()
         training_state.save(tmp_path, model, optimizer, training_state.Progress(), 1)
-        training_state.save_random(tmp_path, 0)
+        save_random(tmp_path, 0)
         written = sum(path.stat().st_size for path in tmp_path.iterdir())
         assert 0 <= training_state.size(model, optimizer) - written <= 2**16
 
