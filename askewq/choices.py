@@ -10,7 +10,7 @@ from askewq import config, refine
 from askewq.anneal import Closing
 from askewq.config import Recipe
 from askewq.errors import RecipeError
-from askewq.methods import RIVALS, check_bits
+from askewq.methods import RIVALS, check_bits, check_strength
 from askewq.optim import AskewAdamW, AskewSGD
 from askewq.rivals import Follower
 from askewq.vocabulary import Bits, Task
@@ -56,10 +56,13 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
         steps: low-bit steps of the run.
 
     Raises:
-        RecipeError: bits that the method cannot do, or a setting that decides nothing.
+        RecipeError: bits or a strength that the method cannot do, a setting that decides nothing.
     """
-    for bits in (recipe.bits, *recipe.overrides.values()):
-        check_bits(recipe.method, bits)
+    check_bits(recipe.method, recipe.bits)
+    for pattern, bits in recipe.overrides.items():
+        check_bits(recipe.method, bits, f"the override {pattern}={bits}")
+    if recipe.method in RIVALS:
+        check_strength(recipe.method, recipe.strength)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if recipe.recalibrate_bn and not refine.batch_norms(model):
         raise RecipeError(

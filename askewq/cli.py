@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-from askewq import config, processes, recipe_files
+from askewq import config, contradictions, processes, recipe_files
 from askewq.errors import AskewError, OutputError
 from askewq.flags import flags_of, whole
 from askewq.text import printable
@@ -79,13 +79,11 @@ def finetune(
 
     askewq finetune --model resnet50 --bits 2 --dataset D --output out
     """
-    values: dict[str, Any] = {}
-    if recipe is not None:
-        values = recipe_files.read_yaml(recipe_files.find_recipe(recipe))
     given: dict[str, Any] = dict(flags)
+    values = _with_recipe(recipe, given)
     if given.get("resume") and recipe is None and "output" in given:
-        values = _stored_essentials(Path(given["output"]))
-    made = config.build({**values, **given}, recipe or "the command line")
+        values = _stored_essentials(Path(given["output"])) | given
+    made = config.build(values, recipe or "the command line")
     from askewq import launch
 
     if launch.wanted(num_processes):
@@ -96,6 +94,15 @@ def finetune(
     from askewq.train import finetune as run
 
     run(made)
+
+
+def _with_recipe(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe, if there is one, and the flags, which win over it."""
+    if recipe is None:
+        return given
+    stored = recipe_files.read_yaml(recipe_files.find_recipe(recipe))
+    useless = contradictions.overruled(stored, given)
+    return {key: value for key, value in stored.items() if key not in useless} | given
 
 
 def _stored_essentials(output: Path) -> dict[str, Any]:
@@ -196,8 +203,7 @@ def plan(
 
     askewq plan --model resnet50 --dataset D --average-bits 2.5 --output plan
     """
-    values = {} if recipe is None else recipe_files.read_yaml(recipe_files.find_recipe(recipe))
-    values |= dict(flags)
+    values = _with_recipe(recipe, dict(flags))
     chosen = config.build(values, recipe or "the command line")
     from askewq import planning
 

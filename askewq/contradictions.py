@@ -45,6 +45,12 @@ _NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("close_every", *_ASKEW),
     ("final_radius", *_ASKEW),
 ]
+# A key that decides something only where another one is not 0.
+_NEEDS_SOME = {
+    "temperature": "distill",
+    "full_precision_lr": "full_precision_steps",
+    "polish_lr": "polish_steps",
+}
 # What does not work on shards, and why.
 _UNSHARDABLE = {
     "compile": "a compiled network takes weights made before its forward pass, not shards",
@@ -63,7 +69,10 @@ def complaints(recipe: Any) -> list[str]:
     wrong = []
     start, end = recipe.close_start, recipe.close_end
     if start is not None and end is not None and start >= end:
-        wrong.append(f"close_start = {start} must lie before close_end = {end}")
+        wrong.append(
+            f"close_start = {start} must lie before close_end = {end}; begin earlier, or "
+            "give a later close_end"
+        )
     coupled = recipe.pull == "coupled" or (recipe.pull is None and recipe.method != "askewsgd")
     if recipe.alpha is not None and recipe.alpha > 1 and not coupled:
         wrong.append(
@@ -79,22 +88,28 @@ def complaints(recipe: Any) -> list[str]:
                 f"{key} goes with {other} = {' or '.join(map(str, values))}, and {other} is "
                 f"{chosen}; leave {key} out"
             )
-    if recipe.distill == 0 and _changed(recipe, "temperature"):
-        wrong.append("temperature goes with distill, which is 0; leave temperature out")
+    for key, other in _NEEDS_SOME.items():
+        if getattr(recipe, other) == 0 and _changed(recipe, key):
+            wrong.append(f"{key} goes with {other}, which is 0; leave {key} out")
     for key in ("teacher", "teacher_weights"):
         if not recipe.taught and _changed(recipe, key):
             wrong.append(f"{key} goes with distill or distill_hidden, which are 0; leave {key} out")
+    if recipe.teacher == "self" and recipe.teacher_weights is not None:
+        wrong.append("teacher = self has weights already; leave teacher or teacher_weights out")
     if recipe.streaming:
         wrong += _unstreamable(recipe)
     else:
         wrong += _unstreamed(recipe)
-    if recipe.full_precision_lr is not None and recipe.full_precision_steps == 0:
-        wrong.append("full_precision_lr goes with full_precision_steps, which is 0; leave it out")
-    if recipe.polish_steps == 0 and _changed(recipe, "polish_lr"):
-        wrong.append("polish_lr goes with polish_steps, which is 0; leave it out")
     if recipe.polish_steps and recipe.gradient_bits is not None:
         wrong.append("gradient_bits does not go with polish_steps; leave one of them out")
     return wrong
+
+
+def overruled(stored: dict[str, Any], given: dict[str, Any]) -> set[str]:
+    """Return the keys of a stored recipe that decide nothing beside what is given on top of it."""
+    needs = {(key, other) for key, other, values in _NEEDS if given.get(other) not in values}
+    needs |= {(key, other) for key, other in _NEEDS_SOME.items() if given.get(other) == 0}
+    return {key for key, other in needs if other in given} & (stored.keys() - given.keys())
 
 
 def _unstreamed(recipe: Any) -> list[str]:

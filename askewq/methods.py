@@ -38,6 +38,7 @@ class Rule:
         settle: what becomes of the weight after an update of the base optimizer; None: nothing.
         bits: the widths that it can do.
         strength: the final value of its coefficient; None where it has none.
+        least, most: which final values lead to the grid, and stay numbers on the way.
         course: the coefficient at a progress in [0, 1], from its final value.
         learns_scale: whether the scale is trained with the weights.
         rescale: the scale that belongs to the weights now; None: it stays as it was fitted.
@@ -47,6 +48,8 @@ class Rule:
     settle: Settle | None = None
     bits: tuple[Bits, ...] = BITS
     strength: float | None = None
+    least: float = 0.0
+    most: float = 0.0
     course: Callable[[float, float], float] = _constant
     learns_scale: bool = False
     rescale: Callable[[Tensor, Grid], Tensor] | None = None
@@ -300,21 +303,47 @@ LAZY = Rule(lazy_projection, clip)
 RIVALS: dict[Method, Rule] = {
     "binaryconnect": Rule(binaryconnect, clip),
     "lsq": Rule(lsq, learns_scale=True),
-    "proxquant": Rule(None, proxquant, strength=0.003, course=_ramp),
-    "binaryrelax": Rule(binaryrelax, strength=500.0, course=_growth),
+    "proxquant": Rule(None, proxquant, strength=0.003, most=0.5, course=_ramp),
+    "binaryrelax": Rule(binaryrelax, strength=500.0, least=1.0, most=1e9, course=_growth),
     "luq": Rule(binaryconnect, bits=(1, "ternary", 2, 3, 4), rescale=sawb),
     "adaste": Rule(adaste, bits=(1,), course=_well),
-    "mirror-descent": Rule(mirror_descent, bits=(1,), strength=20_000.0, course=_power),
+    "mirror-descent": Rule(
+        mirror_descent, bits=(1,), strength=20_000.0, least=100.0, most=1e9, course=_power
+    ),
     "projected-gradient": Rule(None, project),
 }
 
 
-def check_bits(method: Method, bits: Bits) -> None:
+def check_bits(method: Method, bits: Bits, source: str = "") -> None:
     """Check that a method can do a bit width.
+
+    Args:
+        source: what asks for these bits, where it is not `bits`.
 
     Raises:
         RecipeError: it cannot.
     """
     if method in RIVALS and bits not in RIVALS[method].bits:
         allowed = ", ".join(map(str, RIVALS[method].bits))
-        raise RecipeError(f"method = {method} trains {allowed} bit, not bits = {bits}.")
+        raise RecipeError(
+            f"method = {method} trains {allowed} bit, not {source or f'bits = {bits}'}; give other "
+            "bits, or another method."
+        )
+
+
+def check_strength(method: Method, strength: float | None) -> None:
+    """Check that a method has a strength, and that this one ends on the grid.
+
+    Raises:
+        RecipeError: it has none, or it does not.
+    """
+    rule = RIVALS[method]
+    if strength is None:
+        return
+    if rule.strength is None:
+        raise RecipeError(f"method = {method} has no strength; leave it out.")
+    if not rule.least <= strength <= rule.most or not strength:
+        raise RecipeError(
+            f"method = {method} ends on the grid with a strength from {rule.least:g} to "
+            f"{rule.most:g}, and {strength:g} does not; by default it is {rule.strength:g}."
+        )

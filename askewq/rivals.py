@@ -1,21 +1,18 @@
 """Training with another method than AskewSGD, beside any optimizer of torch."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from askewq import sharding
 from askewq.errors import ModelError, RecipeError, near
-from askewq.layers import (
-    QuantizedLayer,
-    QuantizedWeight,
-    follow_,
-    quantized_layers,
-    quantized_modules,
-)
-from askewq.methods import RIVALS, check_bits, quantize_gradient
+from askewq.kinds import leaves_of
+from askewq.layers import QuantizedWeight, follow_, quantized_layers, quantized_modules
+from askewq.methods import RIVALS, check_bits, check_strength, quantize_gradient
 from askewq.vocabulary import Method
 
 
@@ -50,8 +47,7 @@ class Follower:
             known = ", ".join(RIVALS)
             raise RecipeError(f"method = {method!r} is unknown{near(method, RIVALS)}; use {known}.")
         self._rule = RIVALS[method]
-        if strength is not None and self._rule.strength is None:
-            raise RecipeError(f"method = {method} has no strength; leave it out.")
+        check_strength(method, strength)
         if gradient_bits is not None and method != "luq":
             raise RecipeError(f"method = {method} does not round gradients; use luq for that.")
         self._final = (self._rule.strength if strength is None else strength) or 0.0
@@ -104,15 +100,28 @@ class Follower:
         return inside / total
 
 
+def check_gradients(layers: Iterable[nn.Module]) -> None:
+    """Check that the gradients of some layers' outputs are those of one product with a weight.
+
+    Raises:
+        ModelError: a layer with several weights, or one whose weight another layer multiplies by.
+    """
+    for layer in layers:
+        leaves = leaves_of(layer)
+        if leaves == ["weight"] and not isinstance(layer, NonDynamicallyQuantizableLinear):
+            continue
+        has = "never sees its input, for MultiheadAttention reads its weight"
+        if leaves != ["weight"]:
+            has = f"has several weights, {leaves[0]} among them"
+        raise ModelError(
+            f"gradient_bits rounds the gradients of a layer's output, but {type(layer).__name__} "
+            f"{has}; exclude the attention's or experts' layers, or leave gradient_bits out."
+        )
+
+
 def _round_gradients(weights: list[QuantizedWeight], bits: int) -> None:
     """Let layers round the gradients that reach their outputs."""
-    for weight in weights:
-        if not isinstance(weight, QuantizedLayer):
-            raise ModelError(
-                "gradient_bits rounds the gradients of a layer's output, but "
-                f"{type(weight.owner).__name__} has several weights, {weight.leaf} among them; "
-                "exclude its layers, or leave gradient_bits out."
-            )
-    for layer in weights:
-        hook = functools.partial(quantize_gradient, bits)
-        layer.owner.register_forward_hook(hook)
+    layers = [weight.owner for weight in weights]
+    check_gradients(layers)
+    for layer in layers:
+        layer.register_forward_hook(functools.partial(quantize_gradient, bits))

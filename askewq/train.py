@@ -45,6 +45,7 @@ from askewq.evaluate import Evaluation
 from askewq.kernels import can_compile
 from askewq.loop import Loop
 from askewq.preprocessing import TextPreprocessing
+from askewq.rivals import check_gradients
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
 from askewq.tasks import check_length, check_logits, keeps_last, logits_of
@@ -121,6 +122,9 @@ class _Run:
             bits_override=recipe.overrides,
             keep_last=keeps_last(self.loaded.spec.task),
         )
+        if recipe.gradient_bits is not None:
+            names = [name for layer in self.plan.quantized for name in layer.names]
+            check_gradients(map(self.model.get_submodule, names))
         self.loop = Loop(self.recipe, self.accelerator, self.loaded, train, self.eval_loader)
 
     @property

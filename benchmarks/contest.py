@@ -43,12 +43,14 @@ FORMS = {
     "askewsgd": ("--method", "askewsgd"),
     "askewsgd, staggered": ("--method", "askewsgd", "--closing", "staggered"),
     "askewsgd-paper": ("--method", "askewsgd-paper"),
-    # Intervals that close with the first step: straight-through, with the steps of askewsgd.
+    # Intervals that close with the first step: straight-through, with the steps of askewsgd; where
+    # these are those of the base optimizer it is binaryconnect.
     "askewsgd, closed at once": ("--method", "askewsgd", "--close-end", "0.001"),
     # The rivals next to it on askewsgd's base optimizer, where the task's own is another.
     "binaryconnect, adamw": ("--method", "binaryconnect", "--optimizer", "adamw"),
     "binaryrelax, adamw": ("--method", "binaryrelax", "--optimizer", "adamw"),
 }
+ON_LEVELS = {"askewsgd, closed at once", "binaryconnect, adamw", "binaryrelax, adamw"}
 METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
@@ -238,8 +240,8 @@ def entries(arguments: argparse.Namespace) -> Iterator[Run]:
                     entry = Run(task, bits, steps, method, 0.0, 0, True, arguments.distill)
                     if method in RIVALS and width not in RIVALS[method].bits:
                         continue
-                    if entry.on_adamw and bits not in TASKS[task].level_bits:
-                        continue  # every method there has the same base optimizer
+                    if method in ON_LEVELS and bits not in TASKS[task].level_bits:
+                        continue  # askewsgd has there the base optimizer of all others
                     yield entry
 
 
@@ -278,7 +280,7 @@ def chosen(entry: Run, results: Results, arguments: argparse.Namespace) -> Run |
 def judged(entry: Run, results: Results, arguments: argparse.Namespace) -> list[Run]:
     """Return the runs that count, with the best learning rate of the trials; none before those."""
     best = chosen(entry, results, arguments)
-    if arguments.lr is not None:
+    if arguments.lr is not None and not entry.full:
         best = replace(entry, lr=arguments.lr)
     if best is None:
         return []
@@ -300,10 +302,14 @@ def teacher_of(run: Run, results: Results, arguments: argparse.Namespace) -> Run
 def make(
     run: Run, results: Results, arguments: argparse.Namespace, keep_weights: bool = False
 ) -> None:
-    """Make a run, unless it is finished; with `keep_weights`, unless its weights are there too."""
+    """Make a run, unless it is finished; with `keep_weights`, unless its weights are there too.
+
+    A finished run that is made again for its weights keeps what it measured the first time.
+    """
     output: Path = arguments.output
     folder, teacher = run.folder(output), teacher_of(run, results, arguments)
-    if results.of(run) and ((folder / WEIGHTS).is_file() or not keep_weights):
+    finished = results.of(run)
+    if finished and ((folder / WEIGHTS).is_file() or not keep_weights):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     weights = None
@@ -317,8 +323,9 @@ def make(
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
     if done.returncode == 0:
-        results.add(run, run.measured(output))
-    elif "the loss is" in log.read_text():  # it diverged: a result, the worst one
+        if not finished:
+            results.add(run, run.measured(output))
+    elif not finished and "the loss is" in log.read_text():  # it diverged: a result, the worst one
         results.add(run, dict.fromkeys(MEASURED, 0.0))
     else:
         print(f"{folder}: failed, see its log", flush=True)
@@ -327,7 +334,7 @@ def make(
 
 def compete(entry: Run, results: Results, arguments: argparse.Namespace) -> None:
     """Make the trials of an entry, then the runs that count."""
-    if arguments.lr is None:
+    if arguments.lr is None or entry.full:
         for turn in range(4):  # the fourth trial is known once three are finished
             for run in trials(entry, results, arguments)[turn : turn + 1]:
                 make(run, results, arguments)

@@ -15,7 +15,7 @@ import yaml
 from builders import Outcome, command, copy_of, files, finished
 from safetensors.torch import load_file, save_file
 
-from askewq import checkpoint, config, recipe_files
+from askewq import checkpoint, cli, config, recipe_files
 
 
 def refused(outcome: Outcome, *words: str) -> None:
@@ -262,6 +262,26 @@ class TestFinetune:
         assert command("finetune", "--recipe", tmp_path / "mine.yaml", *flags).code == 0
         written = config.build(recipe_files.read_yaml(tmp_path / "out" / "recipe.yaml"))
         assert (written.bits, written.max_steps, written.lr) == (3, 6, 0.05)
+
+    @pytest.mark.parametrize("name", recipe_files.shipped_recipes())
+    @pytest.mark.parametrize("method", ["binaryconnect", "askewsgd-paper"])
+    def test_a_flag_overrules_what_a_recipe_says_of_its_method(self, name, method, tmp_path):
+        """--method goes with every recipe; what the recipe says of another one is passed over."""
+        given = {"method": method, "output": tmp_path, "full_precision_steps": 0}
+        values = cli._with_recipe(name, given)
+        assert config.build(values).method == method
+        kept = {"closing", "level_lr"} if method == "askewsgd-paper" else set()
+        assert values.keys() & {"closing", "level_lr", "full_precision_lr"} <= kept
+        assert (
+            values["optimizer"]
+            == recipe_files.read_yaml(recipe_files.find_recipe(name))["optimizer"]
+        )
+
+    def test_what_flags_say_themselves_is_not_passed_over(self, tmp_path):
+        """A flag without use is an error, whatever the recipe says."""
+        words = ["--recipe", "resnet20-cifar10-1bit", "--method", "lsq", "--level-lr", "0.01"]
+        outcome = command("finetune", *words, "--output", tmp_path / "out")
+        refused(outcome, "level_lr goes with method")
 
 
 class TestEval:

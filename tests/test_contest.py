@@ -75,7 +75,7 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
             assert Path(command[command.index("--teacher-weights") + 1]).is_file()
         (folder / contest.WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
         (folder / contest.WEIGHTS).touch()
-        metrics = {"snapped": 80.0, "full_precision": 90.0, **measured}
+        metrics = {"snapped": 80.0, "full_precision": 91.0, **measured}
         (folder / "metrics.json").write_text(json.dumps(metrics))
         return contest.subprocess.CompletedProcess(command, 0)
 
@@ -95,3 +95,12 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
     contest.shutil.rmtree(tmp_path / "out")
     contest.main()
     assert made == []
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    runs = [json.dumps(json.loads(line)["run"]) for line in lines]
+    assert len(runs) == len(set(runs))  # what a teacher measured first is what counts
+    monkeypatch.setattr(sys, "argv", ["contest.py", *flags.split(), *paths, "--lr", "0.03"])
+    contest.main()  # another rate for the methods is none for the teacher
+    assert made == [
+        "any-600/full-precision/seed-0-lr-0.005",
+        *(f"1-bit-600-distill-0.5/askewsgd/seed-{seed}-lr-0.03" for seed in range(2)),
+    ]

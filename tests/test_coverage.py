@@ -7,6 +7,7 @@ import builders
 import pytest
 import torch
 import transformers
+from builders import finetune
 from conftest import GRIDS, grid_name
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
@@ -238,12 +239,37 @@ def test_attention_that_shares_its_projection():
     assert torch.equal(model[0].in_proj_weight_scale, model[1].in_proj_weight_scale)
 
 
-def test_gradients_of_an_output_are_not_those_of_several_products():
-    """The rounding of neural gradients by luq has no place in a layer with several weights."""
+@pytest.mark.parametrize(
+    ("included", "message"),
+    [
+        (("*",), "MultiheadAttention has several weights, in_proj_weight among them"),
+        (("one.self_attn.out_proj",), "Linear never sees its input, for MultiheadAttention reads"),
+    ],
+)
+def test_gradients_of_an_output_are_those_of_one_product(included, message):
+    """Luq's rounded gradients have no place in attention; a run says so before it writes."""
     model = Attention()
-    askewq.quantize(model, 2, include=["*"])
-    with pytest.raises(ModelError, match="MultiheadAttention has several weights, in_proj_weight"):
+    askewq.quantize(model, 2, include=included)
+    with pytest.raises(ModelError, match=message):
         Follower(model, "luq", gradient_bits=4)
+
+
+def test_gradients_are_checked_before_anything_is_written(tmp_path):
+    """A run that could not round its gradients ends before its full-precision steps."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Attends(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.attention = nn.MultiheadAttention(3, 1, batch_first=True)\n"
+        "    def forward(self, x):\n"
+        "        x = x.flatten(2).transpose(1, 2)\n"
+        "        return self.attention(x, x, x)[0].mean(1)\n"
+    )
+    given = {"model": f"{tmp_path / 'net.py'}:Attends", "method": "luq", "gradient_bits": 4}
+    with pytest.raises(ModelError, match="several weights"):
+        finetune("own", tmp_path / "out", **given, include=("*",), full_precision_steps=2)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("compiled_first", [True, False])

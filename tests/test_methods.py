@@ -1,5 +1,6 @@
 """Each method against its published equations: scalar loops, brute force over a fine line."""
 
+import functools
 import math
 import pickle
 
@@ -318,14 +319,26 @@ def test_projected_gradient(seed, grid):
         assert found[i].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["proxquant", "binaryrelax", "mirror-descent", "adaste"])
-def test_the_coefficients_only_grow_and_end_where_they_should(name):
-    """All but mirror descent, which ends at its final slope, end exactly on the grid."""
-    rival = RIVALS[name]
-    course = [rival.course(rival.strength or 0.0, i / 20) for i in range(21)]
-    assert course == sorted(course)
-    assert course[-1] == {"mirror-descent": rival.strength, "adaste": 100.0}.get(name, math.inf)
-    assert course[0] == pytest.approx({"proxquant": 0.0, "adaste": 0.01}.get(name, 1.0))
+# By progress: below the first the course is a number, from there on the last value for good.
+COURSES = {
+    "proxquant": ([(0.0, 0.0), (0.25, 0.00075), (0.6, 0.0018)], 2 / 3, math.inf),
+    "binaryrelax": ([(0.0, 1.0), (0.4, 500**0.5), (0.6, 500**0.75)], 0.8, math.inf),
+    "mirror-descent": ([(0.0, 1.0), (0.25, 20000**0.25), (0.5, 20000**0.5)], 1.0, 20_000.0),
+    "adaste": ([(0.0, 0.01), (0.15, 1.0), (0.225, 10.0)], 0.3, 100.0),
+}
+
+
+@pytest.mark.parametrize("name", COURSES)
+def test_the_coefficients_follow_their_course(name):
+    """They take the values of docs/methods.md on the way, grow, and stay at the end's."""
+    rival, (before, end, last) = RIVALS[name], COURSES[name]
+    course = functools.partial(rival.course, rival.strength or 0.0)
+    for progress, value in before:
+        assert course(progress) == pytest.approx(value)
+    assert course(end - 1e-6) < last
+    assert [course(p) for p in (end, (end + 1) / 2, 1.0)] == pytest.approx([last] * 3)
+    values = [course(i / 100) for i in range(101)]
+    assert values == sorted(values)
 
 
 def small() -> torch.nn.Sequential:
@@ -438,12 +451,33 @@ class TestFollower:
             rivals.Follower(model, "lsqq")
         other = small()
         askewq.quantize(other, 5)
-        with pytest.raises(RecipeError, match="luq trains 1, ternary, 2, 3, 4 bit, not bits = 5"):
+        with pytest.raises(
+            RecipeError, match="luq trains 1, ternary, 2, 3, 4 bit, not bits = 5; give other"
+        ):
             rivals.Follower(other, "luq")
         with pytest.raises(RecipeError, match="lsq has no strength"):
             rivals.Follower(model, "lsq", 3.0)
         with pytest.raises(RecipeError, match="lsq does not round gradients"):
             rivals.Follower(model, "lsq", gradient_bits=4)
+
+    @pytest.mark.parametrize(
+        ("method", "strength", "allowed"),
+        [
+            ("mirror-descent", 1.0, "from 100 to 1e"),
+            ("mirror-descent", -1.0, "from 100 to 1e"),
+            ("binaryrelax", 0.01, "from 1 to 1e"),
+            ("binaryrelax", 1e300, "from 1 to 1e"),
+            ("binaryrelax", math.nan, "from 1 to 1e"),
+            ("proxquant", 0.0, "from 0 to 0.5"),
+            ("proxquant", math.inf, "from 0 to 0.5"),
+        ],
+    )
+    def test_a_strength_that_does_not_end_on_the_grid_is_refused(self, method, strength, allowed):
+        """A course that opens, never closes, or leaves the numbers is no schedule."""
+        model = small()
+        askewq.quantize(model, 1)
+        with pytest.raises(RecipeError, match=f"{allowed}.*by default"):
+            rivals.Follower(model, method, strength)
 
 
 class TestFinetune:

@@ -390,7 +390,7 @@ class TestSettings:
     def test_a_method_is_told_of_every_width(self, tmp_path):
         """A method that cannot do the bits of an override refuses before anything is written."""
         wrong = {"bits": 1, "method": "adaste", "bits_override": ["2=4"]}
-        with pytest.raises(RecipeError, match="adaste trains 1 bit, not bits = 4"):
+        with pytest.raises(RecipeError, match="adaste trains 1 bit, not the override 2=4"):
             finetune("own", tmp_path / "out", **wrong)
         assert not (tmp_path / "out").exists()
 
