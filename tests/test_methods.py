@@ -181,12 +181,15 @@ def test_sawb_finds_nearly_the_best_scale_of_a_normal_row(grid):
     assert methods.sawb(3 * row, grid).item() == pytest.approx(3 * methods.sawb(row, grid).item())
 
 
-def test_sawb_is_the_published_formula():
-    """At 2 bits the published clip, 3.12 sqrt(E w^2) - 2.064 E|w|, is 1.5 of our scales."""
+@pytest.mark.parametrize(
+    ("bits", "highest", "c1", "c2"), [(2, 1.5, 3.12, 2.064), (4, 7.5, 12.1, 12.2)]
+)
+def test_sawb_is_the_published_formula(bits, highest, c1, c2):
+    """The published clip, c1 sqrt(E w^2) - c2 E|w|, is the highest level times our scale."""
     row = torch.randn(1, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    published = 3.12 * row.square().mean().sqrt() - 2.064 * row.abs().mean()
-    ours = 1.5 * methods.sawb(row, make_grid(2, "half-integer"))
-    assert ours.item() == pytest.approx(published.item(), rel=0.01)
+    published = c1 * row.square().mean().sqrt() - c2 * row.abs().mean()
+    ours = highest * methods.sawb(row, make_grid(bits, "half-integer"))
+    assert ours.item() == pytest.approx(published.item(), rel=0.015)
 
 
 @pytest.mark.parametrize("row", [[0.0] * 8, [0.0] * 7 + [5.0]])
