@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(tempfile.mkdtemp(prefix="askewq-tests-"))
@@ -527,6 +529,18 @@ def _freeze(kind: str) -> None:
 
     gc.collect()
     gc.freeze()
+
+
+@contextlib.contextmanager
+def benchmark(name: str) -> Iterator[ModuleType]:
+    """Within the block, a script of benchmarks/ as a module; it finds the others beside it."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop(name, None)
 
 
 @functools.cache

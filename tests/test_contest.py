@@ -1,26 +1,18 @@
 """The contest's own rules, benchmarks/contest.py: which rate is tried, and which runs are made."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import builders
 import pytest
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def contest():
     """The script as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("contest", BENCHMARKS / "contest.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["contest"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(BENCHMARKS))
-    del sys.modules["contest"]
+    with builders.benchmark("contest") as module:
+        yield module
 
 
 @pytest.mark.parametrize(
