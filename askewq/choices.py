@@ -23,6 +23,8 @@ _DECOUPLED = {"alpha": 0.5, "clip": 0.1}
 _COUPLED = {"alpha": 5.0, "clip": 5.0}
 # Of the moments where the quantized weights' steps are measured in level spacings.
 LEVEL_BETAS = 0.8, 0.99
+# The widest grid for which they are the default; finer ones were not tried.
+COARSE = 4
 
 
 class Pacer(Protocol):
@@ -38,15 +40,13 @@ class Pacer(Protocol):
         """Return what the progress bar shows of the method."""
 
 
-def level_lr_of(bits: Bits, steps: int) -> float | None:
-    """Return the lr of the quantized weights in level spacings; None: they have none of their own.
+def level_lr_of(bits: Bits, steps: int) -> float:
+    """Return the lr of the quantized weights in level spacings.
 
     By the contest on ResNet-20 (recipes/README.md): at 1 bit 0.01 after 600 steps and 0.005 after
-    3,900, the budgets between split at their geometric mean; 0.005 with ternary weights.
+    3,900, the budgets between split at their geometric mean; 0.005 at ternary, 2 and 4 bits.
     """
-    if bits == 1:
-        return 0.01 if steps <= 1500 else 0.005
-    return 0.005 if bits == "ternary" else None
+    return 0.01 if bits == 1 and steps <= 1500 else 0.005
 
 
 def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
@@ -61,6 +61,8 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
     check_bits(recipe.method, recipe.bits)
     for pattern, bits in recipe.overrides.items():
         check_bits(recipe.method, bits, f"the override {pattern}={bits}")
+    widths = (recipe.bits, *recipe.overrides.values())
+    coarse = all(bits == "ternary" or bits <= COARSE for bits in widths)
     if recipe.method in RIVALS:
         check_strength(recipe.method, recipe.strength)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
@@ -69,9 +71,9 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
             f"recalibrate_bn = {recipe.recalibrate_bn} decides nothing: the network has no batch "
             "norm with statistics; leave it out."
         )
-    # Few levels and a normalised network: steps of the same length, in levels, for every weight.
+    # Coarse levels and a normalised network: steps of one length, in levels, for every weight.
     told = {recipe.optimizer, recipe.lr, recipe.level_lr} != {None}
-    ours = batch_norm and recipe.method == "askewsgd" and not told
+    ours = coarse and batch_norm and recipe.method == "askewsgd" and not told
     level_lr = level_lr_of(recipe.bits, steps) if ours else recipe.level_lr
     adamw = not batch_norm or level_lr is not None
     optimizer = recipe.optimizer or ("adamw" if adamw else "sgd")

@@ -111,15 +111,15 @@ class Recipe(BaseModel):
     )
 
     optimizer: Literal["sgd", "adamw"] | None = _key(
-        None, TRAIN, "sgd for models with batch norm, adamw for others and beside level_lr"
+        None, TRAIN, "adamw; sgd for models with batch norm without level_lr"
     )
     lr: float | None = _key(None, TRAIN, "0.02 for sgd, 1e-4 for adamw, 1e-2 beside level_lr", gt=0)
     level_lr: float | None = _key(
         None,
         TRAIN,
         "lr of the quantized weights in level spacings (adamw), beside lr for the rest; by default "
-        "only for models with batch norm: 0.01 at 1 bit up to 1,500 steps, 0.005 beyond and "
-        "ternary",
+        "only for models with batch norm and up to 4 bits: 0.005, and 0.01 at 1 bit up to 1,500 "
+        "steps",
         gt=0,
     )
     lr_hold: float = _key(

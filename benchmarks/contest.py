@@ -43,6 +43,8 @@ FORMS = {
     "askewsgd": ("--method", "askewsgd"),
     "askewsgd, staggered": ("--method", "askewsgd", "--closing", "staggered"),
     "askewsgd-paper": ("--method", "askewsgd-paper"),
+    # With the steps of the task's own base optimizer, where its default are those in levels.
+    "askewsgd, sgd": ("--method", "askewsgd", "--optimizer", "sgd"),
     # Intervals that close with the first step: straight-through, with the steps of askewsgd; where
     # these are those of the base optimizer it is binaryconnect.
     "askewsgd, closed at once": ("--method", "askewsgd", "--close-end", "0.001"),
@@ -50,7 +52,9 @@ FORMS = {
     "binaryconnect, adamw": ("--method", "binaryconnect", "--optimizer", "adamw"),
     "binaryrelax, adamw": ("--method", "binaryrelax", "--optimizer", "adamw"),
 }
-ON_LEVELS = {"askewsgd, closed at once", "binaryconnect, adamw", "binaryrelax, adamw"}
+ON_LEVELS = {
+    *("askewsgd, sgd", "askewsgd, closed at once", "binaryconnect, adamw", "binaryrelax, adamw"),
+}
 METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
@@ -85,7 +89,7 @@ TASKS = {
         (0.01, 0.02, 0.05),
         (0.005, 0.01, 0.02),
         0,
-        ("1", "ternary"),
+        ("1", "ternary", "2", "4"),
     ),
     "minilm": Task(
         "sst2",

@@ -20,7 +20,7 @@ def resolve(**given):
 
 def test_resolve_chooses_by_the_model():
     """Batch norm asks for SGD, everything else for AdamW, each with its own lr and closing."""
-    recipe = config.build({"model": "m", "dataset": "d", "output": "o"})
+    recipe = config.build({"model": "m", "dataset": "d", "output": "o", "bits": 8})
     with_norm = choices.resolve(recipe, "image-classification", CONV, 300)
     without = choices.resolve(recipe, "causal-lm", LINEAR, 300)
     assert (with_norm.optimizer, with_norm.lr) == ("sgd", 0.02)
@@ -80,22 +80,33 @@ def test_other_methods_leave_the_constraint_open():
         resolve(method="lsq", alpha=0.2)
 
 
-@pytest.mark.parametrize("bits", [1, "ternary", 2])
-def test_few_levels_and_batch_norm_ask_for_steps_in_levels(bits):
-    """At 1 bit and ternary the quantized weights of a normalised network get their own lr."""
-    recipe = config.build({**ESSENTIALS, "bits": bits})
+@pytest.mark.parametrize(
+    ("given", "level_lr"),
+    [
+        ({"bits": 1}, 0.01),
+        ({"bits": "ternary"}, 0.005),
+        ({"bits": 2}, 0.005),
+        ({"bits": 4}, 0.005),
+        ({"bits": 2, "bits_override": ["a=4", "b=ternary"]}, 0.005),
+        ({"bits": 5}, None),
+        ({"bits": 2, "bits_override": ["a=8"]}, None),
+    ],
+)
+def test_few_levels_and_batch_norm_ask_for_steps_in_levels(given, level_lr):
+    """Up to 4 bits the quantized weights of a normalised network get their own lr."""
+    recipe = config.build({**ESSENTIALS, **given})
     chosen = choices.resolve(recipe, "image-classification", CONV, 300)
-    coarse = bits != 2
-    level_lr = {1: 0.01, "ternary": 0.005, 2: None}[bits]
+    coarse = level_lr is not None
     assert (chosen.optimizer, chosen.level_lr) == ("adamw" if coarse else "sgd", level_lr)
     assert chosen.lr == (1e-2 if coarse else 0.02)
     warmed = recipe.model_copy(update={"full_precision_steps": 2})
     warmed = choices.resolve(warmed, "image-classification", CONV, 300)
     assert warmed.full_precision_lr == (1e-4 if coarse else 0.02)
-    for given in ({"optimizer": "sgd"}, {"lr": 0.1}, {"optimizer": "adamw"}, {"method": "lsq"}):
-        other = config.build({**ESSENTIALS, "bits": bits, **given})
+    for told in ({"optimizer": "sgd"}, {"lr": 0.1}, {"optimizer": "adamw"}, {"method": "lsq"}):
+        other = config.build({**ESSENTIALS, **given, **told})
         assert choices.resolve(other, "image-classification", CONV, 300).level_lr is None
-    own = config.build({**ESSENTIALS, "bits": bits, "level_lr": 0.02})
+    assert choices.resolve(recipe, "image-classification", LINEAR, 300).level_lr is None
+    own = config.build({**ESSENTIALS, **given, "level_lr": 0.02})
     own = choices.resolve(own, "image-classification", CONV, 300)
     assert (own.optimizer, own.lr, own.level_lr) == ("adamw", 1e-2, 0.02)
 
