@@ -46,7 +46,8 @@ def main() -> None:
             flags += ["--train-split", "train[:90%]", "--eval-split", "train[90%:]"]
         flags += ["--augment", "crop-flip", "--batch-size", "128", "--compile", "--seed", str(seed)]
         flags += ["--mixed-precision", "bf16", "--bits", arguments.bits]
-        flags += [] if arguments.bits in ("1", "ternary") else ["--grid", "half-integer"]
+        if arguments.bits not in ("1", "ternary"):
+            flags += ["--grid", "half-integer", "--optimizer", "sgd", "--lr", "0.02"]
         steps = ["--max-steps", str(arguments.steps), "--save-every", str(arguments.steps)]
         plain = arguments.output / f"plain-{seed}"
         found.setdefault("as it is", []).append(_finetune([*flags, *steps, "--output", str(plain)]))

@@ -4,8 +4,7 @@ For each task, width and budget every method gets four learning rates to try, wi
 tenths of the training set, judged on the last tenth: the task's three, then one beyond the best of
 them if that is the lowest or the highest, else one between the best two neighbours. The best of
 the four is then run with every seed on the whole training set, judged on the test split. A finished
-run is a line of --results and is not made again: stop and start this command as you like; a row
-whose fourth trial is missing says so in its column of trials.
+run is a line of --results and is not made again: stop and start this command as you like.
 
     python benchmarks/contest.py --data ../shared/data                # everything that is missing
     python benchmarks/contest.py --tasks resnet20 --bits 1 --methods askewsgd binaryconnect
@@ -347,12 +346,12 @@ def compete(entry: Run, results: Results, arguments: argparse.Namespace) -> None
 
 
 def table(results: Results, arguments: argparse.Namespace) -> None:
-    """Print mean and spread over the seeds of every entry that is finished."""
+    """Print every entry that is finished: trials, each seed, mean and spread, and what it cost."""
     print(
-        "| task | bits | steps | method | lr | trials | accuracy | snapped - relaxed | s a step | "
-        "peak GB |"
+        "| task | bits | steps | method | trials: rate, accuracy | rate | of each seed | accuracy "
+        "| snapped - relaxed | s a step | peak GB |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for entry in entries(arguments):
         runs = judged(entry, results, arguments)
         finished = [result for run in runs if (result := results.of(run))]
@@ -363,11 +362,12 @@ def table(results: Results, arguments: argparse.Namespace) -> None:
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         step = statistics.median(result["step_seconds"] for result in finished)
         memory = max(result["peak_memory_bytes"] for result in finished) / 1e9
-        tried = sum(results.of(run) is not None for run in trials(entry, results, arguments))
+        tried = sorted(trials(entry, results, arguments), key=lambda run: run.lr)
+        shown = [f"{r.lr:g}, {found['accuracy']:.2f}" for r in tried if (found := results.of(r))]
         print(
-            f"| {entry.task} | {entry.bits} | {entry.steps} | {entry.method} | {runs[0].lr:g} | "
-            f"{tried} | {statistics.mean(values):.2f}{spread} ({len(values)}) | {gap:+.2f} | "
-            f"{step:.3f} | {memory:.2f} |"
+            f"| {entry.task} | {entry.bits} | {entry.steps} | {entry.method} | "
+            f"{'; '.join(shown)} | {runs[0].lr:g} | {', '.join(f'{v:.2f}' for v in values)} | "
+            f"{statistics.mean(values):.2f}{spread} | {gap:+.2f} | {step:.3f} | {memory:.2f} |"
         )
 
 

@@ -48,7 +48,7 @@ def test_a_fourth_trial_follows_three_and_counts(contest, tmp_path):
     assert [(run.lr, run.seed, run.trial) for run in runs] == [(0.005, 0, False), (0.005, 1, False)]
 
 
-def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeypatch):
+def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeypatch, capsys):
     """A teacher without weights is trained again where a run needs it; nothing else finished is."""
     results = contest.Results(tmp_path / "results.jsonl")
     measured = dict.fromkeys(contest.MEASURED, 90.0)
@@ -83,6 +83,9 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
         "any-600/full-precision/seed-0-lr-0.005",
         *(f"1-bit-600-distill-0.5/askewsgd/seed-{seed}-lr-0.005" for seed in range(2)),
     ]
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert "| 0.005, 80.00; 0.01, 80.00; 0.014, 80.00; 0.02, 80.00 | 0.005 | 80.00, 80.00 |" in row
+    assert "| 80.00 ± 0.00 | -10.00 |" in row
     made.clear()
     contest.shutil.rmtree(tmp_path / "out")
     contest.main()
