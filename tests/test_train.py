@@ -152,8 +152,8 @@ class TestEveryModelAndTask:
         given = builders.recipe(kind, folder)
         assert all(getattr(recipe, key) == getattr(given, key) for key in given.model_fields_set)
         assert recipe.task == metrics["task"]
-        convolutional = kind in ("own", "timm", "timm-encoder")
-        assert recipe.optimizer == ("sgd" if convolutional else "adamw")
+        assert recipe.optimizer == ("sgd" if kind == "own" else "adamw")
+        assert recipe.level_lr == (0.005 if kind in ("timm", "timm-encoder") else None)
         assert None not in (recipe.lr, recipe.close_power)
         assert recipe.full_precision_lr is None  # the run has no such steps
 
