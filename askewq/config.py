@@ -113,7 +113,12 @@ class Recipe(BaseModel):
     optimizer: Literal["sgd", "adamw"] | None = _key(
         None, TRAIN, "adamw; sgd for models with batch norm without level_lr"
     )
-    lr: float | None = _key(None, TRAIN, "0.02 for sgd, 1e-4 for adamw, 1e-2 beside level_lr", gt=0)
+    lr: float | None = _key(
+        None,
+        TRAIN,
+        "0.02 for sgd, 1e-4 for adamw; beside level_lr 1e-2 at 1 bit and ternary, else 3e-3",
+        gt=0,
+    )
     level_lr: float | None = _key(
         None,
         TRAIN,
