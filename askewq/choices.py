@@ -78,7 +78,8 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
         )
     # Coarse levels and a normalised network: steps of one length, in levels, for every weight.
     told = {recipe.optimizer, recipe.lr, recipe.level_lr} != {None}
-    ours = coarse and batch_norm and recipe.method == "askewsgd" and not told
+    lazy = recipe.method == "askewsgd" and recipe.closing in (None, "lazy")
+    ours = coarse and batch_norm and lazy and not told
     level_lr = level_lr_of(recipe.bits, steps) if ours else recipe.level_lr
     adamw = not batch_norm or level_lr is not None
     optimizer = recipe.optimizer or ("adamw" if adamw else "sgd")
