@@ -51,9 +51,13 @@ FORMS = {
     "binaryconnect, adamw": ("--method", "binaryconnect", "--optimizer", "adamw"),
     "binaryrelax, adamw": ("--method", "binaryrelax", "--optimizer", "adamw"),
 }
-ON_LEVELS = {
-    *("askewsgd, sgd", "askewsgd, closed at once", "binaryconnect, adamw", "binaryrelax, adamw"),
-}
+# What would be another entry once more where the steps of askewsgd are those of the task.
+BESIDE_LEVELS = (
+    "askewsgd, sgd",
+    "askewsgd, closed at once",
+    "binaryconnect, adamw",
+    "binaryrelax, adamw",
+)
 METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
@@ -243,8 +247,8 @@ def entries(arguments: argparse.Namespace) -> Iterator[Run]:
                     entry = Run(task, bits, steps, method, 0.0, 0, True, arguments.distill)
                     if method in RIVALS and width not in RIVALS[method].bits:
                         continue
-                    if method in ON_LEVELS and bits not in TASKS[task].level_bits:
-                        continue  # askewsgd has there the base optimizer of all others
+                    if method in BESIDE_LEVELS and bits not in TASKS[task].level_bits:
+                        continue
                     yield entry
 
 
