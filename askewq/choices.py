@@ -49,11 +49,6 @@ def level_lr_of(bits: Bits, steps: int) -> float:
     return 0.01 if bits == 1 and steps <= 1500 else 0.005
 
 
-def beside_level_lr(bits: Bits) -> float:
-    """Return the lr of the other parameters, where the quantized weights have a level_lr."""
-    return 1e-2 if bits in (1, "ternary") else 3e-3
-
-
 def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
     """Return the recipe with every choice made.
 
@@ -83,7 +78,7 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
     level_lr = level_lr_of(recipe.bits, steps) if ours else recipe.level_lr
     adamw = not batch_norm or level_lr is not None
     optimizer = recipe.optimizer or ("adamw" if adamw else "sgd")
-    lr = 0.02 if optimizer == "sgd" else 1e-4 if level_lr is None else beside_level_lr(recipe.bits)
+    lr = 0.02 if optimizer == "sgd" else 1e-4 if level_lr is None else 1e-2
     made: dict[str, Any] = {"task": task, "optimizer": optimizer, "lr": lr, "level_lr": level_lr}
     if recipe.full_precision_steps:
         made["full_precision_lr"] = 1e-4 if level_lr is not None else recipe.lr or lr

@@ -116,7 +116,8 @@ class Recipe(BaseModel):
     lr: float | None = _key(
         None,
         TRAIN,
-        "0.02 for sgd, 1e-4 for adamw; beside level_lr 1e-2 at 1 bit and ternary, else 3e-3",
+        "0.02 for sgd, 1e-4 for adamw; beside level_lr 1e-2, for a float weight of its root mean "
+        "square",
         gt=0,
     )
     level_lr: float | None = _key(

@@ -119,7 +119,9 @@ class _Skewed(torch.optim.Optimizer):
         for weight, _ in updated:
             weight.grad = None  # torch's own step passes over parameters without a gradient
         # torch wraps every step with the optimizer's hooks; ours is wrapped, so its must not be.
-        inspect.unwrap(super().step.__func__)(self)  # type: ignore[attr-defined]  # a bound method
+        theirs = inspect.unwrap(super().step.__func__)  # type: ignore[attr-defined]  # a bound method
+        with _in_units(self.param_groups):
+            theirs(self)
         for weight, grad in updated:
             weight.grad = grad
         return loss
@@ -321,7 +323,9 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
         model: a model with quantization-aware layers (`askewq.quantize`).
         lr, betas, eps, weight_decay: as in torch.optim.AdamW (eps is the denominator's).
         level_lr: lr of the quantized weights, in level spacings: an update is about that long,
-            whatever the scale of its row. None: lr, in the weights' own units.
+            whatever the scale of its row. The other parameters of two dimensions and more then
+            move by about lr times their root mean square at the start, each in a parameter group
+            that keeps it as its `unit`; those of fewer by lr. None: lr, in the weights' own units.
         params, closing, alpha, clip, pull, compile: as in AskewSGD.
     """
 
@@ -401,11 +405,35 @@ def _as_rows(layer: QuantizedWeight, *tensors: Tensor) -> Iterator[list[Tensor]]
 
 
 def _groups(model: nn.Module, level_lr: float) -> list[dict[str, Any]]:
-    """Return the quantized weights, updated in level spacings, and the other parameters."""
+    """Return the quantized weights, updated in level spacings, and the other parameters.
+
+    Of these, every one with two dimensions and more is a group of its own, updated in its `unit`.
+    """
     latents = {id(layer.latent) for layer in quantized_layers(model).values()}
     weights = [p for p in _trainable(model) if id(p) in latents]
     others = [p for p in _trainable(model) if id(p) not in latents]
-    return [{"params": weights, "lr": level_lr, "in_levels": True}, {"params": others}]
+    matrices = [{"params": [p], "unit": _unit(p)} for p in others if p.dim() > 1]
+    vectors = [p for p in others if p.dim() <= 1]
+    return [{"params": weights, "lr": level_lr, "in_levels": True}, *matrices, {"params": vectors}]
+
+
+def _unit(matrix: Tensor) -> float:
+    """Return a matrix' root mean square; of zeros, 1 / sqrt(its columns), as if freshly drawn."""
+    rms = matrix.detach().double().square().mean().sqrt().item()
+    return rms or float(matrix[0].numel() ** -0.5)
+
+
+@contextmanager
+def _in_units(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Within the block, a group with a unit has the lr and the decay of its weights over it."""
+    before = [(group, group["lr"], group["weight_decay"]) for group in groups if "unit" in group]
+    for group, lr, decay in before:
+        group.update(lr=lr * group["unit"], weight_decay=decay / group["unit"])
+    try:
+        yield
+    finally:
+        for group, lr, decay in before:
+            group.update(lr=lr, weight_decay=decay)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

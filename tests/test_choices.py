@@ -98,8 +98,7 @@ def test_few_levels_and_batch_norm_ask_for_steps_in_levels(given, level_lr):
     chosen = choices.resolve(recipe, "image-classification", CONV, 300)
     coarse = level_lr is not None
     assert (chosen.optimizer, chosen.level_lr) == ("adamw" if coarse else "sgd", level_lr)
-    beside = 1e-2 if given["bits"] in (1, "ternary") else 3e-3
-    assert chosen.lr == (beside if coarse else 0.02)
+    assert chosen.lr == (0.01 if coarse else 0.02)
     warmed = recipe.model_copy(update={"full_precision_steps": 2})
     warmed = choices.resolve(warmed, "image-classification", CONV, 300)
     assert warmed.full_precision_lr == (1e-4 if coarse else 0.02)
@@ -109,7 +108,7 @@ def test_few_levels_and_batch_norm_ask_for_steps_in_levels(given, level_lr):
     assert choices.resolve(recipe, "image-classification", LINEAR, 300).level_lr is None
     own = config.build({**ESSENTIALS, **given, "level_lr": 0.02})
     own = choices.resolve(own, "image-classification", CONV, 300)
-    assert (own.optimizer, own.lr, own.level_lr) == ("adamw", beside, 0.02)
+    assert (own.optimizer, own.lr, own.level_lr) == ("adamw", 0.01, 0.02)
 
 
 @pytest.mark.parametrize("closing", ["staggered", "single"])

@@ -1001,6 +1001,86 @@ def test_level_lr_is_adamw_on_the_weights_in_level_spacings(grid):
         torch.testing.assert_close(layer.bias.detach(), bias.detach())
 
 
+class Beside(nn.Sequential):
+    """A low-bit layer between float ones: a convolution, a batch norm, and a head of zeros."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(
+            nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 9), nn.Linear(9, 5)
+        )
+        self.double()
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters()):
+                parameter.copy_(random_tensor(seed + i, *parameter.shape) * 10.0 ** (i - 3))
+            self[4].weight.zero_()
+        spread(self[3], make_grid(2))
+
+    def rest(self) -> list[nn.Parameter]:
+        """Return what is not quantized."""
+        return [p for p in self.parameters() if p is not self[3].latent]
+
+
+def test_beside_level_lr_float_matrices_are_adamw_in_their_root_mean_square():
+    """A matrix over its root mean square moves as torch's AdamW moves it, a vector by lr."""
+    model = Beside()
+    units = [p.square().mean().sqrt().item() if p.dim() > 1 else 1.0 for p in model.rest()]
+    assert units[-2] == 0
+    units[-2] = 1 / 3  # of the zeros: 1 / sqrt(9 columns)
+    twins = [
+        nn.Parameter((p / u).detach().clone()) for p, u in zip(model.rest(), units, strict=True)
+    ]
+    common = {"lr": 0.03, "betas": (0.8, 0.99), "eps": 1e-30, "weight_decay": 0.1}
+    optimizer = AskewAdamW(model, level_lr=0.01, closing=LAZY, **common)
+    other = torch.optim.AdamW(twins, **common)
+    for t in range(6):
+        for i, (mine, twin, unit) in enumerate(zip(model.rest(), twins, units, strict=True)):
+            mine.grad = random_tensor(100 * t + i, *mine.shape)
+            twin.grad = mine.grad * unit
+        optimizer.anneal(t / 6)
+        for each in (*optimizer.param_groups[1:], *other.param_groups):
+            each["lr"] = 0.03 * (1 - t / 6)
+        optimizer.step()
+        other.step()
+        for mine, twin, unit in zip(model.rest(), twins, units, strict=True):
+            torch.testing.assert_close(mine.detach(), twin.detach() * unit)
+    for group in optimizer.param_groups[1:]:
+        assert (group["lr"], group["weight_decay"]) == (0.03 * (1 - 5 / 6), 0.1)
+
+
+def test_the_units_are_those_of_the_start_after_a_reload():
+    """A state carries the units of the weights it started from, whatever they are by now."""
+    first, second = (
+        AskewAdamW(Beside(seed), lr=0.03, level_lr=0.01, closing=LAZY) for seed in (0, 50)
+    )
+
+    def units(optimizer: AskewAdamW) -> list[float | None]:
+        return [group.get("unit") for group in optimizer.param_groups]
+
+    assert units(second) != units(first)
+    second.load_state_dict(first.state_dict())
+    assert units(second) == units(first)
+    assert [u is None for u in units(first)] == [True, False, False, True]
+
+
+def test_a_step_that_fails_leaves_the_rates(monkeypatch):
+    """The rates in a parameter group are scaled for torch's step alone."""
+    model = Beside()
+    optimizer = AskewAdamW(model, lr=0.03, level_lr=0.01, weight_decay=0.1, closing=LAZY)
+    model.rest()[0].grad = torch.ones(4, 3, 2, 2, dtype=torch.float64)
+    seen = []
+
+    def fails(self: torch.optim.AdamW) -> None:
+        seen.extend((group["lr"], group["weight_decay"]) for group in self.param_groups)
+        raise ArithmeticError
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fails)
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    unit = model[0].weight.square().mean().sqrt().item()
+    assert seen[1] == pytest.approx((0.03 * unit, 0.1 / unit))
+    assert {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups[1:]} == {(0.03, 0.1)}
+
+
 def test_level_lr_goes_without_groups_of_ones_own():
     """It splits the parameters itself, and says so."""
     layer = spread(nn.Linear(4, 2), make_grid(2))
