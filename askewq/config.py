@@ -116,8 +116,8 @@ class Recipe(BaseModel):
     lr: float | None = _key(
         None,
         TRAIN,
-        "0.02 for sgd, 1e-4 for adamw; beside level_lr 1e-2, for a float weight of its root mean "
-        "square",
+        "0.02 for sgd, 1e-4 for adamw; 1e-2 beside level_lr, where a float matrix moves by that "
+        "share of its root mean square",
         gt=0,
     )
     level_lr: float | None = _key(
