@@ -63,6 +63,7 @@ METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
 LEVEL_LRS = (0.005, 0.01, 0.02)
 ADAMW_LRS = (7e-4, 1.4e-3, 2.8e-3)  # LEVEL_LRS in the weights' own units: a spacing is about 0.14
+AGAIN = 1.0  # how far, in points, a run with the same seed may end from another machine's
 TEACHING = threading.Lock()
 MEASURED = ("accuracy", "relaxed", "step_seconds", "peak_memory_bytes")
 WEIGHTS = "checkpoints/teacher.safetensors"  # what a run in full precision leaves
@@ -72,10 +73,12 @@ WEIGHTS = "checkpoints/teacher.safetensors"  # what a run in full precision leav
 class Task:
     """What all runs of a task share; `lrs` are the trials of the methods and of full precision.
 
-    At `level_bits` the trials of AskewSGD's lazy form are `LEVEL_LRS`, its default there.
+    `optimizer` is that of the other methods, and of full precision, where askewq chooses. At
+    `level_bits` the trials of AskewSGD's lazy form are `LEVEL_LRS`, its default there.
     """
 
     folder: str
+    optimizer: str
     test: str
     flags: tuple[str, ...]
     lrs: tuple[float, ...]
@@ -87,6 +90,7 @@ class Task:
 TASKS = {
     "resnet20": Task(
         "cifar10",
+        "sgd",
         "test",
         ("--augment", "crop-flip", "--batch-size", "128", "--compile"),
         (0.01, 0.02, 0.05),
@@ -96,6 +100,7 @@ TASKS = {
     ),
     "minilm": Task(
         "sst2",
+        "adamw",
         "validation",
         ("--batch-size", "16", "--max-length", "64", "--max-eval-samples", "2000"),
         (5e-5, 1e-4, 3e-4),
@@ -172,6 +177,7 @@ class Run:
         if self.full:  # its figure, and the weights that it leaves, are of the first phase
             flags += ["--full-precision-steps", str(self.steps), "--full-precision-lr"]
             flags += [str(self.lr), "--max-steps", "1", "--distill", "0.5"]
+            flags += ["--optimizer", task.optimizer]
         else:
             flags += ["--level-lr" if self.in_levels else "--lr", str(self.lr)]
             flags += ["--bits", self.bits, "--max-steps", str(self.steps)]
@@ -311,7 +317,8 @@ def make(
 ) -> None:
     """Make a run, unless it is finished; with `keep_weights`, unless its weights are there too.
 
-    A finished run that is made again for its weights keeps what it measured the first time.
+    A finished run that is made again for its weights keeps what it measured the first time, and
+    has to come near it.
     """
     output: Path = arguments.output
     folder, teacher = run.folder(output), teacher_of(run, results, arguments)
@@ -330,8 +337,15 @@ def make(
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
     if done.returncode == 0:
+        measured = run.measured(output)
         if not finished:
-            results.add(run, run.measured(output))
+            results.add(run, measured)
+        elif abs(measured["accuracy"] - finished["accuracy"]) > AGAIN:
+            (folder / WEIGHTS).unlink()
+            sys.exit(
+                f"{folder}: made again for its weights it has {measured['accuracy']:.2f}, its line "
+                f"{finished['accuracy']:.2f}; it is not the same run, see its log"
+            )
     elif not finished and "the loss is" in log.read_text():  # it diverged: a result, the worst one
         results.add(run, dict.fromkeys(MEASURED, 0.0))
     else:

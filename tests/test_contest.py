@@ -99,3 +99,33 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
         "any-600/full-precision/seed-0-lr-0.005",
         *(f"1-bit-600-distill-0.5/askewsgd/seed-{seed}-lr-0.03" for seed in range(2)),
     ]
+
+
+def test_full_precision_has_the_optimizer_of_its_trials(contest, tmp_path):
+    """It is the task's, whatever the default of the method behind it is."""
+    run = contest.Run("resnet20", "", 600, contest.FULL, 0.005, 0, False, 0.0)
+    command = run.command(tmp_path, tmp_path, None)
+    assert command[command.index("--optimizer") + 1] == "sgd"
+
+
+def test_a_teacher_that_is_another_run_is_refused(contest, tmp_path, monkeypatch):
+    """Made again, it must come near what its line says; its weights do not stay to teach."""
+    results = contest.Results(tmp_path / "results.jsonl")
+    run = contest.Run("resnet20", "", 600, contest.FULL, 0.005, 0, False, 0.0)
+    measured = dict.fromkeys(contest.MEASURED, 90.0)
+    results.add(run, measured)
+    weights = run.folder(tmp_path) / contest.WEIGHTS
+
+    def train(command, **_):
+        weights.parent.mkdir(parents=True)
+        weights.touch()
+        metrics = json.dumps({**measured, "full_precision": 88.9})
+        (run.folder(tmp_path) / "metrics.json").write_text(metrics)
+        return contest.subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(contest.subprocess, "run", train)
+    arguments = contest.argparse.Namespace(output=tmp_path, data=tmp_path, threads=1)
+    with pytest.raises(SystemExit, match=r"88\.90, its line 90\.00"):
+        contest.make(run, results, arguments, keep_weights=True)
+    assert not weights.exists()
+    assert results.of(run) == measured
