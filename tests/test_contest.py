@@ -1,6 +1,7 @@
 """The contest's own rules, benchmarks/contest.py: which rate is tried, and which runs are made."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -129,3 +130,20 @@ def test_a_teacher_that_is_another_run_is_refused(contest, tmp_path, monkeypatch
         contest.make(run, results, arguments, keep_weights=True)
     assert not weights.exists()
     assert results.of(run) == measured
+
+
+def test_what_is_judged_was_not_trained_on_nor_tried(contest):
+    """Runs train and are judged on disjoint samples; no trial is judged on those that count."""
+
+    def samples(flags, name):
+        """The samples of a split by set and per cent of it."""
+        split = flags[flags.index(name) + 1]
+        part = re.fullmatch(r"(\w+)(?:\[(\d*)%?:(\d*)%?\])?", split)
+        start, stop = int(part[2] or 0), int(part[3] or 100)
+        return {(part[1], per_cent) for per_cent in range(start, stop)}
+
+    for task in contest.TASKS.values():
+        for flags in (task.tried, task.judged):
+            assert samples(flags, "--eval-split")
+            assert not samples(flags, "--eval-split") & samples(flags, "--train-split")
+        assert not samples(task.tried, "--eval-split") & samples(task.judged, "--eval-split")
