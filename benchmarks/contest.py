@@ -78,9 +78,9 @@ class Task:
     """What all runs of a task share; `lrs` are the trials of the methods and of full precision.
 
     `tried` and `judged` are the data of a trial and of a run that counts: no trial is judged on
-    what a run that counts is judged on.
-    `optimizer` is that of the other methods, and of full precision, where askewq chooses. At
-    `level_bits` the trials of AskewSGD's lazy form are `LEVEL_LRS`, its default there.
+    what a run that counts is judged on. `optimizer` is that of the other methods, and of full
+    precision, where askewq chooses. At `level_bits` the trials of AskewSGD's lazy form are
+    `LEVEL_LRS`, its default there.
     """
 
     folder: str
@@ -122,7 +122,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the contest: a trial (on held-out training data) or a judged one (on the test)."""
+    """One run of the contest: a trial, which helps to choose the rate, or one that counts."""
 
     task: str
     bits: str
@@ -179,7 +179,7 @@ class Run:
         else:
             model = minilm_folder() if start is None else str(assembled(start.folder(output)))
             flags += ["--model", model, "--task", "text-classification"]
-        flags += [*(task.tried if self.trial else task.judged)]
+        flags += task.tried if self.trial else task.judged
         flags += ["--mixed-precision", "bf16", "--output", str(self.folder(output))]
         flags += ["--save-every", "1000000"]
         if self.full:  # its figure, and the weights that it leaves, are of the first phase
