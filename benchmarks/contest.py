@@ -371,13 +371,26 @@ def compete(entry: Run, results: Results, arguments: argparse.Namespace) -> None
         make(run, results, arguments)
 
 
+def lead(entry: Run, results: Results, arguments: argparse.Namespace) -> str:
+    """Return how far AskewSGD is ahead of an entry, the mean and with each seed that both have."""
+    if entry.full or entry.method == "askewsgd":
+        return ""
+    ours = judged(replace(entry, method="askewsgd"), results, arguments)
+    pairs = zip(ours, judged(entry, results, arguments), strict=False)
+    found = [(results.of(our), results.of(other)) for our, other in pairs]
+    ahead = [our["accuracy"] - other["accuracy"] for our, other in found if our and other]
+    if not ahead:
+        return ""
+    return f"{statistics.mean(ahead):+.2f} ({', '.join(f'{points:+.2f}' for points in ahead)})"
+
+
 def table(results: Results, arguments: argparse.Namespace) -> None:
-    """Print every entry that is finished: trials, each seed, mean and spread, and what it cost."""
+    """Print every entry that is finished: trials, accuracies, AskewSGD's lead, and what it cost."""
     print(
         "| task | bits | steps | method | trials: rate, accuracy | rate | of each seed | accuracy "
-        "| snapped - relaxed | s a step | peak GB |"
+        "| askewsgd ahead by | snapped - relaxed | s a step | peak GB |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for entry in entries(arguments):
         runs = judged(entry, results, arguments)
         finished = [result for run in runs if (result := results.of(run))]
@@ -393,7 +406,8 @@ def table(results: Results, arguments: argparse.Namespace) -> None:
         print(
             f"| {entry.task} | {entry.bits} | {entry.steps} | {entry.method} | "
             f"{'; '.join(shown)} | {runs[0].lr:g} | {', '.join(f'{v:.2f}' for v in values)} | "
-            f"{statistics.mean(values):.2f}{spread} | {gap:+.2f} | {step:.3f} | {memory:.2f} |"
+            f"{statistics.mean(values):.2f}{spread} | {lead(entry, results, arguments)} | "
+            f"{gap:+.2f} | {step:.3f} | {memory:.2f} |"
         )
 
 

@@ -49,6 +49,28 @@ def test_a_fourth_trial_follows_three_and_counts(contest, tmp_path):
     assert [(run.lr, run.seed, run.trial) for run in runs] == [(0.005, 0, False), (0.005, 1, False)]
 
 
+def test_the_lead_is_paired_over_seeds(contest, tmp_path, monkeypatch, capsys):
+    """Each seed is compared with its own, where both methods have it; the mean is theirs."""
+    path = tmp_path / "results.jsonl"
+    results = contest.Results(path)
+    measured = dict.fromkeys(contest.MEASURED, 0.0)
+    accuracies = {"askewsgd": (83.0, 82.0, 81.0), "lsq": (82.5, 82.4), "luq": ()}
+    for method, values in accuracies.items():
+        entry = contest.Run("resnet20", "1", 600, method, 0.0, 0, True, 0.0)
+        for lr in contest.LEVEL_LRS if entry.in_levels else contest.TASKS["resnet20"].lrs:
+            results.add(contest.replace(entry, lr=lr), {**measured, "accuracy": 1 / lr})
+        for seed, accuracy in enumerate(values):
+            run = contest.replace(entry, lr=0.005 if entry.in_levels else 0.01)
+            run = contest.replace(run, seed=seed, trial=False)
+            results.add(run, {**measured, "accuracy": accuracy})
+    flags = f"--tasks resnet20 --bits 1 --results {path} --table-only"
+    monkeypatch.setattr(sys, "argv", ["contest.py", *flags.split()])
+    contest.main()
+    head, _, *rows = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
+    column = head.index("askewsgd ahead by")
+    assert {row[3]: row[column] for row in rows} == {"askewsgd": "", "lsq": "+0.05 (+0.50, -0.40)"}
+
+
 def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeypatch, capsys):
     """A teacher without weights is trained again where a run needs it; nothing else finished is."""
     results = contest.Results(tmp_path / "results.jsonl")
@@ -86,7 +108,7 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
     ]
     row = capsys.readouterr().out.splitlines()[-1]
     assert "| 0.005, 80.00; 0.01, 80.00; 0.014, 80.00; 0.02, 80.00 | 0.005 | 80.00, 80.00 |" in row
-    assert "| 80.00 ± 0.00 | -10.00 |" in row
+    assert "| 80.00 ± 0.00 |  | -10.00 |" in row
     made.clear()
     contest.shutil.rmtree(tmp_path / "out")
     contest.main()
