@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -169,3 +170,50 @@ def test_what_is_judged_was_not_trained_on_nor_tried(contest):
             assert samples(flags, "--eval-split")
             assert not samples(flags, "--eval-split") & samples(flags, "--train-split")
         assert not samples(task.tried, "--eval-split") & samples(task.judged, "--eval-split")
+
+
+class TestThePages:
+    """The figures of the pages are those of benchmarks/contest.jsonl."""
+
+    ROOT = Path(__file__).parent.parent
+
+    @pytest.fixture
+    def accuracies(self, contest):
+        """What the runs of every entry and rate ended with, by seed."""
+        found = {}
+        for line in (self.ROOT / "benchmarks" / "contest.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            run = contest.Run(**entry["run"])
+            if not run.trial:
+                by_seed = found.setdefault(contest.replace(run, seed=0), {})
+                by_seed[run.seed] = entry["measured"]["accuracy"]
+        return found
+
+    @staticmethod
+    def shown(values):
+        """The mean and the spread of some accuracies, as the contest prints them."""
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+    def test_each_row_of_the_log_is_that_of_its_runs(self, contest, accuracies):
+        """With the seeds in their order, and their mean and spread."""
+        text = (self.ROOT / "recipes" / "README.md").read_text()
+        rows = [line for line in text.splitlines() if re.match(r"\| (resnet20|minilm) \|", line)]
+        assert rows
+        for row in rows:
+            task, bits, steps, method, _, lr, seeds, mean, *_ = re.split(r" ?\| ?", row)[1:]
+            entry = contest.Run(task, bits, int(steps), method, float(lr), 0, False, 0.0)
+            found = [accuracies.get(contest.replace(entry, distill=share)) for share in (0.0, 0.5)]
+            of_three = [[run[seed] for seed in range(3)] for run in found if run and len(run) > 2]
+            told = [(", ".join(f"{v:.2f}" for v in run), self.shown(run)) for run in of_three]
+            assert (seeds, mean) in told, row
+
+    def test_each_mean_of_the_readme_was_measured(self, accuracies):
+        """Of three seeds or of all of an entry."""
+        measured = set()
+        for by_seed in accuracies.values():
+            values = [by_seed[seed] for seed in sorted(by_seed)]
+            measured |= {self.shown(some) for some in (values[:3], values) if len(some) > 2}
+        text = (self.ROOT / "README.md").read_text()
+        said = re.findall(r"\d\d\.\d\d ± \d\.\d\d", text)
+        assert said
+        assert set(said) <= measured
