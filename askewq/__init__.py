@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from askewq.activations import round_inputs as round_inputs
     from askewq.anneal import Closing as Closing
     from askewq.artifact import load as load
+    from askewq.artifact import save as save
     from askewq.config import Recipe as Recipe
     from askewq.errors import AskewError as AskewError
     from askewq.grid import Grid as Grid
@@ -50,6 +51,7 @@ _HOMES = {
     "quantize": "wrap.quantize",
     "Recipe": "config.Recipe",
     "load": "artifact.load",
+    "save": "artifact.save",
     "finetune": "train.finetune",
 }
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from askewq import checkpoint, digest, disk, trust
+from askewq import checkpoint, digest, disk, layers, trust
 from askewq import packed as packed_layers
 from askewq.errors import FormatError, ModelError
 from askewq.hf_models import load_processor, load_tokenizer
@@ -79,7 +79,8 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     if not path.is_file():
         raise FormatError(
             f"{folder} is not an askewq artifact: it has no {CONFIG}; pass the folder that "
-            "`askewq finetune --output` wrote."
+            "`askewq finetune --output` wrote. What `askewq.save` wrote is loaded into a network "
+            "of yours: pass model=... to askewq.load."
         )
     return check_config(trust.read_json(path), str(path))
 
@@ -237,6 +238,40 @@ def verify(folder: Path) -> list[str]:
     return [*lines, f"they fit the network that {CONFIG} describes"]
 
 
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Pack the weights of a network from a training loop of your own: `askewq.save`.
+
+    Args:
+        model: one with quantized layers, after `askewq.snap_`.
+        folder: gets model.safetensors alone, from which `load(folder, model=...)` fills a plain
+            network like the one that was quantized; an earlier one is replaced.
+
+    Raises:
+        ModelError: no quantized layer, or a weight that is not on a level.
+        FormatError: the folder is a whole artifact, with weights that belong to its config.json.
+    """
+    folder = Path(folder)
+    quantized = layers.quantized_layers(model)
+    if not quantized:
+        raise ModelError(
+            "the model has no quantized layer, and so nothing to pack; save it with torch or "
+            "safetensors, or call askewq.quantize(model, bits=2) before training."
+        )
+    between = [name for name, layer in quantized.items() if not layer.is_snapped()]
+    if between:
+        raise ModelError(
+            f"{len(between)} layers, {between[0]!r} the first, have weights between the levels; "
+            "call askewq.snap_(model), evaluate it, and save it then."
+        )
+    if is_artifact(folder):
+        raise FormatError(
+            f"{folder} is an artifact of `askewq finetune`, whose config.json belongs to its "
+            "weights; save to another folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(model, folder / ARTIFACT)
+
+
 def load(
     folder: str | Path,
     *,
@@ -247,8 +282,9 @@ def load(
     """Load an artifact as the network that was evaluated, weights snapped: `askewq.load`.
 
     Args:
-        folder: what `askewq finetune --output` wrote.
-        model: a fresh network to fill, needed for a module of your own; filled in place.
+        folder: what `askewq finetune --output` or `askewq.save` wrote.
+        model: a fresh network to fill, needed for a module of your own and for what `askewq.save`
+            wrote; filled in place.
         dtype: of floating-point parameters and buffers; float32 as trained by default.
         packed: layers keep their codes and unpack them whenever they are used: less memory and a
             slower forward pass with the very same result. Such a model cannot be trained.

@@ -139,6 +139,12 @@ class QuantizedWeight:
         channels_first(self.latent, self.channel_dim).copy_(values)
 
     @torch.no_grad()
+    def is_snapped(self) -> bool:
+        """Tell whether every weight is on a level, and the forward pass sees it there."""
+        rows = self.rows(self.latent)
+        return self.rule is None and torch.equal(rows, self.grid.snap(rows, self.row_scale()))
+
+    @torch.no_grad()
     def rescale_(self, codes: Tensor, scale: Tensor) -> None:
         """Put the weight on the levels of these codes, in place, with another scale."""
         self.weight_scale.copy_(scale)

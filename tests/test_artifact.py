@@ -104,6 +104,55 @@ class TestLoad:
         assert torch.equal(*logits)
 
 
+class TestSave:
+    """`askewq.save`: the weights of somebody's own training loop."""
+
+    @staticmethod
+    def trained():
+        """A network of one's own after a step of AskewSGD, between the levels."""
+        network = builders.own_network("small")
+        askewq.quantize(network, bits=2)
+        optimizer = askewq.AskewSGD(network, lr=0.1)
+        network(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        return network
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_comes_back_to_the_bit(self, packed, tmp_path):
+        """A fresh network of the same kind, filled from the folder, has the logits of the saved."""
+        network = self.trained()
+        askewq.snap_(network)
+        askewq.save(network, tmp_path / "new" / "own")
+        askewq.save(network, str(tmp_path / "new" / "own"))  # an earlier one is replaced
+        fresh = builders.own_network("small")
+        again = askewq.load(tmp_path / "new" / "own", model=fresh, packed=packed)
+        assert [file.name for file in (tmp_path / "new" / "own").iterdir()] == ["model.safetensors"]
+        images = torch.randn(4, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(again(images), network.eval()(images))
+        with pytest.raises(FormatError, match=r"pass model=\.\.\."):
+            askewq.load(tmp_path / "new" / "own")
+
+    def test_what_is_not_on_the_levels_is_refused(self, tmp_path):
+        """Before the snap, whatever is seen in between; and a network that was never quantized."""
+        network = self.trained()
+        with pytest.raises(ModelError, match=r"2 layers, '2' the first.*askewq\.snap_"):
+            askewq.save(network, tmp_path / "own")
+        with pytest.raises(ModelError, match="no quantized layer"):
+            askewq.save(builders.own_network("small"), tmp_path / "own")
+        assert not list(tmp_path.iterdir())
+
+    def test_the_weights_of_a_run_stay(self, tmp_path):
+        """An artifact's config.json belongs to its own weights."""
+        folder = copy_of("timm", tmp_path)
+        before = (folder / "model.safetensors").read_bytes()
+        network = self.trained()
+        askewq.snap_(network)
+        with pytest.raises(FormatError, match="save to another folder"):
+            askewq.save(network, folder)
+        assert (folder / "model.safetensors").read_bytes() == before
+
+
 class TestConfig:
     def test_holds_what_the_format_lists(self):
         """config.json has exactly the keys of docs/format.md."""
