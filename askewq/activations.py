@@ -123,7 +123,13 @@ def round_input_(layer: nn.Module, grid: Grid, scale: Tensor) -> None:
     """Let a layer round its input, in place; `scale` is 0-d."""
     layer.register_buffer("input_scale", scale)
     mix_(layer, RoundedInput)
+    # torch's transformer layers go round the forward of their parts that have no hook.
+    layer.register_forward_pre_hook(_no_change)
     layer.input_grid = grid  # type: ignore[assignment]  # a plain attribute
+
+
+def _no_change(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    """Leave a layer's arguments as they are."""
 
 
 def rounded_layers(model: nn.Module) -> dict[str, RoundedInput]:

@@ -5,7 +5,7 @@ not follow the specification is refused by name.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,9 +68,7 @@ def save(model: nn.Module, path: Path) -> None:
 
 def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the header entries that a file with this content holds."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in artifact.tensors.items()
-    }
+    tensors = _apart(artifact.tensors)
     content: dict[str, Any] = {"version": VERSION, "weights": {}, "shared": artifact.shared}
     for name, weight in artifact.weights.items():
         tensors[f"{name}.codes"] = weight.codes.cpu()
@@ -82,6 +80,19 @@ def serialize(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[tensor_name(name, "input_scale")] = rounded.scale.detach().cpu()
         content["inputs"][name] = manifest.input_entry_of(rounded)
     return tensors, {METADATA_KEY: digest.seal(content, tensors)}
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU of which each fills its memory alone, as the file format wants."""
+    apart, taken = {}, set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.nbytes() != own.nbytes or storage.data_ptr() in taken:
+            own = own.clone()
+        taken.add(own.untyped_storage().data_ptr())
+        apart[name] = own
+    return apart
 
 
 def artifact_of(model: nn.Module) -> Artifact:

@@ -72,10 +72,9 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
             "norm with statistics; leave it out."
         )
     # Coarse levels and a normalised network: steps of one length, in levels, for every weight.
-    told = {recipe.optimizer, recipe.lr, recipe.level_lr} != {None}
     lazy = recipe.method == "askewsgd" and recipe.closing in (None, "lazy")
-    ours = coarse and batch_norm and lazy and not told
-    level_lr = level_lr_of(recipe.bits, steps) if ours else recipe.level_lr
+    ours = coarse and batch_norm and lazy and recipe.optimizer is None
+    level_lr = recipe.level_lr or (level_lr_of(recipe.bits, steps) if ours else None)
     adamw = not batch_norm or level_lr is not None
     optimizer = recipe.optimizer or ("adamw" if adamw else "sgd")
     lr = 0.02 if optimizer == "sgd" else 1e-4 if level_lr is None else 1e-2

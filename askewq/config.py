@@ -111,7 +111,10 @@ class Recipe(BaseModel):
     )
 
     optimizer: Literal["sgd", "adamw"] | None = _key(
-        None, TRAIN, "adamw; sgd for models with batch norm without level_lr"
+        None,
+        TRAIN,
+        "by default adamw, or sgd for models with batch norm without level_lr; named, it makes all "
+        "steps in the weights' own units, unless level_lr is given, too",
     )
     lr: float | None = _key(
         None,
@@ -124,8 +127,8 @@ class Recipe(BaseModel):
         None,
         TRAIN,
         "lr of the quantized weights in level spacings (adamw), beside lr for the rest; by default "
-        "only for models with batch norm and up to 4 bits: 0.005, and 0.01 at 1 bit up to 1,500 "
-        "steps",
+        "only for models with batch norm, up to 4 bits and lazy closing: 0.005, and 0.01 at 1 bit "
+        "up to 1,500 steps",
         gt=0,
     )
     lr_hold: float = _key(

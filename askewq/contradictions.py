@@ -51,6 +51,16 @@ _NEEDS_SOME = {
     "full_precision_lr": "full_precision_steps",
     "polish_lr": "polish_steps",
 }
+_INTERVALS = (
+    *("close_start", "close_end", "close_power", "close_every", "final_radius"),
+    *("pull", "alpha", "clip", "level_lr"),
+)
+# What belongs to a choice, by its default: with another one it is chosen anew.
+_BELONGS = {
+    "method": ("askewsgd", ("strength", "gradient_bits", "closing", *_INTERVALS)),
+    "closing": ("lazy", _INTERVALS),
+    "optimizer": (None, ("momentum", "lr", "level_lr")),
+}
 # What does not work on shards, and why.
 _UNSHARDABLE = {
     "compile": "a compiled network takes weights made before its forward pass, not shards",
@@ -79,6 +89,11 @@ def complaints(recipe: Any) -> list[str]:
             f"alpha = {recipe.alpha} with pull = 'decoupled' is a share of a Newton step, at most "
             "1; the paper's alpha goes with pull = 'coupled'"
         )
+    if recipe.method == "askewsgd-paper" and recipe.closing not in (None, "single"):
+        wrong.append(
+            f"closing = {recipe.closing} goes with method = askewsgd, and method is "
+            "askewsgd-paper, which has a single radius; leave closing out"
+        )
     if recipe.resume and recipe.overwrite:
         wrong.append("resume and overwrite contradict each other; give one of them")
     for key, other, values in _NEEDS:
@@ -106,10 +121,25 @@ def complaints(recipe: Any) -> list[str]:
 
 
 def overruled(stored: dict[str, Any], given: dict[str, Any]) -> set[str]:
-    """Return the keys of a stored recipe that decide nothing beside what is given on top of it."""
+    """Return the keys of a stored recipe that decide nothing beside what is given on top of it.
+
+    Neither do those that belong to a choice for which another one is given.
+    """
     needs = {(key, other) for key, other, values in _NEEDS if given.get(other) not in values}
     needs |= {(key, other) for key, other in _NEEDS_SOME.items() if given.get(other) == 0}
-    return {key for key, other in needs if other in given} & (stored.keys() - given.keys())
+    useless = {key for key, other in needs if other in given}
+    for choice, (default, keys) in _BELONGS.items():
+        before = stored.get(choice, default)
+        if before is not None and given.get(choice, before) != before:
+            useless |= {*keys}
+    if "level_lr" in useless & stored.keys():  # the three are one choice
+        useless |= {"optimizer", "lr"}
+    useless |= {"max_steps"} if "epochs" in given else {"epochs"} if "max_steps" in given else set()
+    both, shares = stored | given, ("distill", "distill_hidden")
+    untaught = given.keys() & shares and not any(both.get(share) for share in shares)
+    if untaught and both.get("task") not in EMBEDDING_TASKS:
+        useless |= {"teacher", "teacher_weights"}
+    return useless & (stored.keys() - given.keys())
 
 
 def _unstreamed(recipe: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """Distillation: a teacher's outputs take part of the labels' loss, its hidden states add to it."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from askewq import hidden_states, models, tasks
 from askewq.config import Recipe
 from askewq.errors import CALLING, ModelError
+from askewq.hf_models import load_tokenizer
 from askewq.own_models import load_weights
 from askewq.preprocessing import (
     ImagePreprocessing,
@@ -61,20 +63,26 @@ def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
         load_weights(model, recipe.teacher_weights)
         return Teacher(model, spec)
     source = models.find_source(recipe.teacher)
+    if source == "transformers" and recipe.teacher_weights is not None:
+        raise ModelError(
+            "--teacher-weights goes with timm models and modules of your own; for a Hugging Face "
+            "teacher pass the folder that holds config.json and the weights as --teacher."
+        )
     loaded = models.load(
         recipe.teacher,
         spec.task,
         () if source == "transformers" else spec.labels,
         source=source,
         weights=recipe.teacher_weights,
-        tokenizer=recipe.tokenizer,
+        tokenizer=_borrowed_tokenizer(recipe),
         image_size=_side(student.preprocessing) if source == "timm" else None,
         trust_remote_code=recipe.trust_remote_code,
     )
     if loaded.notes:
         raise ModelError(
             f"the teacher {recipe.teacher!r} was not trained for this: {'; '.join(loaded.notes)}. "
-            "Fine-tune it to the data set first, and pass its --teacher-weights."
+            "Fine-tune it to the data set first, and pass "
+            + ("its folder as --teacher." if source == "transformers" else "its --teacher-weights.")
         )
     if source != "module" and not _same_inputs(loaded.preprocessing, student.preprocessing):
         raise ModelError(
@@ -82,13 +90,24 @@ def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
             f"than {spec.name!r}; both see one batch, so it would teach nonsense. Pass another."
         )
     classes = getattr(getattr(loaded.model, "config", None), "id2label", None) or {}
-    names = tuple(classes.values())
-    if recipe.distill and set(names) == set(spec.labels) and names != spec.labels:
+    names = tuple(name for _, name in sorted(classes.items()))  # a file may have 10 before 2
+    theirs, ours = ([str(label).casefold() for label in labels] for labels in (names, spec.labels))
+    if recipe.distill and theirs != ours and sorted(theirs) == sorted(ours):
         raise ModelError(
             f"the teacher {recipe.teacher!r} has the labels in another order ({', '.join(names)}; "
             f"here {', '.join(spec.labels)}); pass another --teacher."
         )
     return Teacher(loaded.model, loaded.spec)
+
+
+def _borrowed_tokenizer(recipe: Recipe) -> str | None:
+    """Return the tokenizer for a teacher that has none of its own; one of its own is compared."""
+    if recipe.tokenizer is None or recipe.teacher is None:
+        return None
+    with suppress(ModelError):
+        load_tokenizer(recipe.teacher, recipe.trust_remote_code, None)
+        return None
+    return recipe.tokenizer
 
 
 def _side(preprocessing: Preprocessing) -> int | None:

@@ -117,7 +117,9 @@ def evaluate_artifact(
         )
     config.check(recipe.model_copy(update={"task": loaded.spec.task}))
     data = open_eval(recipe, loaded.spec.task, loaded.spec.labels)
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    accelerator = Accelerator(
+        cpu=processes.without_float64(), mixed_precision=recipe.mixed_precision
+    )
     loader = accelerator.prepare(loaders(recipe, data, loaded.preprocessing)[1])
     model = loaded.model.to(accelerator.device)
     if reference is not None:

@@ -227,9 +227,12 @@ class Loop:
 
     def _diverged(self, what: str, broken: bool) -> None:
         """Say what can be done: with another lr another run, in this one to pass over the step."""
-        flag = {"low-bit": "lr", "polish": "polish_lr"}.get(
-            self.progress.phase, "full_precision_lr"
-        )
+        rates = {"low-bit": ("lr", "level_lr"), "polish": ("polish_lr",)}
+        told = [
+            f"--{flag.replace('_', '-')} than {rate:g}"
+            for flag in rates.get(self.progress.phase, ("full_precision_lr",))
+            if (rate := getattr(self.recipe, flag)) is not None
+        ]
         others = " or --mixed-precision no" if self.recipe.mixed_precision != "no" else ""
         last, used = snapshots.newest(self.out), self.progress.skipped
         if not broken:
@@ -237,7 +240,7 @@ class Loop:
             others += f"; --nan-policy skip:N passes over N such steps, {goes_on}with it"
         raise DivergenceError(
             f"{what}{f'; {used} steps were skipped before' if used else ''}. Start again with a "
-            f"smaller --{flag.replace('_', '-')} than {getattr(self.recipe, flag):g}{others}."
+            f"smaller {' or '.join(told)}{others}."
         )
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:

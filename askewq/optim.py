@@ -83,6 +83,8 @@ class _Skewed(torch.optim.Optimizer):
         follow_(model, lazy if closing.kind == "lazy" else None)
         for layer in self._layers:
             layer.settle_()
+            if closing.kind != "lazy" and not layer.latent.requires_grad:
+                layer.snap_()  # no step will close it
         self.anneal(0.0)
 
     def anneal(self, progress: float) -> None:

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from askewq.errors import ModelError, near
 from askewq.spec import first_line
@@ -20,7 +21,8 @@ def call_factory(name: str) -> nn.Module:
     """Import path/to/file.py and return what its factory builds.
 
     Raises:
-        ModelError: no such file or function, or one that fails or returns no module.
+        ModelError: no such file or function, one that fails or returns no module, or a buffer
+            that cannot be loaded into.
     """
     file, _, factory_name = name.rpartition(":")
     path = Path(file).resolve()
@@ -43,7 +45,18 @@ def call_factory(name: str) -> nn.Module:
         sys.path.remove(str(path.parent))
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module.")
+    for key, buffer in model.named_buffers():
+        if not is_lazy(buffer) and buffer.numel() and 0 in _strides(buffer):
+            raise ModelError(
+                f"the buffer {key!r} of {name} was expanded, so that several of its numbers are "
+                "one, and nothing can be loaded into it; register its .clone()."
+            )
     return model.float()
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Return how far apart the numbers of a tensor are in each dimension of several."""
+    return [stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
 
 
 def _get_factory(names: Mapping[str, Any], wanted: str, file: str) -> Callable[[], Any]:

@@ -29,6 +29,7 @@ from askewq.grid import mixed_grid
 from askewq.methods import check_bits
 from askewq.pack import packed_size
 from askewq.plan_table import Plan
+from askewq.processes import without_float64
 from askewq.recipe_files import RECIPE
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel
@@ -231,9 +232,10 @@ def _find(
     """Find the sensitivity of every layer on the calibration samples."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    accelerator = Accelerator(cpu=without_float64(), mixed_precision=recipe.mixed_precision)
     model = loaded.model.to(accelerator.device).eval()
-    loader, _ = loaders(recipe, data, loaded.preprocessing)
+    # As for an evaluation, so that the last samples count where they do not fill a batch.
+    _, loader = loaders(recipe, replace(data, train=None, eval=data.train), loaded.preprocessing)
     raw = list(accelerator.prepare(loader))
 
     def losses() -> Iterator[tuple[Tensor, int]]:

@@ -20,6 +20,13 @@ STARTED = "ASKEWQ_LAUNCHED"
 _FAILURE = "askewq/failure"
 
 
+def without_float64() -> bool:
+    """Tell whether Accelerate would choose Apple's GPU; scales and figures need float64."""
+    import torch
+
+    return torch.backends.mps.is_available()
+
+
 def accelerator_of(recipe: Recipe) -> Any:
     """Return the Accelerator of a run; here the processes meet.
 
@@ -43,7 +50,7 @@ def accelerator_of(recipe: Recipe) -> Any:
     sharded = _sharding()
     made = Accelerator(
         # Accelerate takes several processes without a GPU for that many runs unless it is told.
-        cpu=several() and not torch.accelerator.is_available(),
+        cpu=without_float64() or (several() and not torch.accelerator.is_available()),
         mixed_precision=recipe.mixed_precision,
         dynamo_backend="inductor" if recipe.compile else "no",
         fsdp_plugin=sharded,

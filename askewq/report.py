@@ -57,7 +57,9 @@ def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> 
         _say(f"inputs of these layers: {bits_name(recipe.act_bits)}")
     _say(
         f"training: {steps} steps of {recipe.batch_size * recipe.grad_accumulation} samples a "
-        f"process, {recipe.optimizer} lr {recipe.lr:g}, {recipe.method}"
+        f"process, {recipe.optimizer} lr {recipe.lr:g}"
+        + (f", level_lr {recipe.level_lr:g}" if recipe.level_lr is not None else "")
+        + f", {recipe.method}"
         + (f", {recipe.closing} closing" if recipe.closing else "")
         + (f"; then {recipe.polish_steps} to polish" if recipe.polish_steps else ""),
     )

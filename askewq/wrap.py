@@ -4,7 +4,7 @@ The plan is a pure table: training, evaluation, packing and `askewq inspect` rea
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -42,8 +42,9 @@ def plan(
     """Return what quantizing `model` would do; the model is not touched.
 
     By default every layer that kinds.py lists gets the grid, except the first and the last layer
-    with a weight matrix (embeddings count as first), which carry little of the size and much of the
-    accuracy; without `keep_last`, for networks without a head, only the first is excepted.
+    with a weight matrix (embeddings count as first; of a timm model with several heads, each is
+    the last), which carry little of the size and much of the accuracy; without `keep_last`, for
+    networks without a head, only the first is excepted.
     `include` (glob patterns on module names) selects exactly the named layers, first, last and
     embeddings among them if they match; `exclude` takes layers away again. `bits_override` gives
     matching layers, out of those, other bits. A weight that several layers share is quantized once,
@@ -71,8 +72,8 @@ def plan(
     called = [name for places in users.values() for place in places for name in place.called]
     patterns.check([*include, *exclude, *overrides], list(dict.fromkeys([*modules, *called])))
     matrices = [name for name, module in modules.items() if _has_matrix(module)]
-    kept = matrices[:1] + (matrices[-1:] if keep_last else [])
-    ends = dict(zip(kept, ("first", "last"), strict=False))
+    last = _heads(model, matrices) if keep_last else []
+    ends = dict.fromkeys(matrices[:1], "first") | dict.fromkeys(last, "last")
     layers = []
     counted: set[int] = set()
     for main, places in users.items():
@@ -116,6 +117,13 @@ def plan(
         )
     _check_overrides(overrides, result)
     return result
+
+
+def _heads(model: nn.Module, matrices: Sequence[str]) -> list[str]:
+    """Return the last of a model's layers with a matrix; all of its heads where timm names some."""
+    named: Any = getattr(model, "pretrained_cfg", {}).get("classifier")
+    heads = [name for name in matrices if not isinstance(named, str) and name in (named or ())]
+    return heads or [*matrices[-1:]]
 
 
 def _override(pattern: str, bits: Bits, kind: GridKind) -> Grid:

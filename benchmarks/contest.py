@@ -189,9 +189,9 @@ class Run:
         else:
             flags += ["--level-lr" if self.in_levels else "--lr", str(self.lr)]
             flags += ["--bits", self.bits, "--max-steps", str(self.steps)]
-            flags += FORMS.get(
-                self.method, () if self.method == PARQ else ("--method", self.method)
-            )
+            parq = self.method == PARQ
+            form = ("--optimizer", task.optimizer) if parq else ("--method", self.method)
+            flags += FORMS.get(self.method, form)
             flags += ["--grid", "half-integer"] if self.bits in ("2", "4") else []
         if teacher is not None:
             flags += ["--distill", str(self.distill), "--teacher-weights", str(teacher)]

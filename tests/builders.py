@@ -151,6 +151,34 @@ def fails():
     raise OSError("no such luck")
 
 
+def expanded():
+    layers = nn.Sequential(*_layers(3, 3))
+    layers[2].register_buffer("gains", torch.ones(8).expand(4, 8))
+    return layers
+
+
+def viewed():
+    layers = nn.Sequential(*_layers(3, 3))
+    layers.register_buffer("all", torch.arange(10.0))
+    layers.register_buffer("some", layers.all[:4])
+    return layers
+
+
+class Encoder(nn.Module):  # torch's own layer, with a fast path of its own in evaluation
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 4, stride=4)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.block(self.stem(x).flatten(2).mT).mean(1))
+
+
+def encoder():
+    return Encoder()
+
+
 def text():
     return "not a module"
 '''

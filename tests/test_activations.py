@@ -681,3 +681,14 @@ def test_the_mixin_is_said_by_name():
     """Printing a model shows which layers round their input."""
     assert isinstance(rounded()[1], RoundedInput)
     assert type(rounded()[1]).__name__ == "RoundedQuantizedLinear"
+
+
+def test_torchs_own_encoder_rounds_in_every_mode(tmp_path):
+    """Its fast path in evaluation goes round the layers, unless something hangs on them."""
+    finetune("own", tmp_path, model=builders.own("encoder"), act_bits=2, max_steps=2)
+    images = torch.randn(4, 3, 16, 16)
+    for packed in (False, True):
+        network = askewq.load(tmp_path, model=builders.own_network("encoder"), packed=packed)
+        rounding = network(images)
+        with torch.no_grad():
+            torch.testing.assert_close(network(images), rounding, rtol=1e-5, atol=1e-6)

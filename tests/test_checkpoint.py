@@ -723,3 +723,14 @@ class TestShards:
         path.with_name("m.safetensors.index.json").write_text(content)
         with pytest.raises(FormatError, match=r"index\.json"):
             checkpoint.read(path)
+
+
+def test_buffers_that_share_memory_are_stored_one_by_one(tmp_path):
+    """A view of another buffer, of a part or of all of it, has its numbers in the file."""
+    net = snapped_net()
+    net.register_buffer("part", net.norm.running_var[:4])
+    net.register_buffer("all", net.norm.running_var.view(2, 3))
+    checkpoint.save(net, tmp_path / "m")
+    stored = load_file(tmp_path / "m")
+    assert torch.equal(stored["part"], net.part)
+    assert torch.equal(stored["all"], net.all)

@@ -102,7 +102,10 @@ def test_few_levels_and_batch_norm_ask_for_steps_in_levels(given, level_lr):
     warmed = recipe.model_copy(update={"full_precision_steps": 2})
     warmed = choices.resolve(warmed, "image-classification", CONV, 300)
     assert warmed.full_precision_lr == (1e-4 if coarse else 0.02)
-    for told in ({"optimizer": "sgd"}, {"lr": 0.1}, {"optimizer": "adamw"}, {"method": "lsq"}):
+    rated = config.build({**ESSENTIALS, **given, "lr": 0.1})
+    rated = choices.resolve(rated, "image-classification", CONV, 300)
+    assert (rated.optimizer, rated.lr, rated.level_lr) == (chosen.optimizer, 0.1, level_lr)
+    for told in ({"optimizer": "sgd"}, {"optimizer": "adamw"}, {"method": "lsq"}):
         other = config.build({**ESSENTIALS, **given, **told})
         assert choices.resolve(other, "image-classification", CONV, 300).level_lr is None
     assert choices.resolve(recipe, "image-classification", LINEAR, 300).level_lr is None
@@ -156,3 +159,10 @@ def test_a_resolved_recipe_reads_back_as_itself():
         again = config.build(recipe.model_dump(), "the file")
         assert again == recipe
         assert choices.resolve(again, "image-classification", LINEAR, 300) == recipe
+
+
+def test_the_papers_method_has_the_papers_intervals():
+    """Under its name no other closing is trained."""
+    with pytest.raises(RecipeError, match=r"closing = lazy goes with method = askewsgd"):
+        resolve(method="askewsgd-paper", closing="lazy")
+    assert resolve(method="askewsgd-paper", closing="single").close_start == 0.5

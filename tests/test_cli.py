@@ -41,6 +41,7 @@ def finetune(output: Path, *flags: object, kind: str = "own") -> Outcome:
 
 
 # Flags that are wrong in themselves, with words of the message.
+IN_LEVELS = {"optimizer": "adamw", "lr": 1e-2, "level_lr": 0.01}
 WRONG_FLAGS = {
     "bits 0": (["--bits", 0], ["--bits", "ternary"]),
     "bits 9": (["--bits", 9], ["--bits", "ternary"]),
@@ -270,12 +271,45 @@ class TestFinetune:
         given = {"method": method, "output": tmp_path, "full_precision_steps": 0}
         values = cli._with_recipe(name, given)
         assert config.build(values).method == method
-        kept = {"closing", "level_lr"} if method == "askewsgd-paper" else set()
-        assert values.keys() & {"closing", "level_lr", "full_precision_lr"} <= kept
-        assert (
-            values["optimizer"]
-            == recipe_files.read_yaml(recipe_files.find_recipe(name))["optimizer"]
-        )
+        assert not values.keys() & {"closing", "level_lr", "full_precision_lr"}
+        stored = recipe_files.read_yaml(recipe_files.find_recipe(name))
+        for key in ("optimizer", "lr"):  # chosen together with level_lr, where there is one
+            assert values.get(key) == (None if "level_lr" in stored else stored[key])
+
+    @pytest.mark.parametrize(
+        ("stored", "flags", "stay"),
+        [
+            ({"max_steps": 5}, {"epochs": 2}, []),
+            ({"epochs": 2}, {"max_steps": 5}, []),
+            ({"distill": 0.5, "teacher": "t", "teacher_weights": "w"}, {"distill": 0.0}, []),
+            (
+                {"distill": 0.5, "distill_hidden": 1.0, "teacher": "t"},
+                {"distill": 0.0},
+                ["distill_hidden", "teacher"],
+            ),
+            (
+                {"task": "feature-extraction", "teacher": "t"},
+                {"distill_hidden": 0.0},
+                ["task", "teacher"],
+            ),
+            ({"closing": "lazy", "close_power": 3, "close_end": 0.9}, {"closing": "single"}, []),
+            ({"close_end": 0.8}, {"closing": "lazy"}, ["close_end"]),
+            (IN_LEVELS, {"closing": "single"}, []),
+            (IN_LEVELS, {"optimizer": "sgd"}, []),
+            (IN_LEVELS, {"optimizer": "adamw"}, ["lr", "level_lr"]),
+            (IN_LEVELS, {"bits": 1}, ["optimizer", "lr", "level_lr"]),
+            ({"optimizer": "sgd", "lr": 0.05}, {"method": "lsq"}, ["optimizer", "lr"]),
+            ({"optimizer": "sgd", "lr": 0.05}, {"optimizer": "adamw"}, []),
+            ({"lr": 0.05}, {"optimizer": "sgd"}, ["lr"]),
+            ({"method": "proxquant", "strength": 0.003}, {"method": "binaryrelax"}, []),
+        ],
+    )
+    def test_what_goes_with_another_choice_is_passed_over(self, stored, flags, stay, tmp_path):
+        """A stored setting that belongs to what a flag replaces leaves with it; others stay."""
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(stored))
+        kept = {key: stored[key] for key in stay}
+        assert cli._with_recipe(str(path), flags) == {**kept, **flags}
 
     def test_what_flags_say_themselves_is_not_passed_over(self, tmp_path):
         """A flag without use is an error, whatever the recipe says."""

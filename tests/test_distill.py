@@ -1,15 +1,19 @@
 """Distillation: its loss against the formula, teachers of all kinds, those that do not fit."""
 
+import json
 import math
+import shutil
+from pathlib import Path
 
 import builders
 import pytest
 import timm
 import torch
+import transformers
 from builders import finetune
 from safetensors.torch import load_file, save_file
 
-from askewq import distill, output
+from askewq import distill, models, output
 from askewq.errors import ModelError, OutputError, RecipeError
 
 
@@ -146,3 +150,51 @@ def test_a_teacher_without_a_share_is_refused(tmp_path):
     """A teacher that would not be listened to is named."""
     with pytest.raises(RecipeError, match="teacher goes with distill"):
         finetune("own", tmp_path / "out", teacher="resnet18")
+
+
+def test_a_teacher_with_a_vocabulary_of_its_own(tmp_path):
+    """Its own tokenizer is compared, whatever --tokenizer says; without one it takes that."""
+    bert = Path(builders.SETTINGS["bert"]()["model"])
+    teacher = tmp_path / "teacher"
+    shutil.copytree(bert, teacher)
+    common = {"distill": 0.5, "max_steps": 2, "teacher": str(teacher), "tokenizer": str(bert)}
+    finetune("bert", tmp_path / "same", **common)
+    stored = json.loads((teacher / "tokenizer.json").read_text())
+    words = stored["model"]["vocab"]
+    words["good"], words["bad"] = words["bad"], words["good"]
+    (teacher / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(ModelError, match="splits texts, in another way"):
+        finetune("bert", tmp_path / "other", **common)
+    for file in teacher.glob("*token*"):
+        file.unlink()
+    finetune("bert", tmp_path / "none", **common)
+
+
+@pytest.mark.parametrize("change", [str, str.upper], ids=["same", "upper"])
+def test_the_order_of_many_labels(tmp_path, change):
+    """It is that of their numbers, not of their place in a file, and not of their case."""
+    labels = tuple(f"label {i}" for i in range(11))
+    folder = tmp_path / "vit"
+    shutil.copytree(builders.vit(), folder)
+    config = transformers.ViTConfig.from_pretrained(folder, num_labels=11)
+    config.id2label = dict(enumerate(labels))
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    student = models.load(str(folder), "image-classification", labels)
+    recipe = builders.recipe("vit", tmp_path / "out", teacher=str(folder), distill=0.5)
+    for order, fits in ((labels, True), (labels[::-1], False)):
+        stored = json.loads((folder / "config.json").read_text())
+        named = {str(i): change(label) for i, label in enumerate(order)}
+        stored["id2label"] = dict(sorted(named.items()))
+        (folder / "config.json").write_text(json.dumps(stored))
+        if fits:
+            assert distill.load_teacher(recipe, student).spec.task == "image-classification"
+        else:
+            with pytest.raises(ModelError, match="labels in another order"):
+                distill.load_teacher(recipe, student)
+
+
+def test_a_folder_is_the_teachers_weights(tmp_path):
+    """A Hugging Face teacher has no file of weights apart; the error names the flags given."""
+    vit = str(builders.vit())
+    with pytest.raises(ModelError, match=r"--teacher-weights goes with .* as --teacher"):
+        finetune("vit", tmp_path / "out", distill=0.5, teacher=vit, teacher_weights="t.safetensors")

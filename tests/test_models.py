@@ -399,6 +399,7 @@ class TestOwnModules:
             ("smal", ["no function 'smal'", "did you mean small?", "ten_classes"]),
             ("fails", ["OSError", "no such luck"]),
             ("text", ["returned a str"]),
+            ("expanded", ["'2.gains'", "was expanded", ".clone()"]),
         ],
     )
     def test_factories_that_do_not_work(self, factory, words):

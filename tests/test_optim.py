@@ -492,6 +492,19 @@ def test_only_the_given_parameters_are_trained():
     assert [n for n, c in zip(names, changed, strict=True) if c] == ["2.weight", "4.bias"]
 
 
+@pytest.mark.parametrize("closing", [STAGGERED, SINGLE], ids=["staggered", "single"])
+def test_frozen_weights_are_on_their_levels(closing):
+    """No step closes them, so they do not wait for the snap, which would change the outputs."""
+    _, twin = network()
+    twin[2].weight.requires_grad_(False)
+    expected = twin[2].grid.values(twin[2].codes(), twin[2].weight_scale)
+    AskewSGD(twin, lr=0.1, closing=closing)
+    assert torch.equal(twin[2].weight, expected)
+    assert not torch.equal(
+        twin[4].weight, twin[4].grid.values(twin[4].codes(), twin[4].weight_scale)
+    )
+
+
 @every_optimizer
 def test_weights_without_a_gradient_are_left_alone(base):
     """A step moves neither a quantized weight without gradient nor its state."""

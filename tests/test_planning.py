@@ -268,3 +268,20 @@ def test_the_folder_that_one_is_in(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     assert command("plan", *words[:-1], ".", "--average-bits", 2).code == 0
     assert "recipe.yaml" in files(tmp_path / "here")
+
+
+@pytest.mark.parametrize("estimate", ["measured", "estimated"])
+def test_the_last_samples_count(words, tmp_path, monkeypatch, estimate):
+    """Where they do not fill a batch, too: as many are shown as sensitivity.json says."""
+    shown = []
+    original = planning.logits_and_labels
+
+    def counted(model, spec, batch):
+        shown.append(len(batch["labels"]))
+        return original(model, spec, batch)
+
+    monkeypatch.setattr(planning, "logits_and_labels", counted)
+    flags = ["--average-bits", 3, "--sensitivity", estimate, "--batch-size", 10]
+    assert command("plan", *words, *flags).code == 0
+    assert json.loads((tmp_path / "plan" / "sensitivity.json").read_text())["samples"] == 24
+    assert shown[:3] == [10, 10, 4]

@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import accelerate
 import builders
 import pytest
 import torch
@@ -16,7 +17,16 @@ from builders import files, finetune, finished
 from safetensors.torch import load_file, save_file
 
 import askewq
-from askewq import checkpoint, config, loop, recipe_files, train, training_state, wrap
+from askewq import (
+    checkpoint,
+    config,
+    loop,
+    processes,
+    recipe_files,
+    train,
+    training_state,
+    wrap,
+)
 from askewq.errors import (
     DivergenceError,
     ExactnessError,
@@ -745,8 +755,14 @@ class TestDivergence:
         """A loss that is NaN stops the run, naming the step, the lr and what to try."""
         with pytest.raises(DivergenceError, match=r"nan at step 1\b") as caught:
             finetune("own", tmp_path, lr=1e30)
-        assert "smaller --lr than 1e+30" in str(caught.value)
+        assert "smaller --lr than 1e+30." in str(caught.value)
         assert not {"model.safetensors", "metrics.json"} & files(tmp_path)
+
+    def test_every_rate_of_the_phase_is_named(self, tmp_path):
+        """Those of the quantized weights and of the others, where they are two."""
+        rates = {"optimizer": "adamw", "lr": 1e30, "level_lr": 0.01}
+        with pytest.raises(DivergenceError, match=r"a smaller --lr than 1e\+30 or --level-lr than"):
+            finetune("own", tmp_path, **rates)
 
     @pytest.mark.parametrize("save_every", [1, 3])
     def test_the_last_good_checkpoint_is_kept_and_named(self, tmp_path, save_every):
@@ -806,3 +822,26 @@ def test_a_reload_that_differs_is_an_error(tmp_path, monkeypatch, kind):
     with pytest.raises(ExactnessError, match="must be equal to the bit"):
         finetune(kind, tmp_path)
     assert "metrics.json" not in files(tmp_path)
+
+
+def test_buffers_that_share_memory(tmp_path):
+    """A network in which one buffer is a part of another one is trained, packed and resumed."""
+    finetune("own", tmp_path / "out", model=builders.own("viewed"))
+    stored = checkpoint.read(tmp_path / "out" / "model.safetensors")
+    assert stored.tensors["some"].tolist() == [0, 1, 2, 3]
+
+
+def test_apples_gpu_is_not_used(tmp_path, monkeypatch):
+    """It has no float64, in which scales are fitted and figures are taken."""
+    asked = []
+
+    def accelerator(*, cpu, **_):
+        asked.append(cpu)
+        raise InterruptedError
+
+    monkeypatch.setattr(accelerate, "Accelerator", accelerator)
+    for apple in (False, True):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda found=apple: found)
+        with pytest.raises(InterruptedError):
+            processes.accelerator_of(builders.recipe("own", tmp_path))
+    assert asked == [False, True]

@@ -85,6 +85,15 @@ def test_first_and_last_stay_in_full_precision():
     assert result.quantized[0].grid == make_grid(2)
 
 
+def test_each_head_of_several_is_the_last():
+    """They are those that timm names; one head is the last layer, as in every other network."""
+    model = timm.create_model("levit_128s", pretrained=False)
+    kept = [name for name, note in notes(plan(model, 2)).items() if note.startswith("last layer")]
+    assert kept == ["head.linear", "head_dist.linear"]
+    headless = plan(timm.create_model("levit_128s", num_classes=0), 2, keep_last=False)
+    assert not any(note.startswith("last layer") for note in notes(headless).values())
+
+
 def test_layers_come_in_the_models_order():
     """The table lists every module with parameters, in the order of the model."""
     assert [layer.names[0] for layer in plan(mlp(), 2).layers] == ["0", "1", "2", "3"]
