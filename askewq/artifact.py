@@ -244,11 +244,12 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Args:
         model: one with quantized layers, after `askewq.snap_`.
         folder: gets model.safetensors alone, from which `load(folder, model=...)` fills a plain
-            network like the one that was quantized; an earlier one is replaced.
+            network like the one that was quantized; one that was saved before is replaced.
 
     Raises:
         ModelError: no quantized layer, or a weight that is not on a level.
-        FormatError: the folder is a whole artifact, with weights that belong to its config.json.
+        FormatError: the folder is a whole artifact, with weights that belong to its config.json,
+            or has ordinary weights under that name.
     """
     folder = Path(folder)
     quantized = layers.quantized_layers(model)
@@ -267,6 +268,11 @@ def save(model: nn.Module, folder: str | Path) -> None:
         raise FormatError(
             f"{folder} is an artifact of `askewq finetune`, whose config.json belongs to its "
             "weights; save to another folder."
+        )
+    if (folder / ARTIFACT).exists() and not checkpoint.is_packed(folder / ARTIFACT):
+        raise FormatError(
+            f"{folder / ARTIFACT} holds ordinary weights, which would be lost; save to another "
+            "folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(model, folder / ARTIFACT)

@@ -32,7 +32,12 @@ def label_ids(split: Any, column: str, labels: tuple[str, ...], flag: str) -> li
         raise DataError(f"the split for {flag} has rows without a label; remove them.")
     if isinstance(feature, datasets.ClassLabel):
         if -1 in values:
-            raise DataError(f"the split for {flag} has no labels (they are -1); choose another.")
+            raise DataError(
+                f"the split for {flag} has no labels (they are -1); choose another."
+                if {*values} == {-1}
+                else f"the split for {flag} has {values.count(-1)} of {len(values)} rows without a "
+                "label (it is -1); remove them."
+            )
         values = [feature.names[value] for value in values]
     known = {label: i for i, label in enumerate(labels)}
     unknown = sorted({str(value) for value in values} - known.keys())

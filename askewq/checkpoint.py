@@ -167,6 +167,18 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
+def is_packed(path: Path) -> bool:
+    """Tell whether a safetensors file is a packed one, whatever is in it.
+
+    Raises:
+        FormatError: no safetensors file.
+    """
+    with _reading(path):
+        _check_header(path)
+        with safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+
+
 def read(path: Path) -> Artifact:
     """Read a packed file, or its shards, and check it against the specification and its digest.
 

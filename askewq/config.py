@@ -51,6 +51,14 @@ def _key(default: Any, group: str, help: str, **limits: Any) -> Any:
     return Field(default, description=help, json_schema_extra=extra, **limits)  # type: ignore[arg-type]  # pydantic's dict type is wider
 
 
+def _at_home(path: str | Path) -> Path:
+    """Return a path whose ~ is resolved, as a shell does where it has no quotes around it."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~NAME of nobody
+        raise ValueError(f"starts at a home that is not known ({error})") from error
+
+
 class Recipe(BaseModel):
     """All settings of `askewq finetune`."""
 
@@ -265,6 +273,16 @@ class Recipe(BaseModel):
     def taught(self) -> bool:
         """Whether there is a teacher, be it the network before it is quantized."""
         return self.task in EMBEDDING_TASKS or self.distill > 0 or self.distill_hidden > 0
+
+    @field_validator("model", "teacher", "tokenizer", "dataset")
+    @classmethod
+    def _expand_name(cls, value: str | None) -> str | None:
+        return str(_at_home(value)) if value and value[0] == "~" else value
+
+    @field_validator("weights", "teacher_weights", "output")
+    @classmethod
+    def _expand_path(cls, value: Path | None) -> Path | None:
+        return value and _at_home(value)
 
     @field_validator("nan_policy")
     @classmethod

@@ -4,6 +4,9 @@ All of it is read before any model is built; `batches` then prepares samples as 
 them.
 """
 
+import csv
+import glob
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,13 @@ _FILE_BUILDERS = {
     ".jsonl": "json",
     ".txt": "text",
 }
+# What texts are called, in the order of preference; two that belong together come first.
+_TEXT_PAIRS = (
+    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2")),
+    *(("question", "sentence"), ("question", "passage"), ("query", "passage")),
+    *(("text1", "text2"), ("text_a", "text_b")),
+)
+_TEXT_NAMES = ("text", "sentence", "content", "review", "comment", "body", "document")
 _LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "target", "class")
 
 
@@ -68,8 +78,26 @@ def open_data(recipe: Recipe, task: Task) -> OpenData:
         return OpenData(train, evaluation, columns, labels)
     columns = _columns(recipe, task, train.features)
     labels = _labels(train, columns.label) if columns.label else ()
+    if columns.label and "[" in f"{recipe.train_split}{recipe.eval_split}":
+        _check_order(train[columns.label], evaluation[columns.label], recipe)
     train = _sample(train, recipe.max_train_samples, recipe.seed)
     return OpenData(train, evaluation, columns, labels)
+
+
+def _check_order(train: Sequence[Any], evaluation: Sequence[Any], recipe: Recipe) -> None:
+    """Refuse slices of rows that are sorted by class.
+
+    Raises:
+        DataError: evaluation has one class of several, or mostly such as training has not.
+    """
+    trained, judged = {*train}, Counter(evaluation)
+    new = sum(count for label, count in judged.items() if label not in trained)
+    if (len(judged) == 1 < len(trained) and judged.total() > 9) or 2 * new > judged.total():
+        raise DataError(
+            f"--train-split {recipe.train_split!r} has {len(trained)} classes and --eval-split "
+            f"{recipe.eval_split!r} {len(judged)}: the rows are sorted by class. Shuffle them, or "
+            "put images into the folders train/CLASS and test/CLASS."
+        )
 
 
 def open_eval(recipe: Recipe, task: Task, labels: tuple[str, ...]) -> OpenData:
@@ -87,11 +115,11 @@ def _call_datasets(recipe: Recipe, split: str | None) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    path = Path(recipe.dataset).expanduser()
+    path = Path(recipe.dataset)
     arguments: dict[str, Any] = {"name": recipe.dataset_config, "split": split}
     if recipe.streaming:
         arguments["streaming"] = True
-    looks_local = recipe.dataset.startswith((".", "/", "~")) or path.suffix in _FILE_BUILDERS
+    looks_local = recipe.dataset.startswith((".", "/")) or path.suffix in _FILE_BUILDERS
     if looks_local and not path.exists():
         raise DataError(f"--dataset {recipe.dataset!r}: there is no such file or folder.")
     try:
@@ -101,13 +129,16 @@ def _call_datasets(recipe: Recipe, split: str | None) -> Any:
                     f"--dataset {recipe.dataset!r}: files of type {path.suffix!r} are not read; "
                     f"use one of {', '.join(_FILE_BUILDERS)}, or a folder."
                 )
-            arguments["data_files"] = str(path)
-            if path.suffix == ".tsv":
-                arguments["sep"] = "\t"
+            arguments["data_files"] = glob.escape(str(path))
+            if path.suffix == ".tsv":  # a quote is a character like any other there
+                arguments |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
             return datasets.load_dataset(_FILE_BUILDERS[path.suffix], **arguments)
         return datasets.load_dataset(str(path) if path.exists() else recipe.dataset, **arguments)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
+        cause = (
+            error.__cause__ or error
+        )  # datasets says what it was doing, its cause what went wrong
+        reason = str(cause).strip().split("\n")[0][:300]
         raise DataError(
             f"the data set {recipe.dataset!r} cannot be read: {reason}\nPass a Hub id (the Hub "
             "must be in reach), or a local folder or file of parquet, csv, json, text or images."
@@ -133,7 +164,8 @@ def _eval_split(recipe: Recipe, splits: Any) -> Any:
         raise DataError(
             f"{recipe.dataset!r} has neither a validation nor a test split; it has "
             f"{', '.join(splits)}. Pass --eval-split, for instance --train-split 'train[:90%]' "
-            "--eval-split 'train[90%:]'."
+            "--eval-split 'train[90%:]', where the rows are not sorted by class; else shuffle "
+            "them, or put images into the folders train/CLASS and test/CLASS."
         )
     split = _split(recipe, splits, name, "--eval-split")
     if recipe.streaming:
@@ -190,13 +222,30 @@ def _columns(recipe: Recipe, task: Task, features: Any) -> Columns:
         labelled = task not in EMBEDDING_TASKS
         return Columns(tuple(inputs), _label_column(recipe, features) if labelled else None)
     if task in ("causal-lm", "feature-extraction"):
-        inputs = list(recipe.text_columns) or [n for n in ("text", *texts) if n in texts][:1]
+        inputs = list(recipe.text_columns) or _guessed_texts(texts, pairs=())
         _check_texts(inputs, texts, features, at_most=1)
         return Columns(tuple(inputs), None, corpus=task == "causal-lm")
     label = _label_column(recipe, features)
-    inputs = list(recipe.text_columns) or [name for name in texts if name != label][:2]
+    others = [name for name in texts if name != label]
+    inputs = list(recipe.text_columns) or _guessed_texts(others, _TEXT_PAIRS)
     _check_texts(inputs, texts, features, at_most=2)
     return Columns(tuple(inputs), label)
+
+
+def _guessed_texts(texts: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the columns with the texts, by their names where there are several.
+
+    Raises:
+        DataError: several, and no name that says which.
+    """
+    known = [list(pair) for pair in pairs if {*pair} <= {*texts}]
+    known += [[name] for name in _TEXT_NAMES if name in texts]
+    if len(texts) < 2 or known:
+        return known[0] if known else [*texts]
+    raise DataError(
+        f"the columns {', '.join(texts)} all hold text; say which to read, --text-columns with one "
+        "of them, or with two that belong together."
+    )
 
 
 def _check_texts(
@@ -276,5 +325,14 @@ def _labels(train: Any, column: str) -> tuple[str, ...]:
         return tuple(feature.names)
     values = set(train[column])
     if None in values:
-        raise DataError(f"the label column {column!r} has rows without a label; remove them.")
+        raise DataError(
+            f"the label column {column!r} has rows without a label (in a csv file also those that "
+            "say None or NA); remove or rename them."
+        )
+    if any(isinstance(value, float) and value % 1 for value in values):
+        raise DataError(
+            f"the label column {column!r} holds numbers with fractions, such as "
+            f"{next(v for v in sorted(values) if v % 1):g}, and classes are what can be learnt; "
+            "choose another --label-column, or round them to classes."
+        )
     return tuple(str(value) for value in sorted(values))

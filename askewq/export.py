@@ -27,7 +27,7 @@ from torch import Tensor
 
 from askewq import __version__, checkpoint, report
 from askewq.artifact import ARTIFACT, load_artifact
-from askewq.errors import AskewError, ExportError, VerificationError, near
+from askewq.errors import CALLING, AskewError, ExportError, VerificationError, near
 from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
 from askewq.spec import LoadedModel, first_line
 from askewq.target import ExportSource, Options, Target
@@ -218,6 +218,11 @@ def _random_texts(
     lengths = shape[1] - torch.arange(SAMPLES) * shape[1] // (2 * SAMPLES)
     mask = torch.arange(shape[1]) < lengths.view(-1, 1)
     padding = getattr(model.config, "pad_token_id", None) or 0
+    if getattr(model.config, "is_encoder_decoder", False):  # such a text ends once
+        end = model.config.eos_token_id
+        tokens %= model.get_input_embeddings().num_embeddings - 1
+        tokens += tokens >= end
+        tokens[torch.arange(SAMPLES), lengths - 1] = end
     inputs = {"input_ids": torch.where(mask, tokens, padding), "attention_mask": mask.long()}
     listed, taken = preprocessing.tokenizer.model_input_names, inspect.signature(model.forward)
     if "token_type_ids" in listed and "token_type_ids" in taken.parameters:
@@ -244,10 +249,20 @@ def _accepts(loaded: LoadedModel, inputs: dict[str, Tensor]) -> bool:
 
 
 def _expected(loaded: LoadedModel) -> tuple[dict[str, Tensor], Tensor]:
-    """Return sample inputs and the artifact's logits for them."""
+    """Return sample inputs and the artifact's logits for them.
+
+    Raises:
+        ExportError: a network that fails on them.
+    """
     inputs = sample_inputs(loaded)
-    with torch.no_grad():
-        return inputs, logits_of(loaded.model, loaded.spec, inputs)
+    try:
+        with torch.no_grad():
+            return inputs, logits_of(loaded.model, loaded.spec, inputs)
+    except CALLING as error:
+        raise ExportError(
+            f"the export cannot be verified: the network fails on random inputs "
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error
 
 
 @contextmanager

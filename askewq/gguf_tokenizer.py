@@ -44,14 +44,17 @@ def vocabulary(loaded: LoadedModel) -> Vocabulary | None:
     parts = json.loads(text.tokenizer.backend_tokenizer.to_str())
     if parts["model"]["type"] != "BPE" or parts["pre_tokenizer"] is None:
         return None
+    if (parts["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # text is in NFC nearly always
+        return None
     *first, last = parts["pre_tokenizer"].get("pretokenizers", [parts["pre_tokenizer"]])
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return None
     split = None
     if not first and last["use_regex"]:
         split = "gpt-2"
-    elif len(first) == 1 and first[0]["type"] == "Split" and not last["use_regex"]:
-        split = SPLITS.get(first[0]["pattern"].get("Regex", ""))
+    elif [part["type"] for part in first] == ["Split"] and not last["use_regex"]:
+        plain = first[0]["behavior"] == "Isolated" and not first[0]["invert"]
+        split = SPLITS.get(first[0]["pattern"].get("Regex", "")) if plain else None
     return None if split is None else Vocabulary(text.tokenizer, parts, split)
 
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from askewq import config, disk, recipe_files, snapshots
+from askewq import artifact, config, disk, recipe_files, snapshots
 from askewq.config import Recipe
 from askewq.errors import OutputError, RecipeError
 from askewq.recipe_files import RECIPE
@@ -35,10 +35,11 @@ def _holds_something(out: Path) -> bool:
 def _check_may_delete(recipe: Recipe) -> None:
     """Refuse to replace a folder that is no run of askewq's, or holds what the run reads."""
     out = recipe.output.resolve()
-    if not (out / RECIPE).is_file():
+    if not _is_run(out):
         raise OutputError(
             f"--overwrite replaces an earlier run, and {recipe.output} is none (it has no "
-            "recipe.yaml); name another folder, or empty this one yourself."
+            "recipe.yaml, or neither checkpoints nor an artifact beside it); name another folder, "
+            "or empty this one yourself."
         )
     models = (recipe.model, recipe.teacher, recipe.weights, recipe.teacher_weights)
     for name in filter(None, (*models, recipe.dataset, recipe.tokenizer)):
@@ -48,6 +49,16 @@ def _check_may_delete(recipe: Recipe) -> None:
                 f"--overwrite would delete {name}, which this run reads from {recipe.output}; name "
                 "another folder."
             )
+
+
+def _is_run(out: Path) -> bool:
+    """Tell whether a folder is a run's, and not one where a user keeps a recipe among files."""
+    path = out / RECIPE
+    if not path.is_file():
+        return False
+    begun = (out / snapshots.CHECKPOINTS).is_dir() or artifact.is_artifact(out)
+    alone = all(file.name in (RECIPE, RECIPE + disk.PARTIAL) for file in out.iterdir())
+    return begun or alone or bool(recipe_files.read_yaml(path).get("overwrite"))
 
 
 def resumed(recipe: Recipe) -> Recipe:

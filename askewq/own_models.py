@@ -117,6 +117,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     extra = [key for key in state if key not in target]
     # BatchNorm's step counter is new in old checkpoints and decides nothing in the forward pass.
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    # A file may have a tensor of several names under one of them.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    present = {id(tensor) for key, tensor in named.items() if key in state}
+    missing = [key for key in missing if id(named.get(key)) not in present]
     if missing or extra:
         hint = near(extra[0], missing) if extra and missing else ""
         raise ModelError(

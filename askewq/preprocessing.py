@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from askewq.errors import FormatError, RecipeError
+from askewq.errors import DataError, FormatError, RecipeError
 
 # ImageNet's statistics, the default of every image model that brings none of its own.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -81,7 +81,7 @@ class ImagePreprocessing:
 
     def image(self, image: Any) -> Tensor:
         """Return a PIL image as uint8 [channels, height, width]."""
-        image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        image = _eight_bits(image).convert("RGB" if len(self.mean) == 3 else "L")
         pixels: Tensor = _transform(self)(image)
         return pixels
 
@@ -125,6 +125,23 @@ class ImagePreprocessing:
         return restored
 
 
+def _eight_bits(image: Any) -> Any:
+    """Return a PIL image with 8 bits a channel; Pillow itself would cut off what is above 255.
+
+    Raises:
+        DataError: numbers of which nobody knows which are black and white.
+    """
+    if image.mode.startswith("I;16"):
+        return image.point(lambda value: value / 257, "L")
+    if image.mode in ("I", "F"):
+        kind = "32-bit whole" if image.mode == "I" else "floating-point"
+        raise DataError(
+            f"the data set has an image of {kind} numbers (Pillow's mode {image.mode}), in which "
+            "nothing says what is black and what is white; save the images with 8 or 16 bits."
+        )
+    return image
+
+
 @functools.lru_cache(maxsize=8)
 def _transform(preprocessing: ImagePreprocessing) -> Any:
     """Return timm's own evaluation transform up to uint8 [channels, height, width]."""
@@ -150,7 +167,9 @@ class ProcessorPreprocessing:
 
     def image(self, image: Any) -> Tensor:
         """Return a PIL image as the processor's float32 [channels, height, width]."""
-        pixels: Tensor = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        pixels: Tensor = self.processor(_eight_bits(image).convert("RGB"), return_tensors="pt")[
+            "pixel_values"
+        ]
         return pixels[0]
 
     def batch(self, pixels: Tensor) -> Tensor:

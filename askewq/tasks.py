@@ -139,6 +139,32 @@ def check_logits(logits: Tensor, spec: ModelSpec) -> None:
 
 
 @torch.no_grad()
+def check_causal(
+    model: nn.Module, spec: ModelSpec, batch: dict[str, Tensor], logits: Tensor
+) -> None:
+    """Check that a language model does not see the token that it has to predict.
+
+    Args:
+        logits: its own, of that batch.
+
+    Raises:
+        ModelError: they change with a later token.
+    """
+    if spec.task != "causal-lm":
+        return
+    ids = batch["input_ids"]
+    other = torch.where(ids < ids.max(), ids + 1, (ids - 1).clamp_min(0))
+    changed = torch.cat([ids[:, :-1], other[:, -1:]], 1)
+    again = logits_of(model, spec, {**batch, "input_ids": changed})
+    if (again - logits)[:, :-1].abs().max() > 1e-4 * logits.abs().max():
+        raise ModelError(
+            f"{spec.name!r} sees the tokens that it has to predict: its logits change with later "
+            "ones, so that its perplexity would mean nothing. --task causal-lm is for decoders; "
+            "pass another --task, or another model."
+        )
+
+
+@torch.no_grad()
 def check_length(model: nn.Module, spec: ModelSpec, batch: dict[str, Tensor], length: int) -> None:
     """Check that a model takes texts as long as they may come: it may know fewer positions.
 
@@ -153,8 +179,10 @@ def check_length(model: nn.Module, spec: ModelSpec, batch: dict[str, Tensor], le
     if ids.shape[1] >= length:
         return
     mask = batch.get("attention_mask", torch.ones_like(ids))
-    token = ids.flatten()[mask.flatten().argmax()]  # no padding, which may have no position
-    long = token.expand(1, length)
+    row = ids[0][mask[0] > 0]  # no padding, which may have no position
+    body = row[:-1] if len(row) > 1 else row
+    # A text of a sequence-to-sequence model ends with its last token, and needs one.
+    long = torch.cat([body.repeat(length // len(body) + 1)[: length - 1], row[-1:]]).view(1, -1)
     try:
         logits_of(model, spec, {"input_ids": long, "attention_mask": torch.ones_like(long)})
     except CALLING as error:

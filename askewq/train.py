@@ -48,7 +48,7 @@ from askewq.preprocessing import TextPreprocessing
 from askewq.rivals import check_gradients
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
-from askewq.tasks import check_length, check_logits, keeps_last, logits_of
+from askewq.tasks import check_causal, check_length, check_logits, keeps_last, logits_of
 from askewq.vocabulary import ActBits
 
 FULL_PRECISION, LOW_BIT, POLISH = "full precision", "low-bit", "polish"
@@ -205,6 +205,7 @@ class _Run:
                 "--std the channels (1 or 3)."
             ) from error
         check_logits(logits, spec)
+        check_causal(self.model, spec, batch, logits)
         texts = self.loaded.preprocessing
         if isinstance(texts, TextPreprocessing):
             check_length(self.model, spec, batch, self.recipe.max_length or texts.max_length)

@@ -7,6 +7,7 @@ import builders
 import pytest
 import torch
 from builders import copy_of, edit_config, finished
+from safetensors.torch import save_file
 
 import askewq
 from askewq import artifact, checkpoint
@@ -141,6 +142,16 @@ class TestSave:
         with pytest.raises(ModelError, match="no quantized layer"):
             askewq.save(builders.own_network("small"), tmp_path / "own")
         assert not list(tmp_path.iterdir())
+
+    def test_ordinary_weights_stay(self, tmp_path):
+        """A file of that name that holds somebody's float weights is not replaced."""
+        network = self.trained()
+        askewq.snap_(network)
+        save_file(builders.own_network("small").state_dict(), tmp_path / "model.safetensors")
+        before = (tmp_path / "model.safetensors").read_bytes()
+        with pytest.raises(FormatError, match="ordinary weights, which would be lost"):
+            askewq.save(network, tmp_path)
+        assert (tmp_path / "model.safetensors").read_bytes() == before
 
     def test_the_weights_of_a_run_stay(self, tmp_path):
         """An artifact's config.json belongs to its own weights."""

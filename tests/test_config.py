@@ -380,3 +380,16 @@ class TestOverrides:
         """A contradiction is found before any model is."""
         with pytest.raises(RecipeError, match="gives 'fc' both 4 and 8 bits"):
             config.build({**ESSENTIALS, "bits_override": ["fc=4", "fc=8"]})
+
+
+def test_a_home_is_resolved_wherever_a_path_may_be(monkeypatch):
+    """No folder called ~ is made; a factory in a file keeps its name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"model": "~/net.py:make", "dataset": "~/d", "output": "~/o", "weights": "~/w"}
+    made = config.build({**given, "distill": 0.5, "teacher": "~/t", "teacher_weights": "~/tw"})
+    paths = (made.model, made.dataset, made.output, made.weights, made.teacher)
+    assert [str(path) for path in (*paths, made.teacher_weights)] == [
+        f"/home/me/{name}" for name in ("net.py:make", "d", "o", "w", "t", "tw")
+    ]
+    with pytest.raises(RecipeError, match=r"output.*home"):
+        config.build({**given, "output": "~nobody-of-this-name/o"})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from askewq import batches, data, hf_models, models
 from askewq.batches import augment, loaders, prepare_batch
@@ -198,13 +199,36 @@ class TestSplits:
 class TestColumns:
     def test_column_flags_win(self, tmp_path):
         """Columns that were named are taken instead of guesses."""
-        folder = write_csv(tmp_path / "d", "a,b,c,label", train=["1x,2x,3x,0", "1y,2y,3y,1"])
+        header = "text1,text2,c,label"
+        folder = write_csv(tmp_path / "d", header, train=["1x,2x,3x,0", "1y,2y,3y,1"])
         slices = {"eval_split": "train"}
         guess = opened(folder, TEXTS, **slices)
-        assert guess.columns == data.Columns(("a", "b"), "label")
-        named = opened(folder, TEXTS, text_columns=["c", "a"], label_column="b", **slices)
-        assert named.columns == data.Columns(("c", "a"), "b")
+        assert guess.columns == data.Columns(("text1", "text2"), "label")
+        columns = {"text_columns": ["c", "text1"], "label_column": "text2"}
+        named = opened(folder, TEXTS, **columns, **slices)
+        assert named.columns == data.Columns(("c", "text1"), "text2")
         assert named.labels == ("2x", "2y")
+
+    @pytest.mark.parametrize(
+        ("header", "task", "inputs"),
+        [
+            ("id,title,text,label", TEXTS, ("text",)),
+            ("title,content,topic,label", TEXTS, ("content",)),
+            ("id,premise,hypothesis,label", TEXTS, ("premise", "hypothesis")),
+            ("id,blurb,more,label", TEXTS, None),
+            ("id,blurb,more,label", LM, None),
+            ("id,sentence1,sentence2,label", LM, None),  # two texts are no corpus
+            ("id,sentence,more,label", "feature-extraction", ("sentence",)),
+        ],
+    )
+    def test_of_several_texts_the_name_decides(self, tmp_path, header, task, inputs):
+        """Where no name says which column holds the texts, the error asks."""
+        folder = write_csv(tmp_path / "d", header, train=["a,b,c,0"], test=["d,e,f,0"])
+        if inputs is None:
+            with pytest.raises(DataError, match="all hold text; say which to read, --text-columns"):
+                opened(folder, task)
+        else:
+            assert opened(folder, task).columns.inputs == inputs
 
     @pytest.mark.parametrize(
         ("dataset", "task", "flags", "words"),
@@ -597,3 +621,74 @@ class TestAugment:
         """Flips are as frequent as no flips."""
         flipped = augment(self.positions(2000, 1, 2), "flip")[:, 1, 0, 0]
         assert 900 < int(flipped.sum()) < 1100
+
+
+class TestTraps:
+    """Files as they come, which would be read as something else without a word."""
+
+    @pytest.mark.parametrize("order", ["sorted", "mostly new", "mixed"])
+    def test_slices_of_rows_that_are_sorted_by_class(self, tmp_path, order):
+        """Accuracy on one class, or on such as were never trained, would mean nothing."""
+        labels = {
+            "sorted": ["a"] * 60 + ["b"] * 60,
+            "mostly new": ["a"] * 54 + ["b"] * 54 + ["c"] * 12,
+            "mixed": ["a", "b"] * 60,
+        }[order]
+        folder = write_csv(tmp_path / "d", "text,label", train=[f"x,{y}" for y in labels])
+        slices = {"train_split": "train[:90%]", "eval_split": "train[90%:]"}
+        if order == "mixed":
+            assert len(opened(folder, TEXTS, **slices).eval) == 12
+        else:
+            with pytest.raises(DataError, match="the rows are sorted by class"):
+                opened(folder, TEXTS, **slices)
+
+    def test_a_quote_in_a_tsv_is_a_character(self, tmp_path):
+        """It opens no field that goes on over rows."""
+        rows = [f"row {i}\t{i % 2}" for i in range(8)]
+        rows[2], rows[5] = '"quoted\t1', '"again" and more\t0'
+        (tmp_path / "d.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+        found = opened(tmp_path / "d.tsv", TEXTS, eval_split="train")
+        assert [f"{row['text']}\t{row['label']}" for row in found.train] == rows
+
+    def test_brackets_in_the_name_of_a_file(self, tmp_path):
+        """They are no pattern."""
+        (tmp_path / "rev [final].csv").write_text("text,label\na,0\nb,1\n")
+        assert len(opened(tmp_path / "rev [final].csv", TEXTS, eval_split="train").train) == 2
+
+    def test_why_a_file_cannot_be_read(self, tmp_path):
+        """The reason is in the message, not only that there is one."""
+        (tmp_path / "d.csv").write_text("text,label\na,0\nb,1,2,3\n")
+        with pytest.raises(DataError, match="Expected 2 fields in line 3, saw 4"):
+            opened(tmp_path / "d.csv", TEXTS, eval_split="train")
+
+    def test_some_rows_without_a_label(self, tmp_path):
+        """How many there are, where the others have one."""
+        images = [(image, -1 if i < 2 else y) for i, (image, y) in enumerate(builders.pictures(6))]
+        builders.write_images(tmp_path / "train.parquet", images)
+        found = opened(tmp_path, IMAGES, eval_split="train")
+        with pytest.raises(DataError, match="2 of 6 rows without a label"):
+            loaders(recipe(tmp_path), found, ImagePreprocessing())
+
+    def test_targets_that_are_no_classes(self, tmp_path):
+        """Numbers with fractions are refused; whole ones in a float column are classes."""
+        for values, wrong in ((["0.5", "1.0"], True), (["0.0", "1.0"], False)):
+            folder = write_csv(tmp_path / values[0], "text,label", train=[f"x,{v}" for v in values])
+            if wrong:
+                with pytest.raises(DataError, match=r"fractions, such as 0\.5"):
+                    opened(folder, TEXTS, eval_split="train")
+            else:
+                assert opened(folder, TEXTS, eval_split="train").labels == ("0.0", "1.0")
+
+    def test_images_of_sixteen_bits(self):
+        """Black stays black and white white; numbers without either are refused."""
+        ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+        deep = Image.fromarray(ramp)
+        assert deep.mode.startswith("I;16")
+        found = ImagePreprocessing().image(deep)[0].flatten()
+        assert (found.long() - torch.arange(256)).abs().max() <= 1
+        processor = models.load(str(builders.vit()), IMAGES, ("a", "b", "c")).preprocessing
+        seen = processor.image(deep)
+        assert len(seen.unique()) > 100
+        for mode in ("I", "F"):
+            with pytest.raises(DataError, match=f"Pillow's mode {mode}"):
+                ImagePreprocessing().image(Image.new(mode, (4, 4)))

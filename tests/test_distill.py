@@ -100,7 +100,7 @@ def test_overwrite_does_not_delete_what_a_name_leads_to(tmp_path, monkeypatch, c
     """The folder behind local-dir: or ~ is kept as well."""
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "run"
-    for name in ("dense", "data"):
+    for name in ("dense", "data", "checkpoints"):
         (folder / name).mkdir(parents=True)
     (folder / "recipe.yaml").write_text("")
     named = {key: str(value).format(folder) for key, value in changes.items()}

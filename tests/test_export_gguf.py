@@ -365,6 +365,28 @@ class TestMetadata:
         assert found["tokenizer.ggml.add_bos_token"] is False
 
 
+@pytest.mark.parametrize("change", ["lowercase", "NFC", "behavior", "invert"])
+def test_a_tokenizer_that_changes_texts_is_not_carried(change, tmp_path):
+    """llama.cpp has no normalizer for byte-level BPE, and one way to split."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    from askewq.gguf_tokenizer import SPLITS, vocabulary
+
+    made = byte_level("qwen2")
+    backend = made.backend_tokenizer
+    pattern = Regex({name: pattern for pattern, name in SPLITS.items()}["qwen2"])
+    behavior = "removed" if change == "behavior" else "isolated"
+    split = pre_tokenizers.Split(pattern, behavior, invert=change == "invert")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    if change in ("lowercase", "NFC"):
+        backend.normalizer = normalizers.NFC() if change == "NFC" else normalizers.Lowercase()
+    loaded = artifact.load_artifact(builders.finished("llama")[0])
+    loaded.model.config.vocab_size = 300
+    loaded.preprocessing = TextPreprocessing(made, 16)
+    assert (vocabulary(loaded) is not None) == (change == "NFC")
+
+
 def byte_level(split: str | None):
     """Return a small tokenizer that splits texts as GPT-2, Llama 3 or Qwen 2 do, or else."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers

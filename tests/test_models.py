@@ -8,7 +8,7 @@ from pathlib import Path
 import builders
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from askewq import models
@@ -407,6 +407,19 @@ class TestOwnModules:
         with pytest.raises(ModelError) as caught:
             own(factory)
         assert all(word in str(caught.value) for word in words)
+
+    def test_tied_weights_under_one_name(self, tmp_path):
+        """As safetensors' save_model writes them; a weight that is really missing is named."""
+        network = builders.own_network("tied")
+        save_model(network, str(tmp_path / "w.safetensors"))
+        state = own("tied", weights=tmp_path / "w.safetensors").model.state_dict()
+        assert all(torch.equal(state[key], tensor) for key, tensor in network.state_dict().items())
+        less = {
+            k: v for k, v in network.state_dict().items() if k not in ("one.weight", "two.weight")
+        }
+        save_file(less, tmp_path / "less.safetensors")
+        with pytest.raises(ModelError, match=r"2 keys are missing \(one\.weight, two\.weight\)"):
+            own("tied", weights=tmp_path / "less.safetensors")
 
     def test_a_file_that_does_not_import(self, tmp_path):
         """A syntax error in the user's file is reported with its kind."""

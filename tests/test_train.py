@@ -755,7 +755,7 @@ class TestDivergence:
         """A loss that is NaN stops the run, naming the step, the lr and what to try."""
         with pytest.raises(DivergenceError, match=r"nan at step 1\b") as caught:
             finetune("own", tmp_path, lr=1e30)
-        assert "smaller --lr than 1e+30." in str(caught.value)
+        assert "smaller --lr than 1e+30; " in str(caught.value)
         assert not {"model.safetensors", "metrics.json"} & files(tmp_path)
 
     def test_every_rate_of_the_phase_is_named(self, tmp_path):
@@ -845,3 +845,53 @@ def test_apples_gpu_is_not_used(tmp_path, monkeypatch):
         with pytest.raises(InterruptedError):
             processes.accelerator_of(builders.recipe("own", tmp_path))
     assert asked == [False, True]
+
+
+def test_overwrite_leaves_a_folder_where_a_recipe_is_kept(tmp_path):
+    """A file called recipe.yaml makes no run of what else is there."""
+    recipe = builders.recipe("own", tmp_path / "out")
+    (tmp_path / "recipe.yaml").write_text(recipe_files.to_yaml(recipe))
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(OutputError, match="neither checkpoints nor an artifact beside it"):
+        finetune("own", tmp_path, overwrite=True)
+    assert files(tmp_path) == {"recipe.yaml", "notes.md"}
+    folder = builders.copy_of("own", tmp_path)  # a run whose checkpoints are deleted is one
+    shutil.rmtree(folder / "checkpoints")
+    finetune("own", folder, overwrite=True)
+
+
+def test_an_encoder_is_no_language_model(tmp_path):
+    """BERT loads as one, and would see what it has to predict."""
+    import transformers
+
+    shutil.copytree(builders.bert(), tmp_path / "bert")
+    made = transformers.BertConfig.from_pretrained(tmp_path / "bert")
+    transformers.BertLMHeadModel(made).save_pretrained(tmp_path / "bert")
+    changes = {"model": str(tmp_path / "bert"), "task": "causal-lm"}
+    with pytest.raises(ModelError, match="sees the tokens that it has to predict"):
+        finetune("llama", tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["Bart", "T5"])
+def test_texts_of_sequence_to_sequence_models_end_once(tmp_path, kind):
+    """Their classifiers read a text's last token: in the check of lengths, and in an export."""
+    import transformers
+
+    torch.manual_seed(0)
+    folder = tmp_path / kind
+    words = builders.write_tokenizer(folder)
+    tokens = {"vocab_size": words, "pad_token_id": 0, "eos_token_id": 3, "num_labels": 2}
+    size = {"d_model": 16, "decoder_start_token_id": 3}
+    if kind == "Bart":
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
+        more = {**heads, **layers, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    else:
+        more = {"d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**tokens, **size, **more)
+    getattr(transformers, f"{kind}ForSequenceClassification")(config).save_pretrained(folder)
+    out = tmp_path / "out"
+    finetune("bert", out, model=str(folder), task="text-classification")
+    outcome = builders.command("export", out, "--to", "dense", "--output", tmp_path / "dense")
+    assert outcome.code == 0, outcome.err
