@@ -135,10 +135,8 @@ def _call_datasets(recipe: Recipe, split: str | None) -> Any:
             return datasets.load_dataset(_FILE_BUILDERS[path.suffix], **arguments)
         return datasets.load_dataset(str(path) if path.exists() else recipe.dataset, **arguments)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        cause = (
-            error.__cause__ or error
-        )  # datasets says what it was doing, its cause what went wrong
-        reason = str(cause).strip().split("\n")[0][:300]
+        # datasets itself says what it was doing, and its error's cause what went wrong.
+        reason = str(error.__cause__ or error).strip().split("\n")[0][:300]
         raise DataError(
             f"the data set {recipe.dataset!r} cannot be read: {reason}\nPass a Hub id (the Hub "
             "must be in reach), or a local folder or file of parquet, csv, json, text or images."

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,8 +132,10 @@ def _eight_bits(image: Any) -> Any:
     Raises:
         DataError: numbers of which nobody knows which are black and white.
     """
+    from PIL import Image
+
     if image.mode.startswith("I;16"):
-        return image.point(lambda value: value / 257, "L")
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("I", "F"):
         kind = "32-bit whole" if image.mode == "I" else "floating-point"
         raise DataError(
@@ -167,10 +170,9 @@ class ProcessorPreprocessing:
 
     def image(self, image: Any) -> Tensor:
         """Return a PIL image as the processor's float32 [channels, height, width]."""
-        pixels: Tensor = self.processor(_eight_bits(image).convert("RGB"), return_tensors="pt")[
-            "pixel_values"
-        ]
-        return pixels[0]
+        made = self.processor(_eight_bits(image).convert("RGB"), return_tensors="pt")
+        pixels: Tensor = made["pixel_values"][0]
+        return pixels
 
     def batch(self, pixels: Tensor) -> Tensor:
         """Return the batch as it is: the processor has normalised it."""

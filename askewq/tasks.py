@@ -179,7 +179,9 @@ def check_length(model: nn.Module, spec: ModelSpec, batch: dict[str, Tensor], le
     if ids.shape[1] >= length:
         return
     mask = batch.get("attention_mask", torch.ones_like(ids))
-    row = ids[0][mask[0] > 0]  # no padding, which may have no position
+    longest = mask.sum(1).argmax()
+    row = ids[longest][mask[longest] > 0]  # no padding, which may have no position
+    row = row if len(row) else ids[0, :1]
     body = row[:-1] if len(row) > 1 else row
     # A text of a sequence-to-sequence model ends with its last token, and needs one.
     long = torch.cat([body.repeat(length // len(body) + 1)[: length - 1], row[-1:]]).view(1, -1)

@@ -10,7 +10,14 @@ from torch import nn
 
 from askewq.errors import ModelError
 from askewq.spec import ModelSpec
-from askewq.tasks import IGNORED, check_logits, logits_and_labels, metric_of, score
+from askewq.tasks import (
+    IGNORED,
+    check_length,
+    check_logits,
+    logits_and_labels,
+    metric_of,
+    score,
+)
 
 IMAGES, TEXTS, LM = "image-classification", "text-classification", "causal-lm"
 
@@ -135,3 +142,24 @@ def test_logits_that_fit_pass():
     """Fitting logits raise nothing; a language model's vocabulary is not compared to labels."""
     check_logits(torch.randn(2, 3), spec(IMAGES))
     check_logits(torch.randn(2, 7, 50), spec(LM))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tried"),
+    [
+        ([[0, 0, 0, 0], [2, 4, 5, 3]], [2, 4, 5, 2, 4, 5, 3]),
+        ([[0, 0, 0, 0], [0, 0, 7, 3]], [7, 7, 7, 7, 7, 7, 3]),  # padded before the text
+        ([[0, 0, 0, 0]], [0] * 7),  # a text of no tokens, and nothing else to try
+    ],
+)
+def test_a_long_text_is_made_of_the_longest_one(rows, tried):
+    """Its tokens repeated, its last one last, and no padding where there is anything else."""
+    seen = []
+
+    def model(input_ids, attention_mask):
+        seen.append((input_ids.tolist(), attention_mask.tolist()))
+        return SimpleNamespace(logits=torch.zeros(1, 3))
+
+    ids = torch.tensor(rows)
+    check_length(model, spec(TEXTS), {"input_ids": ids, "attention_mask": (ids > 0).long()}, 7)
+    assert seen == [([tried], [[1] * 7])]
