@@ -69,16 +69,16 @@ def test_length_of_the_padding_changes_nothing():
     torch.testing.assert_close(alone[0], beside[0], rtol=1e-5, atol=1e-6)
 
 
-def test_the_data_need_no_label():
+def test_the_data_need_no_label(tmp_path):
     """The first column of texts is guessed; one is read at most."""
-    recipe = builders.recipe("encoder", "out")
+    recipe = builders.recipe("encoder", tmp_path / "out")
     found = data.open_data(recipe, "feature-extraction")
     assert found.columns == data.Columns(("sentence",), None)
     assert found.labels == ()
     outcome = command(
         *("finetune", "--model", builders.encoder(), "--task", "feature-extraction"),
         *("--dataset", builders.text_pairs_json(), "--text-columns", "premise", "hypothesis"),
-        *("--output", "out"),
+        *("--output", tmp_path / "out"),
     )
     assert outcome.code == 2
     assert "reads at most 1" in outcome.err
