@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from askewq.columns import Columns
 from askewq.config import Recipe
-from askewq.data import Columns, OpenData
+from askewq.data import OpenData
 from askewq.errors import DataError
 from askewq.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 

@@ -38,6 +38,7 @@ FLOORS = [
     (
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *(
+            "columns",
             "data",
             "batches",
             "tasks",

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from askewq import batches, data, hf_models, models
+from askewq import batches, hf_models, models
 from askewq.batches import augment, loaders, prepare_batch
+from askewq.columns import Columns
 from askewq.config import build
 from askewq.data import open_data, open_eval
 from askewq.errors import DataError, FormatError, RecipeError
@@ -48,7 +49,7 @@ class TestSources:
         """Parquet with an Image and a ClassLabel column needs no column flags."""
         found = opened(builders.image_parquet(), IMAGES)
         assert (len(found.train), len(found.eval)) == (48, 24)
-        assert found.columns == data.Columns(("image",), "label")
+        assert found.columns == Columns(("image",), "label")
         assert found.labels == ("red", "green", "blue")
 
     def test_image_folder(self):
@@ -60,19 +61,19 @@ class TestSources:
     def test_csv_of_words(self):
         """Text columns and labels that are words are found without flags."""
         found = opened(builders.text_csv(), TEXTS)
-        assert found.columns == data.Columns(("sentence",), "label")
+        assert found.columns == Columns(("sentence",), "label")
         assert found.labels == ("neg", "pos")
 
     def test_json_of_pairs(self):
         """Two text columns are a pair; numbers as labels keep their order."""
         found = opened(builders.text_pairs_json(), TEXTS)
-        assert found.columns == data.Columns(("premise", "hypothesis"), "label")
+        assert found.columns == Columns(("premise", "hypothesis"), "label")
         assert found.labels == ("0", "1", "2")
 
     def test_plain_text(self):
         """A text file is a corpus: one column, no label."""
         found = opened(builders.corpus(), LM)
-        assert found.columns == data.Columns(("text",), None, corpus=True)
+        assert found.columns == Columns(("text",), None, corpus=True)
         assert found.labels == ()
 
     @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet", "txt"])
@@ -203,10 +204,10 @@ class TestColumns:
         folder = write_csv(tmp_path / "d", header, train=["1x,2x,3x,0", "1y,2y,3y,1"])
         slices = {"eval_split": "train"}
         guess = opened(folder, TEXTS, **slices)
-        assert guess.columns == data.Columns(("text1", "text2"), "label")
+        assert guess.columns == Columns(("text1", "text2"), "label")
         columns = {"text_columns": ["c", "text1"], "label_column": "text2"}
         named = opened(folder, TEXTS, **columns, **slices)
-        assert named.columns == data.Columns(("c", "text1"), "text2")
+        assert named.columns == Columns(("c", "text1"), "text2")
         assert named.labels == ("2x", "2y")
 
     @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import askewq
 from askewq import config, data, embeddings, models, text
+from askewq.columns import Columns
 from askewq.errors import ModelError, RecipeError
 from askewq.tasks import logits_of, metric_of, score
 
@@ -73,7 +74,7 @@ def test_the_data_need_no_label(tmp_path):
     """The first column of texts is guessed; one is read at most."""
     recipe = builders.recipe("encoder", tmp_path / "out")
     found = data.open_data(recipe, "feature-extraction")
-    assert found.columns == data.Columns(("sentence",), None)
+    assert found.columns == Columns(("sentence",), None)
     assert found.labels == ()
     outcome = command(
         *("finetune", "--model", builders.encoder(), "--task", "feature-extraction"),

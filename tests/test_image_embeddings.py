@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import askewq
 from askewq import data, models, own_models
+from askewq.columns import Columns
 from askewq.errors import ModelError, RecipeError
 from askewq.tasks import logits_of, metric_of
 
@@ -67,9 +68,9 @@ def test_transformers_give_their_pooler_output():
 def test_the_data_need_no_label():
     """A folder of images alone is enough, and labels are not read."""
     found = data.open_data(builders.recipe("timm-encoder", "out"), TASK)
-    assert found.columns == data.Columns(("image",), None)
+    assert found.columns == Columns(("image",), None)
     labelled = builders.recipe("timm-encoder", "out", dataset=str(builders.image_parquet()))
-    assert data.open_data(labelled, TASK).columns == data.Columns(("image",), None)
+    assert data.open_data(labelled, TASK).columns == Columns(("image",), None)
 
 
 @pytest.mark.parametrize(
