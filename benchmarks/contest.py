@@ -22,205 +22,31 @@ import argparse
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from run_recipe import RESNET20, minilm_folder
+from contest_runs import (
+    ADAMW_LRS,
+    BESIDE_LEVELS,
+    FULL,
+    LEVEL_LRS,
+    MEASURED,
+    METHODS,
+    TASKS,
+    WEIGHTS,
+    Run,
+)
 
 from askewq.methods import RIVALS
 
-FULL = "full precision"
-START = "start"  # the network, new to its task, from which all methods start
-PARQ = "parq"  # torchao's, through its own package: pip install torchao
-# Forms of AskewSGD beside its default: the flags that make them.
-FORMS = {
-    "askewsgd": ("--method", "askewsgd"),
-    "askewsgd, staggered": ("--method", "askewsgd", "--closing", "staggered"),
-    "askewsgd-paper": ("--method", "askewsgd-paper"),
-    # With the steps of the task's own base optimizer, where its default are those in levels.
-    "askewsgd, sgd": ("--method", "askewsgd", "--optimizer", "sgd"),
-    # Intervals that close with the first step: straight-through, with the steps of askewsgd; where
-    # these are those of the base optimizer it is binaryconnect.
-    "askewsgd, closed at once": ("--method", "askewsgd", "--close-end", "0.001"),
-    # The rivals next to it on askewsgd's base optimizer, where the task's own is another.
-    "binaryconnect, adamw": ("--method", "binaryconnect", "--optimizer", "adamw"),
-    "binaryrelax, adamw": ("--method", "binaryrelax", "--optimizer", "adamw"),
-}
-# What would be another entry once more where the steps of askewsgd are those of the task.
-BESIDE_LEVELS = (
-    "askewsgd, sgd",
-    "askewsgd, closed at once",
-    "binaryconnect, adamw",
-    "binaryrelax, adamw",
-)
-METHODS = [FULL, *FORMS, *RIVALS, PARQ]
-
-PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
-LEVEL_LRS = (0.005, 0.01, 0.02)
-ADAMW_LRS = (7e-4, 1.4e-3, 2.8e-3)  # LEVEL_LRS in the weights' own units: a spacing is about 0.14
 AGAIN = 0.5  # how far, in points, a run with the same seed may end from another machine's
 TEACHING = threading.Lock()
-MEASURED = ("accuracy", "relaxed", "step_seconds", "peak_memory_bytes")
-WEIGHTS = "checkpoints/teacher.safetensors"  # what a run in full precision leaves
-NINE_TENTHS = ("--train-split", "train[:90%]", "--eval-split", "train[90%:]")
-EIGHT_TENTHS = ("--train-split", "train[:80%]", "--eval-split", "train[80%:90%]")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What all runs of a task share; `lrs` are the trials of the methods and of full precision.
-
-    `tried` and `judged` are the data of a trial and of a run that counts: no trial is judged on
-    what a run that counts is judged on. `optimizer` is that of the other methods, and of full
-    precision, where askewq chooses. At `level_bits` the trials of AskewSGD's lazy form are
-    `LEVEL_LRS`, its default there.
-    """
-
-    folder: str
-    optimizer: str
-    tried: tuple[str, ...]
-    judged: tuple[str, ...]
-    flags: tuple[str, ...]
-    lrs: tuple[float, ...]
-    full_lrs: tuple[float, ...]
-    start_steps: int
-    level_bits: tuple[str, ...]
-
-
-TASKS = {
-    "resnet20": Task(
-        "cifar10",
-        "sgd",
-        NINE_TENTHS,
-        ("--train-split", "train", "--eval-split", "test"),
-        ("--augment", "crop-flip", "--batch-size", "128", "--compile"),
-        (0.01, 0.02, 0.05),
-        (0.005, 0.01, 0.02),
-        0,
-        ("1", "ternary", "2", "4"),
-    ),
-    "minilm": Task(
-        "sst2",
-        "adamw",
-        (*NINE_TENTHS, "--max-eval-samples", "2000"),
-        (*EIGHT_TENTHS, "--max-eval-samples", "4000"),
-        ("--batch-size", "16", "--max-length", "64"),
-        (5e-5, 1e-4, 3e-4),
-        (3e-5, 5e-5, 1e-4),
-        300,
-        (),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of the contest: a trial, which helps to choose the rate, or one that counts."""
-
-    task: str
-    bits: str
-    steps: int
-    method: str
-    lr: float
-    seed: int
-    trial: bool
-    distill: float
-
-    @property
-    def full(self) -> bool:
-        """Whether the run is one in full precision, which leaves its weights."""
-        return self.method in (FULL, START)
-
-    @property
-    def on_adamw(self) -> bool:
-        """Whether a rival runs on AdamW that runs on the task's optimizer as well."""
-        return self.method.endswith(", adamw")
-
-    @property
-    def in_levels(self) -> bool:
-        """Whether `lr` is that of the quantized weights in level spacings."""
-        lazy = self.method in ("askewsgd", "askewsgd, closed at once")
-        return lazy and self.bits in TASKS[self.task].level_bits
-
-    def folder(self, output: Path) -> Path:
-        """Return the folder of the run."""
-        kind = "trial" if self.trial else f"seed-{self.seed}"
-        width = "any" if self.full else f"{self.bits}-bit"
-        taught = f"-distill-{self.distill:g}" if self.distill else ""
-        place = (
-            output
-            / self.task
-            / f"{width}-{self.steps}{taught}"
-            / self.method.replace(", ", "-").replace(" ", "-")
-        )
-        return place / f"{kind}-lr-{self.lr:g}"
-
-    def start(self) -> "Run | None":
-        """Return the run whose network this one starts from, where the task needs one."""
-        task = TASKS[self.task]
-        if not task.start_steps or self.method == START:
-            return None
-        return Run(self.task, "", task.start_steps, START, 1e-4, 0, self.trial, 0.0)
-
-    def command(self, data: Path, output: Path, teacher: Path | None) -> list[str]:
-        """Return the command of the run."""
-        task, start = TASKS[self.task], self.start()
-        flags = ["--dataset", str(data / task.folder), *task.flags, "--seed", str(self.seed)]
-        if self.task == "resnet20":
-            weights = data / "resnet20-cifar10" / "model.safetensors"
-            flags += ["--model", RESNET20, "--weights", str(weights)]
-        else:
-            model = minilm_folder() if start is None else str(assembled(start.folder(output)))
-            flags += ["--model", model, "--task", "text-classification"]
-        flags += task.tried if self.trial else task.judged
-        flags += ["--mixed-precision", "bf16", "--output", str(self.folder(output))]
-        flags += ["--save-every", "1000000"]
-        if self.full:  # its figure, and the weights that it leaves, are of the first phase
-            flags += ["--full-precision-steps", str(self.steps), "--full-precision-lr"]
-            flags += [str(self.lr), "--max-steps", "1", "--distill", "0.5"]
-            flags += ["--optimizer", task.optimizer]
-        else:
-            flags += ["--level-lr" if self.in_levels else "--lr", str(self.lr)]
-            flags += ["--bits", self.bits, "--max-steps", str(self.steps)]
-            parq = self.method == PARQ
-            form = ("--optimizer", task.optimizer) if parq else ("--method", self.method)
-            flags += FORMS.get(self.method, form)
-            flags += ["--grid", "half-integer"] if self.bits in ("2", "4") else []
-        if teacher is not None:
-            flags += ["--distill", str(self.distill), "--teacher-weights", str(teacher)]
-        askewq = [PARQ_SCRIPT] if self.method == PARQ else ["-m", "askewq"]
-        return [sys.executable, *askewq, "finetune", *flags]
-
-    def measured(self, output: Path) -> dict[str, float]:
-        """Return accuracy, relaxed accuracy and cost of the finished run."""
-        metrics = json.loads((self.folder(output) / "metrics.json").read_text())
-        own = "full_precision" if self.full else "relaxed" if self.method == PARQ else None
-        metrics["accuracy"] = metrics[own or "snapped"]
-        metrics["relaxed"] = metrics[own or "relaxed"]
-        return {key: metrics[key] for key in MEASURED}
-
-
-def assembled(folder: Path) -> Path:
-    """Return the start of a text task as a Hugging Face folder, made of a finished run."""
-    place = folder / "huggingface"
-    if not place.is_dir():
-        partial = folder / "partial"
-        shutil.copytree(minilm_folder(), partial, dirs_exist_ok=True)
-        config = json.loads((partial / "config.json").read_text())
-        config |= {"architectures": ["BertForSequenceClassification"]}
-        config |= {"id2label": {"0": "negative", "1": "positive"}}
-        config |= {"label2id": {"negative": 0, "positive": 1}}
-        (partial / "config.json").write_text(json.dumps(config))
-        shutil.copy(folder / WEIGHTS, partial / "model.safetensors")
-        partial.replace(place)
-    return place
 
 
 class Results:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
     assert "| 0.005, 80.00; 0.01, 80.00; 0.014, 80.00; 0.02, 80.00 | 0.005 | 80.00, 80.00 |" in row
     assert "| 80.00 ± 0.00 |  | -10.00 |" in row
     made.clear()
-    contest.shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
     contest.main()
     assert made == []
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
@@ -130,6 +131,18 @@ def test_full_precision_has_the_optimizer_of_its_trials(contest, tmp_path):
     run = contest.Run("resnet20", "", 600, contest.FULL, 0.005, 0, False, 0.0)
     command = run.command(tmp_path, tmp_path, None)
     assert command[command.index("--optimizer") + 1] == "sgd"
+
+
+@pytest.mark.parametrize(("task", "optimizer"), [("resnet20", "sgd"), ("minilm", "adamw")])
+def test_parq_has_the_optimizer_of_its_task(contest, tmp_path, monkeypatch, task, optimizer):
+    """As the other rivals, and not the steps in level spacings of AskewSGD's default."""
+    monkeypatch.setattr("contest_runs.minilm_folder", lambda: "minilm")
+    monkeypatch.setattr("contest_runs.assembled", lambda folder: folder)
+    run = contest.Run(task, "2", 600, "parq", 0.01, 0, False, 0.0)
+    command = run.command(tmp_path, tmp_path, None)
+    assert "--level-lr" not in command
+    assert command[command.index("--lr") + 1] == "0.01"
+    assert command[command.index("--optimizer") + 1] == optimizer
 
 
 def test_a_teacher_that_is_another_run_is_refused(contest, tmp_path, monkeypatch):
