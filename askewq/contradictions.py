@@ -61,6 +61,8 @@ _BELONGS = {
     "closing": ("lazy", _INTERVALS),
     "optimizer": (None, ("momentum", "lr", "level_lr")),
 }
+# Two ways to say how long a run is: one that is given replaces the other.
+_INSTEAD = {"epochs": "max_steps", "max_steps": "epochs"}
 # What does not work on shards, and why.
 _UNSHARDABLE = {
     "compile": "a compiled network takes weights made before its forward pass, not shards",
@@ -134,7 +136,7 @@ def overruled(stored: dict[str, Any], given: dict[str, Any]) -> set[str]:
             useless |= {*keys}
     if "level_lr" in useless & stored.keys():  # the three are one choice
         useless |= {"optimizer", "lr"}
-    useless |= {"max_steps"} if "epochs" in given else {"epochs"} if "max_steps" in given else set()
+    useless |= {other for key, other in _INSTEAD.items() if key in given}
     both, shares = stored | given, ("distill", "distill_hidden")
     untaught = given.keys() & shares and not any(both.get(share) for share in shares)
     if untaught and both.get("task") not in EMBEDDING_TASKS:
