@@ -3,8 +3,11 @@
 Forked, because each would spend ten seconds on importing what pytest's process has imported.
 """
 
+import faulthandler
+import gc
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -56,6 +59,7 @@ def together(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
+        "GLOO_SOCKET_IFNAME": next(name for _, name in socket.if_nameindex() if name[:2] == "lo"),
         **environment,
     }
     ids = []
@@ -83,6 +87,8 @@ def _child(
             os.dup2(file, number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         os.environ |= {**shared, "RANK": str(process), "LOCAL_RANK": str(process)}
+        faulthandler.dump_traceback_later(PATIENCE - 5)  # where one hangs that will be killed
+        gc.freeze()  # the destructor of what was inherited may wait for a thread that was not
         warnings.resetwarnings()
         AcceleratorState._reset_state(reset_partial_state=True)  # pytest's process is alone
         body(process)
