@@ -16,7 +16,7 @@ from askewq.errors import ModelError
 from askewq.grid import Grid, input_grid
 from askewq.kinds import kind_of
 from askewq.layers import QuantizedLayer
-from askewq.methods import SAWB, straight
+from askewq.methods import sawb_scale, straight
 from askewq.mixed import Mixin, mix_
 from askewq.vocabulary import ActBits
 
@@ -48,12 +48,15 @@ class RoundedInput(Mixin):
         return super().forward(self.rounded(self._followed(args[0])), *args[1:], **kwargs)
 
     def _followed(self, input: Tensor) -> Tensor:
-        """Return the input, once the scale has followed it; zeros alone say nothing about it."""
+        """Return the input, once the scale has followed it.
+
+        Zeros alone say nothing about it, and what is not finite would not leave it again.
+        """
         if self.training and self.follows is not None:
             with torch.no_grad():
                 sums = moments(input, self.input_grid)
                 moved = self.input_scale.lerp(scale_of(sums, self.input_grid), MOMENTUM)
-                moves = self.follows & (sums[2] > 0)
+                moves = self.follows & (sums[2] > 0) & moved.isfinite()
                 self.input_scale.copy_(torch.where(moves, moved, self.input_scale))
         return input
 
@@ -111,12 +114,9 @@ def moments(x: Tensor, grid: Grid | None = None) -> Tensor:
 
 
 def scale_of(sums: Tensor, grid: Grid) -> Tensor:
-    """Return SAWB's scale of inputs with these `moments`, 0-d; the range covers their mean."""
-    c1, c2 = SAWB[grid.bits, grid.first]
+    """Return SAWB's scale of inputs with these `moments`, 0-d."""
     square, size = sums[:2] / sums[2].clamp_min(1)
-    highest = grid.first + grid.step * grid.last
-    scale = torch.maximum(c1 * square.sqrt() - c2 * size, size / highest)
-    return scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    return sawb_scale(square, size, grid)
 
 
 def round_input_(layer: nn.Module, grid: Grid, scale: Tensor) -> None:

@@ -36,12 +36,14 @@ class Closing:
 
     ``single``: the paper's form, one eps for all weights, eps = eps_final^c(p): with power 1 its
     geometric annealing. `final_radius` is the interval's radius at `end`, in level spacings.
+
+    `power` is 1 for ``single`` and 3 for the others where it is None.
     """
 
     kind: ClosingKind = "lazy"
     start: float = 0.0
     end: float = 0.9
-    power: float = 3.0
+    power: float | None = None
     every: int = 3
     final_radius: float = 0.01
 
@@ -54,17 +56,23 @@ class Closing:
                 f"the closing runs from {self.start} to {self.end} of the training steps; it must "
                 "start at 0 or later, end at 1 or earlier, and start before it ends."
             )
-        if not self.power > 0 or self.every < 1 or not 0 < self.final_radius <= 0.5:
+        if not self._power > 0 or self.every < 1 or not 0 < self.final_radius <= 0.5:
             raise RecipeError(
-                f"closing power = {self.power}, every = {self.every}, final radius = "
+                f"closing power = {self._power}, every = {self.every}, final radius = "
                 f"{self.final_radius}: power must be above 0, every 1 or more, and the radius in "
                 "(0, 0.5]."
             )
 
+    @property
+    def _power(self) -> float:
+        if self.power is None:
+            return 1.0 if self.kind == "single" else 3.0
+        return self.power
+
     def closure(self, progress: float) -> float:
         """Return c(progress), 0 (all free) to 1 (closed)."""
         t = min(max((progress - self.start) / (self.end - self.start), 0.0), 1.0)
-        return float(1 - (1 - t) ** self.power)
+        return float(1 - (1 - t) ** self._power)
 
     def eps(self, progress: float) -> float:
         """Return the relative eps of the weights that are not closed."""

@@ -191,16 +191,20 @@ def fit_scale(weight: Tensor, grid: Grid, group_size: GroupSize = "channel") -> 
     shape = scale_shape(weight.shape, group_size)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows = weight.detach().reshape(shape[0] * shape[1], -1)
+    return shortened(best_scale(rows, grid)).to(dtype).reshape(shape)
+
+
+def best_scale(rows: Tensor, grid: Grid) -> Tensor:
+    """Return what `fit_scale` rounds, of every row of [rows, columns], float32 or float64."""
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     changes = rows.shape[1] * grid.size // 2  # of codes along the sweep of a row, at most
     if grid.levels().tolist() == [-1, 1]:
-        scale = rows.to(torch.float64).abs().mean(dim=1)
-    elif changes <= SWEEP_UP_TO:
+        return rows.to(torch.float64).abs().mean(dim=1)
+    if changes <= SWEEP_UP_TO:
         parts = rows.split(max(1, CHUNK // changes))
-        scale = torch.cat([_sweep(part.to(torch.float64), grid) for part in parts])
-    else:
-        parts = rows.split(max(1, CHUNK // rows.shape[1]))
-        scale = torch.cat([_scan(part.to(dtype), grid) for part in parts])
-    return shortened(scale).to(dtype).reshape(shape)
+        return torch.cat([_sweep(part.to(torch.float64), grid) for part in parts])
+    parts = rows.split(max(1, CHUNK // rows.shape[1]))
+    return torch.cat([_scan(part.to(dtype), grid) for part in parts])
 
 
 def shortened(scale: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from askewq import sharding
-from askewq.errors import DivergenceError
+from askewq.errors import DivergenceError, ModelError
 from askewq.grid import Grid, channels_back, channels_first
 from askewq.kinds import channel_dim
 from askewq.methods import Rule
@@ -113,6 +113,18 @@ class QuantizedWeight:
         """Return rows, [rows, columns], in the weight's shape; contiguous."""
         shape = channels_first(sharding.local(self.latent), self.channel_dim).shape
         return channels_back(rows.reshape(shape), self.channel_dim)
+
+    def check_precision(self) -> None:
+        """Check that the trained Parameter holds small updates.
+
+        Raises:
+            ModelError: it is below float32.
+        """
+        if self.latent.dtype not in (torch.float32, torch.float64):
+            raise ModelError(
+                f"a quantized weight became {self.latent.dtype}; keep the model in float32 and use "
+                "bf16 through autocast."
+            )
 
     def codes(self) -> Tensor:
         """Return the code of the level nearest to each weight, uint8, channels first.

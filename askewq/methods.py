@@ -166,8 +166,8 @@ SAWB: dict[tuple[Bits, float], tuple[float, float]] = {
     (6, -32.0): (0.640, 0.676),
     (7, -64.0): (0.386, 0.415),
     (8, -128.0): (0.218, 0.236),
-    (1, 0.0): (2.537, 1.617),
-    (2, 0.0): (2.317, 2.105),
+    (1, 0.0): (2.534, 1.614),
+    (2, 0.0): (2.315, 2.103),
     (3, 0.0): (1.687, 1.692),
     (4, 0.0): (1.127, 1.186),
     (5, 0.0): (0.648, 0.685),
@@ -178,11 +178,17 @@ SAWB: dict[tuple[Bits, float], tuple[float, float]] = {
 
 
 def sawb(weight: Tensor, grid: Grid) -> Tensor:
-    """Return the scale of every row by its first two moments, [rows, 1]."""
+    """Return the scale of every row, [rows, 1]."""
+    square, size = (power.mean(1, keepdim=True) for power in (weight.square(), weight.abs()))
+    return sawb_scale(square, size, grid)
+
+
+def sawb_scale(square: Tensor, size: Tensor, grid: Grid) -> Tensor:
+    """Return the scale of values by their mean square and size; the range covers the latter."""
     c1, c2 = SAWB[grid.bits, grid.first]
-    size = weight.abs().mean(1, keepdim=True)
-    scale = c1 * weight.square().mean(1, keepdim=True).sqrt() - c2 * size
-    return scale.clamp_min(0.1 * size).clamp_min(torch.finfo(weight.dtype).tiny)
+    highest = grid.first + grid.step * grid.last
+    scale = torch.maximum(c1 * square.sqrt() - c2 * size, size / highest)
+    return scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
 
 def log_quantize(grad: Tensor, bits: int) -> Tensor:
@@ -193,12 +199,15 @@ def log_quantize(grad: Tensor, bits: int) -> Tensor:
 
     Source: LUQ, Chmiel et al. 2021 (arXiv 2112.10769), section 4.
     """
+    if not grad.numel():  # that of an expert without a token, say
+        return grad
     exact = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
     size = exact.abs()
     top = size.amax()
-    # size / top = fraction * 2^exponent, the fraction from 1/2 up to 1
-    exponent = torch.frexp(size / top).exponent - 1
     least = 2 - 2 ** (bits - 1)
+    # ratio = fraction * 2^exponent, the fraction from 1/2 up to 1; where it underflows frexp says 0
+    ratio = size / top
+    exponent = torch.where(ratio == 0, least, torch.frexp(ratio).exponent) - 1
     below = torch.where(exponent < least, 0, top * torch.ldexp(torch.ones_like(size), exponent))
     gap = torch.where(exponent < least, top * 2.0**least, below)
     up = torch.rand_like(size) * gap < size - below

@@ -26,6 +26,8 @@ from askewq.vocabulary import Pull
 
 # Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
 COMPILE_FROM = 1_000_000
+# Options of a parameter group that only torch's own step would heed.
+_TORCHS_OWN = ("maximize", "dampening", "amsgrad")
 
 
 class _Skewed(torch.optim.Optimizer):
@@ -36,6 +38,20 @@ class _Skewed(torch.optim.Optimizer):
     """
 
     closing: Closing
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to train; see torch.optim.Optimizer.
+
+        Raises:
+            RecipeError: the group has an option of torch's that is not made for quantized weights.
+        """
+        for name in _TORCHS_OWN:
+            if param_group.get(name):
+                raise RecipeError(
+                    f"a parameter group has {name} = {param_group[name]}, which torch's step knows "
+                    "and that of the quantized weights does not; leave it out."
+                )
+        super().add_param_group(param_group)
 
     def _constrain(
         self,
@@ -87,6 +103,11 @@ class _Skewed(torch.optim.Optimizer):
                 layer.snap_()  # no step will close it
         self.anneal(0.0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs; made together with its model, it trains the model's copy."""
+        own = ("closing", "_layers", "_modules", "_decoupled", "_compile")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
     def anneal(self, progress: float) -> None:
         """Set the intervals for the next step.
 
@@ -99,9 +120,22 @@ class _Skewed(torch.optim.Optimizer):
             module.strength = self.closing.radius(progress)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; the intervals are those of its progress."""
+        """Load what `state_dict` gave; the intervals are those of its progress.
+
+        Raises:
+            RecipeError: another optimizer gave it.
+        """
+        if any("progress" not in group for group in state_dict["param_groups"]):
+            raise RecipeError(
+                f"the state is not that of {type(self).__name__}: its parameter groups have no "
+                "progress; load what the state_dict() of one gave."
+            )
         super().load_state_dict(state_dict)
-        self.anneal(self.param_groups[0]["progress"])
+        self.anneal(self._progress)
+
+    @property
+    def _progress(self) -> float:
+        return float(self.param_groups[0]["progress"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -118,6 +152,11 @@ class _Skewed(torch.optim.Optimizer):
                     self._update_layer(weight, layers[id(weight)], group)
                     updated.append((weight, weight.grad))
             group["updates"] += 1
+        if self.closing.kind != "lazy" and self.closing.closure(self._progress) == 1:
+            reached = {id(weight) for weight, _ in updated}
+            for layer in self._layers:
+                if id(layer.latent) not in reached:
+                    layer.snap_()  # no update closes it
         for weight, _ in updated:
             weight.grad = None  # torch's own step passes over parameters without a gradient
         # torch wraps every step with the optimizer's hooks; ours is wrapped, so its must not be.
@@ -131,11 +170,7 @@ class _Skewed(torch.optim.Optimizer):
     def _update_layer(
         self, weight: nn.Parameter, layer: QuantizedWeight, group: dict[str, Any]
     ) -> None:
-        if weight.dtype not in (torch.float32, torch.float64):
-            raise ModelError(
-                f"a quantized weight became {weight.dtype}; keep the model in float32 and use bf16 "
-                "through autocast."
-            )
+        layer.check_precision()
         assert weight.grad is not None  # noqa: S101  # `step` has checked
         scale, grad = layer.row_scale(), layer.rows(weight.grad)
         buffers = self._buffers(weight, group)
@@ -216,7 +251,7 @@ class _Skewed(torch.optim.Optimizer):
         elif self.closing.kind != "single":
             feasible = weight == grid.snap(weight, scale)
         else:
-            eps = self.closing.eps(self.param_groups[0]["progress"])
+            eps = self.closing.eps(self._progress)
             psi, _ = constraint.slack(grid.coordinate(weight, scale), grid.last, eps)
             feasible = psi >= 0
         return int(sharding.add_up_(feasible.sum(), layer.latent))

@@ -19,6 +19,8 @@ def unsupported(module: nn.Module, leaf: str) -> str:
         if any(parameter.dim() > 1 for parameter in own.values()):
             return f"{name} is no layer that askewq knows (docs/methods.md)"
         return "no weight matrix"
+    if not own[leaf].numel():
+        return "it has no weights"
     if not own[leaf].is_floating_point():
         return f"its weight is {own[leaf].dtype}"
     if obstacle := kind.obstacle(module):

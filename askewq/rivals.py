@@ -58,6 +58,7 @@ class Follower:
             )
         for layer in self._layers:
             check_bits(method, layer.grid.bits)
+            layer.check_precision()
         self._modules = quantized_modules(model)
         if gradient_bits is not None:
             _round_gradients(self._modules, gradient_bits)
@@ -66,7 +67,19 @@ class Follower:
         self._settle()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let every step of the optimizer end with the method's own part."""
+        """Let every step of the optimizer end with the method's own part.
+
+        Raises:
+            RecipeError: the optimizer does not have the scales that the method learns.
+        """
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if self._rule.learns_scale and not all(
+            id(layer.weight_scale) in trained for layer in self._layers
+        ):
+            raise RecipeError(
+                "the method learns the scales, and the optimizer does not have them: the Follower "
+                "made them parameters of the model; build the optimizer after it."
+            )
         optimizer.register_step_post_hook(self._settle)
 
     def _settle(self, *_: Any) -> None:

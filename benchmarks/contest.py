@@ -40,12 +40,14 @@ from contest_runs import (
     METHODS,
     TASKS,
     WEIGHTS,
+    WIDTHS,
     Run,
 )
 
 from askewq.methods import RIVALS
 
 AGAIN = 0.5  # how far, in points, a run with the same seed may end from another machine's
+DIVERGED = ("the loss is", "the weights are not finite")  # what such a run ends with
 TEACHING = threading.Lock()
 
 
@@ -110,9 +112,9 @@ def fourth(lrs: tuple[float, ...], accuracies: list[float]) -> float:
     Between them lies a rate also where the best two neighbours are equally good.
     """
     lowest, middle, highest = accuracies
-    if lowest > max(middle, highest):
+    if lowest > middle and lowest >= highest:
         return lrs[0] / 2
-    if highest > max(lowest, middle):
+    if highest > middle:
         return lrs[2] * 2
     neighbour = lrs[0] if lowest > highest else lrs[2]
     return float(f"{math.sqrt(lrs[1] * neighbour):.2g}")
@@ -180,7 +182,8 @@ def make(
                 f"{folder}: made again for its weights it has {measured['accuracy']:.2f}, its line "
                 f"{finished['accuracy']:.2f}; it is not the same run, see its log"
             )
-    elif not finished and "the loss is" in log.read_text():  # it diverged: a result, the worst one
+    elif not finished and any(words in log.read_text() for words in DIVERGED):
+        # A result, the worst one.
         results.add(run, dict.fromkeys(MEASURED, 0.0))
     else:
         print(f"{folder}: failed, see its log", flush=True)
@@ -245,7 +248,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/contest"))
     parser.add_argument("--results", type=Path, default=here / "contest.jsonl")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--bits", nargs="+", default=["1", "ternary", "2", "4"])
+    parser.add_argument("--bits", nargs="+", choices=WIDTHS, default=WIDTHS)
     parser.add_argument("--steps", nargs="+", type=int, default=[600])
     parser.add_argument(
         "--trial-steps", type=int, help="the budget of the trials, if not that of the runs"

@@ -20,8 +20,8 @@ FORMS = {
     "askewsgd-paper": ("--method", "askewsgd-paper"),
     # With the steps of the task's own base optimizer, where its default are those in levels.
     "askewsgd, sgd": ("--method", "askewsgd", "--optimizer", "sgd"),
-    # Intervals that close with the first step: straight-through, with the steps of askewsgd; where
-    # these are those of the base optimizer it is binaryconnect.
+    # Intervals that close within a thousandth of the steps: straight-through, with the steps of
+    # askewsgd; where these are those of the base optimizer it is binaryconnect.
     "askewsgd, closed at once": ("--method", "askewsgd", "--close-end", "0.001"),
     # The rivals next to it on askewsgd's base optimizer, where the task's own is another.
     "binaryconnect, adamw": ("--method", "binaryconnect", "--optimizer", "adamw"),
@@ -34,6 +34,7 @@ BESIDE_LEVELS = (
     "binaryconnect, adamw",
     "binaryrelax, adamw",
 )
+WIDTHS = ("1", "ternary", "2", "4")
 METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
@@ -76,7 +77,7 @@ TASKS = {
         (0.01, 0.02, 0.05),
         (0.005, 0.01, 0.02),
         0,
-        ("1", "ternary", "2", "4"),
+        WIDTHS,
     ),
     "minilm": Task(
         "sst2",

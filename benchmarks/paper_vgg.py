@@ -32,7 +32,8 @@ PUBLISHED = {
 
 def accuracy(method: str, seed: int, arguments: argparse.Namespace) -> float:
     """Train once, or read what an earlier call of this command left; test accuracy in percent."""
-    folder: Path = arguments.output / f"{arguments.steps}-steps" / f"{method}-{seed}"
+    budget = f"{arguments.steps}-steps-lr-{arguments.lr:g}"
+    folder: Path = arguments.output / budget / f"{method}-{seed}"
     if not (folder / "metrics.json").is_file():
         flags = ["--model", MODEL, "--dataset", str(arguments.data / "cifar10")]
         flags += ["--bits", "1", "--group-size", "tensor", "--include", "*", "--seed", str(seed)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy import optimize, stats
 
-from askewq.grid import BITS, Grid, fit_scale, input_grid, make_grid
+from askewq.grid import BITS, Grid, best_scale, input_grid, make_grid
 
 DISTRIBUTIONS = {
     "normal": stats.norm(),
@@ -34,7 +34,7 @@ def coefficients(grid: Grid) -> tuple[float, float, float]:
     if grid.first == 0:  # all six are symmetric about 0
         quantiles = (1 + quantiles) / 2
     rows = torch.stack([torch.tensor(d.ppf(quantiles.numpy())) for d in DISTRIBUTIONS.values()])
-    best = fit_scale(rows, grid, "channel").double()
+    best = best_scale(rows, grid).double().view(-1, 1)
     root, mean = rows.square().mean(1, keepdim=True).sqrt(), rows.abs().mean(1, keepdim=True)
     moments = torch.cat([root, -mean], dim=1)
     least = squared_error(rows, best, grid)

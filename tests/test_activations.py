@@ -289,9 +289,14 @@ class TestLayer:
         layer(x)
         assert torch.equal(layer.input_scale, moved)
 
-    @pytest.mark.parametrize("x", [torch.zeros(5, 12), torch.zeros(0, 12)])
-    def test_zeros_alone_move_no_scale(self, x):
-        """An expert that no token reached keeps the scale that was calibrated."""
+    @pytest.mark.parametrize(
+        "x",
+        [torch.zeros(5, 12), torch.zeros(0, 12), torch.full((5, 12), math.inf),
+         torch.full((5, 12), math.nan)],
+        ids=["zeros", "nothing", "inf", "nan"],
+    )  # fmt: skip
+    def test_what_says_nothing_moves_no_scale(self, x):
+        """An expert that no token reached keeps its scale; a batch that is skipped leaves it."""
         model = rounded()
         layer = model[3].train()
         first = layer.input_scale.clone()

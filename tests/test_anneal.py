@@ -96,7 +96,7 @@ def test_single_shrinks_one_interval_between_its_ends(closing):
 
 def test_single_with_power_one_is_the_papers_geometric_annealing():
     """With power 1 equal steps of progress multiply eps by the same factor, like K^t."""
-    closing = Closing("single", start=0.5, end=1.0, power=1.0, final_radius=0.01)
+    closing = Closing("single", start=0.5, end=1.0, final_radius=0.01)
     eps = [closing.eps(0.5 + 0.01 * epoch) for epoch in range(51)]
     factors = [after / before for before, after in itertools.pairwise(eps)]
     assert factors == pytest.approx([eps_of(0.01) ** (1 / 50)] * 50)

@@ -27,6 +27,7 @@ def contest():
         ([84.0, 85.0, 83.0], 0.014),
         ([85.0, 85.0, 83.0], 0.014),  # two are level: between them
         ([83.0, 85.0, 85.0], 0.032),
+        ([85.0, 84.0, 85.0], 0.005),  # both edges: beyond the lower one
     ],
 )
 def test_the_fourth_rate(contest, accuracies, rate):
@@ -126,6 +127,30 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
     ]
 
 
+@pytest.mark.parametrize(
+    ("ended", "counts"),
+    [
+        ("the loss is nan at step 3", True),
+        ("the weights are not finite after step 3: 0.weight", True),
+        ("No space left on device", False),
+    ],
+)
+def test_a_run_that_diverges_counts(contest, tmp_path, monkeypatch, ended, counts):
+    """As the worst of all; one that fails otherwise is made again."""
+
+    def train(command, stdout, **_):
+        stdout.write(ended)
+        stdout.flush()
+        return contest.subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(contest.subprocess, "run", train)
+    results = contest.Results(tmp_path / "results.jsonl")
+    run = contest.Run("resnet20", "1", 600, "lsq", 0.05, 0, True, 0.0)
+    arguments = contest.argparse.Namespace(output=tmp_path, data=tmp_path, threads=1)
+    contest.make(run, results, arguments)
+    assert results.of(run) == (dict.fromkeys(contest.MEASURED, 0.0) if counts else None)
+
+
 def test_full_precision_has_the_optimizer_of_its_trials(contest, tmp_path):
     """It is the task's, whatever the default of the method behind it is."""
     run = contest.Run("resnet20", "", 600, contest.FULL, 0.005, 0, False, 0.0)
@@ -220,7 +245,59 @@ class TestThePages:
             told = [(", ".join(f"{v:.2f}" for v in run), self.shown(run)) for run in of_three]
             assert (seeds, mean) in told, row
 
-    def test_each_mean_of_the_readme_was_measured(self, accuracies):
+    # The rows of README.md's table by their methods in the log.
+    NAMES = {  # noqa: RUF012  # a table
+        "full precision, the same steps": "full precision",
+        "**askewsgd**": "askewsgd",
+        "its intervals with SGD (`--optimizer sgd`)": "askewsgd, sgd",
+        "its intervals closing weight by weight (`--closing staggered`)": "askewsgd, staggered",
+        "its steps, intervals closed from the start": "askewsgd, closed at once",
+        "BinaryRelax": "binaryrelax",
+        "BinaryRelax on AdamW": "binaryrelax, adamw",
+        "PARQ (torchao)": "parq",
+        "mirror descent": "mirror-descent",
+        "straight-through on AdamW": "binaryconnect, adamw",
+        "LUQ's weights (SAWB)": "luq",
+        "straight-through (BinaryConnect)": "binaryconnect",
+        "LSQ": "lsq",
+        "AdaSTE": "adaste",
+        "the paper's AskewSGD": "askewsgd-paper",
+        "ProxQuant": "proxquant",
+        "projected gradient": "projected-gradient",
+        "*taught by full precision* (`--distill 0.5`): askewsgd": "askewsgd",
+        "BinaryRelax, taught alike": "binaryrelax",
+        "LSQ, taught alike": "lsq",
+        "straight-through, taught alike": "binaryconnect",
+    }
+
+    def test_each_cell_of_the_readme_was_measured(self, contest, accuracies):
+        """The first three seeds of its method, width, task and budget, at one of the rates."""
+        text = (self.ROOT / "README.md").read_text()
+        table = text.split("## How the methods compare")[1].split("\n\n| | ")[1].split("\n\n")[0]
+        head, _, *rows = (
+            [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+        )
+        for label, *cells in rows:
+            for column, cell in zip(head, cells, strict=True):
+                bits = re.search("1 bit|ternary|2 bits|4 bits", column)[0].split()[0]
+                steps = int(re.search(r"(\d,)?\d00", column)[0].replace(",", ""))
+                task = "minilm" if "text" in column else "resnet20"
+                name, taught = self.NAMES[label], 0.5 if "taught" in label else 0.0
+                if "(with SGD)" in cell:
+                    name = "askewsgd, sgd"
+                width = "" if name == "full precision" else bits
+                entry = contest.Run(task, width, steps, name, 0.0, 0, False, taught)
+                of_three = {
+                    self.shown([by_seed[seed] for seed in range(3)])
+                    for run, by_seed in accuracies.items()
+                    if contest.replace(run, lr=0.0) == entry and len(by_seed) > 2
+                }
+                if cell:
+                    assert cell.removesuffix(" (with SGD)") in of_three, (label, column)
+                else:
+                    assert not of_three, (label, column)
+
+    def test_each_mean_of_the_readmes_words_was_measured(self, accuracies):
         """Of three seeds or of all of an entry."""
         measured = set()
         for by_seed in accuracies.values():

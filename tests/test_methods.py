@@ -198,6 +198,14 @@ def test_sawb_gives_a_positive_scale_for_any_row(row):
     assert (methods.sawb(torch.tensor([row]), make_grid(2)) > 0).all()
 
 
+@pytest.mark.parametrize("grid", [make_grid(*key) for key in SAWB_GRIDS], ids=str)
+def test_sawb_covers_the_mean_size(grid):
+    """Of weights of one size none is cut off, though the two moments would give less."""
+    row = torch.full((1, 7), 0.3)
+    highest = methods.sawb(row, grid) * (grid.first + grid.step * grid.last)
+    assert highest.item() >= 0.3 * (1 - 1e-6)
+
+
 def test_luq_follows_the_weights_with_its_scale():
     """After every update the scale is SAWB's of the new weights."""
     model = small()
@@ -234,6 +242,10 @@ def test_logarithmic_gradients_are_unbiased_powers_of_two(bits, dtype):
 def test_a_gradient_of_zeros_stays():
     """Without a largest size there is nothing to round to."""
     assert torch.equal(methods.log_quantize(torch.zeros(5), 4), torch.zeros(5))
+    assert methods.log_quantize(torch.zeros(0, 3), 4).shape == (0, 3)  # no token came
+    # Of its ratio to the largest size nothing is left in float32.
+    tiny = torch.tensor([10.0, 1e-45, -1e-45])
+    assert methods.log_quantize(tiny, 4).tolist() == [10.0, 0.0, 0.0]
     # A gradient that is not finite stays one, so that the run finds out.
     for bad in (torch.nan, torch.inf):
         assert not methods.log_quantize(torch.tensor([1.0, -2.0, bad]), 4).isfinite().all()
@@ -413,6 +425,21 @@ class TestFollower:
         model[1].weight_scale.grad = torch.full_like(model[1].weight_scale, 100.0)
         optimizer.step()
         assert (model[1].weight_scale > 0).all()
+
+    def test_an_optimizer_without_the_learned_scales_is_refused(self):
+        """Built before the Follower it would train the weights and leave the scales."""
+        model = small()
+        askewq.quantize(model, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(RecipeError, match="build the optimizer after it"):
+            rivals.Follower(model, "lsq").attach(optimizer)
+
+    def test_weights_below_float32_are_refused(self):
+        """As by AskewSGD: they would not hold small updates."""
+        model = small()
+        askewq.quantize(model, 2)
+        with pytest.raises(ModelError, match="keep the model in float32"):
+            rivals.Follower(model.to(torch.bfloat16), "binaryconnect")
 
     @pytest.mark.parametrize("method", RIVALS)
     def test_a_model_that_follows_a_method_can_be_pickled(self, method):

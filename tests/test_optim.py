@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import math
+import pickle
 import warnings
 
 import pytest
@@ -503,6 +504,71 @@ def test_frozen_weights_are_on_their_levels(closing):
     assert not torch.equal(
         twin[4].weight, twin[4].grid.values(twin[4].codes(), twin[4].weight_scale)
     )
+
+
+@pytest.mark.parametrize("how", ["frozen later", "not among the params", "not used"])
+@every_closing
+def test_weights_that_no_update_reaches_are_on_their_levels_at_the_end(closing, how):
+    """As those that are trained: after the closing the forward pass sees levels alone."""
+    _, twin = network()
+    late = twin[2].weight
+    others = [p for p in twin.parameters() if p is not late]
+    optimizer = AskewSGD(twin, 0.1, closing=closing, params=others if how[:3] == "not" else None)
+    if how == "not used":
+        optimizer.add_param_group({"params": [late]})
+    before, expected = (
+        late.detach().clone(),
+        twin[2].grid.values(twin[2].codes(), twin[2].weight_scale),
+    )
+    late.requires_grad_(how != "frozen later")
+    for progress in (0.5, 0.8, 1.0):
+        assert torch.equal(late, before)
+        give_gradients([twin], 0)
+        late.grad = None
+        optimizer.anneal(progress)
+        optimizer.step()
+    assert torch.equal(late, expected)
+
+
+@pytest.mark.parametrize("option", ["maximize", "dampening", "amsgrad"])
+def test_what_only_torchs_step_would_do_is_refused(option):
+    """An option that held for the rest of the network, and not for its quantized weights."""
+    _, twin = network()
+    groups = [{"params": list(twin.parameters()), option: True}]
+    with pytest.raises(RecipeError, match=f"{option} = True"):
+        AskewSGD(twin, 0.1, params=groups)
+    optimizer = AskewAdamW(twin, params=list(twin[2].parameters()))
+    with pytest.raises(RecipeError, match=f"{option} = True"):
+        optimizer.add_param_group({"params": list(twin[4].parameters()), option: True})
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    """Torch's has no progress, by which the intervals would be set."""
+    _, twin = network()
+    state = torch.optim.SGD(twin.parameters(), 0.1).state_dict()
+    with pytest.raises(RecipeError, match="not that of AskewSGD"):
+        AskewSGD(twin, 0.1).load_state_dict(state)
+
+
+@every_optimizer
+@pytest.mark.parametrize("closing", [LAZY, STAGGERED, SINGLE], ids=lambda c: c.kind)
+def test_a_copy_goes_on_as_the_original(base, closing):
+    """Copied or pickled together, model and optimizer make the same steps, each its own."""
+    _, twin = network()
+    optimizer = OPTIMIZERS[base](twin, closing=closing)
+    give_gradients([twin], 0)
+    optimizer.step()
+    pairs = [(twin, optimizer), copy.deepcopy((twin, optimizer))]
+    pairs.append(pickle.loads(pickle.dumps(pairs[0])))  # our own bytes
+    give_gradients([model for model, _ in pairs], 1)
+    for _, each in pairs:
+        each.anneal(0.5)
+        each.step()
+    weights = [[*model.parameters()] for model, _ in pairs]
+    for one, two, three in zip(*weights, strict=True):
+        assert one is not two
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
 
 
 @every_optimizer

@@ -1,5 +1,9 @@
 """The paper's own experiments, benchmarks/paper_*.py, at a few seeds: what must hold in each."""
 
+import argparse
+import json
+from pathlib import Path
+
 import builders
 import pytest
 import torch
@@ -44,6 +48,28 @@ def test_the_best_binary_weights_are_those_of_a_loop(logistic):
             model.weight.copy_(torch.tensor([signs]))
             found.append(logistic.loss(model, x, y).item())
     assert logistic.best(x, y) == pytest.approx(min(found), rel=1e-6)
+
+
+def test_a_row_of_the_vgg_is_of_its_own_rate(tmp_path, monkeypatch):
+    """Runs that are there are read again with the same rate and steps alone."""
+    with builders.benchmark("paper_vgg") as vgg:
+        made = []
+
+        def train(command, **_):
+            made.append(command[command.index("--lr") + 1])
+            folder = Path(command[command.index("--output") + 1])
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps({"snapped": 10.0 * len(made)}))
+
+        monkeypatch.setattr(vgg.subprocess, "run", train)
+        found = []
+        for lr in (0.001, 0.1, 0.001):
+            arguments = argparse.Namespace(
+                output=tmp_path, data=tmp_path, steps=3, lr=lr, threads=1
+            )
+            found.append(vgg.accuracy("askewsgd", 0, arguments))
+    assert made == ["0.001", "0.1"]
+    assert found == [10.0, 20.0, 10.0]
 
 
 @pytest.mark.parametrize("method", [*FORMS, "binaryconnect", "adaste"])

@@ -453,6 +453,15 @@ def test_timms_same_padding_is_quantized():
     assert "Conv2dSame" in kinds
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_weights_stays_float(shape):
+    """Pruned away, or an expert of none, it leaves nothing to fit a scale to."""
+    result = plan(between(nn.Linear(*shape)), 2)
+    assert notes(result)["1"] == "it has no weights"
+    assert names(result) == ["2"]
+
+
 def test_what_is_no_linear_layer_is_named_with_its_kind():
     """Modules with another kind of weight matrix stay float, and the table names their class."""
     model = nn.Sequential(
