@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from askewq import __version__, checkpoint, report
+from askewq import __version__, checkpoint, disk, report
 from askewq.artifact import ARTIFACT, load_artifact
 from askewq.errors import CALLING, AskewError, ExportError, VerificationError, near
 from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
@@ -281,7 +281,7 @@ def _appearing(output: Path) -> Iterator[Path]:
         yield partial
         if output.is_dir():
             output.rmdir()  # empty, or it fails
-        partial.rename(output)
+        disk.publish(partial, output)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # not ours any more if something else is in it

@@ -179,8 +179,8 @@ def _open(recipe: Recipe, settings: Settings) -> tuple[LoadedModel, OpenData]:
     if new:
         raise ModelError(
             f"{recipe.model!r} was not trained for this data: {'; '.join(new)}. What "
-            "rounding costs shows only in a trained model: fine-tune it first, and pass its "
-            "--weights."
+            "rounding costs shows only in a trained model: fine-tune it first, and pass that, "
+            "--weights (timm, your own module) or their folder as --model (Hugging Face)."
         )
     return loaded, data
 

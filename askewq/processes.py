@@ -137,7 +137,7 @@ def _sharding() -> Any:
     """Return the plugin of FSDP2 if the launcher asks for it, with what exactness needs."""
     # With empty weights in all processes but one there would be nothing to fit scales to.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    if not _on("ACCELERATE_USE_FSDP"):
+    if not asks_for_fsdp():
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise RecipeError(
@@ -162,6 +162,11 @@ def _count() -> int:
 def several() -> bool:
     """Tell whether a launcher started this process together with others."""
     return _count() > 1
+
+
+def asks_for_fsdp() -> bool:
+    """Tell whether the launcher's config asks for FSDP."""
+    return _on("ACCELERATE_USE_FSDP")
 
 
 def is_sharded(accelerator: Any) -> bool:

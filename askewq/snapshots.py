@@ -88,6 +88,8 @@ def resume_command(out: Path) -> str:
     count = os.environ.get("WORLD_SIZE") or "1"
     if processes.STARTED in os.environ:
         return f"askewq {words} --num-processes {count}"
+    if processes.asks_for_fsdp() or count != (os.environ.get("LOCAL_WORLD_SIZE") or count):
+        return f"accelerate launch --config_file FILE -m askewq {words}"
     if int(count) > 1:  # --multi_gpu starts several on a machine without GPUs, too
         return f"accelerate launch --multi_gpu --num_processes {count} -m askewq {words}"
     return f"askewq {words}"

@@ -16,7 +16,7 @@ from builders import command, copy_of, files, finetune, finished
 from safetensors.torch import load_file, save_file
 from test_train import PHASES, digest, uncut
 
-from askewq import checkpoint, loop, output, signals, snapshots, train, training_state
+from askewq import checkpoint, loop, output, processes, signals, snapshots, train, training_state
 from askewq.errors import DiskFullError, OutputError, StoppedError
 
 
@@ -492,3 +492,31 @@ class TestOutputFolder:
         key, value = next(iter(change.items()))
         assert f"{key}: {value}" in (folder / "recipe.yaml").read_text()
         assert digest(folder) == digest(finished("own")[0])
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "askewq"),
+        ({"WORLD_SIZE": "2", processes.STARTED: "1"}, "askewq"),
+        ({"WORLD_SIZE": "2"}, "accelerate launch --multi_gpu --num_processes 2 -m askewq"),
+        (
+            {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"},
+            "accelerate launch --config_file FILE -m askewq",
+        ),
+        (
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            "accelerate launch --config_file FILE -m askewq",
+        ),
+    ],
+    ids=["one", "num-processes", "launched", "fsdp", "nodes"],
+)
+def test_the_command_that_goes_on(monkeypatch, variables, words):
+    """It starts as many processes in the same way: a sharded network may not fit into one GPU."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP", processes.STARTED):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    told = snapshots.resume_command(Path("out"))
+    assert told.startswith(f"{words} finetune --resume --output out")
+    assert told.endswith("--num-processes 2") == (processes.STARTED in variables)
