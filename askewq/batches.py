@@ -222,6 +222,8 @@ def augment(pixels: Tensor, kind: str) -> Tensor:
         pixels: [batch, channels, height, width].
         kind: none, crop, flip or crop-flip.
     """
+    if kind == "none":
+        return pixels
     batch, _, height, width = pixels.shape
     device = pixels.device
     rows = torch.arange(height, device=device).expand(batch, height)
@@ -232,8 +234,6 @@ def augment(pixels: Tensor, kind: str) -> Tensor:
     if "crop" in kind:
         rows = _shifted(rows, height)
         columns = _shifted(columns, width)
-    if kind == "none":
-        return pixels
     samples = torch.arange(batch, device=device).view(-1, 1, 1)
     return pixels.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(
         0, 3, 1, 2

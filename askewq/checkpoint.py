@@ -199,10 +199,10 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     content = trust.read_json(index)
     places = content.get("weight_map") if isinstance(content, dict) else None
-    names = set(places.values()) if isinstance(places, dict) else set()
-    if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
-        raise FormatError(f"{index} must name files beside it, not {sorted(map(repr, names))}.")
-    return [path.with_name(name) for name in sorted(names)]
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(map(trust.is_inside, names)):
+        raise FormatError(f"{index} must name files beside it, not {sorted({*map(repr, names)})}.")
+    return [path.with_name(name) for name in sorted(set(names))]
 
 
 def read_files(paths: Sequence[Path]) -> Artifact:

@@ -1,18 +1,20 @@
-"""What a recipe leaves open, chosen by model and method; and the optimizers that it asks for."""
+"""What a recipe leaves open, chosen by model and method; the plan and optimizers it asks for."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
-from askewq import config, refine
+from askewq import config, refine, wrap
 from askewq.anneal import Closing
 from askewq.config import Recipe
 from askewq.errors import RecipeError
 from askewq.methods import RIVALS, check_bits, check_strength
 from askewq.optim import AskewAdamW, AskewSGD
+from askewq.plan_table import Plan
 from askewq.rivals import Follower
+from askewq.tasks import keeps_last
 from askewq.vocabulary import Bits, Task
 
 # What an open setting of the interval constraint becomes.
@@ -95,6 +97,21 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
     return resolved
 
 
+def plan_of(recipe: Recipe, model: nn.Module, task: Task) -> Plan:
+    """Return what quantizing a model by a recipe would do (`wrap.plan`)."""
+    return wrap.plan(
+        model,
+        recipe.bits,
+        grid=recipe.grid,
+        group_size=recipe.group_size,
+        include=recipe.include,
+        exclude=recipe.exclude,
+        act_bits=recipe.act_bits,
+        bits_override=recipe.overrides,
+        keep_last=keeps_last(task),
+    )
+
+
 def plain_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Return torch's optimizer of a resolved recipe."""
     parameters, decay = model.parameters(), recipe.weight_decay
@@ -112,11 +129,11 @@ def low_bit_optimizer(
         optimizer = plain_optimizer(recipe, model, lr)
         follower.attach(optimizer)
         return optimizer, follower
+    chosen: dict[str, Any] = {"kind": recipe.closing, "power": recipe.close_power}
     closing = Closing(
-        recipe.closing or "lazy",
-        start=recipe.close_start or 0.0,
-        end=recipe.close_end or 1.0,
-        power=recipe.close_power or 1.0,
+        **chosen,
+        start=cast(float, recipe.close_start),
+        end=cast(float, recipe.close_end),
         every=recipe.close_every,
         final_radius=recipe.final_radius,
     )

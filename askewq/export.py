@@ -116,7 +116,7 @@ def export(
             "askewq": __version__,
             **comparison,
             "samples": SAMPLES,
-            "libraries": _libraries(target),
+            "libraries": _libraries(target, source.loaded),
             "files": _sizes(partial),
             "notes": notes,
         }
@@ -342,10 +342,12 @@ def _compare(logits: Tensor, expected: Tensor, bound: float, to: str) -> dict[st
     return {"max_difference": difference, "relative_difference": relative, "bound": bound}
 
 
-def _libraries(target: Target) -> dict[str, str]:
+def _libraries(target: Target, loaded: LoadedModel) -> dict[str, str]:
     """Return the versions of what wrote and read the export."""
     found = {}
-    for name in ("torch", "safetensors", *target.needs):
+    source = loaded.spec.source
+    networks = () if source == "module" else (source,)
+    for name in ("torch", "safetensors", *networks, *target.needs):
         top = name.partition(".")[0]
         try:
             found[top] = version(top)

@@ -118,11 +118,8 @@ def _timm_config(source: ExportSource) -> dict[str, Any]:
 
 def _readme(source: ExportSource, options: Options) -> str:
     spec = source.loaded.spec
-    labels = (
-        f"\nLabels, in the order of the logits: {', '.join(map(markdown, spec.labels))}.\n"
-        if spec.labels
-        else ""
-    )
+    names = ", ".join(map(markdown, spec.labels))
+    labels = f"\nLabels, in the order of the logits: {names}.\n" if names else ""
     return f"""# {markdown(source.title)}, snapped weights in {options.dtype}
 
 Written by `askewq export --to dense`; askewq is not needed to load it.
@@ -130,7 +127,7 @@ Written by `askewq export --to dense`; askewq is not needed to load it.
 ```python
 {_LOADING[spec.source](source)}
 ```
-{labels if spec.labels else ""}{_input(source)}
+{labels}{_input(source)}
 export.json holds the measured difference from the packed artifact.
 """
 
@@ -232,7 +229,7 @@ def read_back(folder: str, inputs: dict[str, Tensor]) -> Tensor:
 
 TARGET = Target(
     name="dense",
-    needs=("safetensors",),
+    needs=(),
     extra="",
     bound=_bound,
     refusals=_refusals,

@@ -61,8 +61,7 @@ def notes(source: ExportSource, options: Options) -> list[str]:
     kinds: dict[tuple[str, Storage], list[str]] = defaultdict(list)
     for name, weight in source.artifact.weights.items():
         half = " half-integer" if weight.grid.first % 1 else ""
-        bits = weight.grid.bits
-        kinds[f"{bits}{'' if bits == 'ternary' else ' bits'}{half}", storage(weight)].append(name)
+        kinds[f"{bits_name(weight.grid.bits)}{half}", storage(weight)].append(name)
     how = {
         "levels": "",
         "doubled": " as twice the levels at half the scale",

@@ -1,6 +1,6 @@
 """Command-line flags made from the recipe: one for each key, of its type, with its help line."""
 
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict, get_args
 
 from cyclopts import Group, Parameter
 
@@ -31,7 +31,7 @@ def flags_of(name: str, keys: tuple[str, ...]) -> Any:
         kind = str(field.annotation)
         repeated = "tuple" in kind
         # cyclopts would read 2.5 as the whole number 2; the recipe's own check refuses it.
-        number = "int" in kind and key != "bits"
+        number = int in (field.annotation, *get_args(field.annotation))
         annotations[key] = Annotated[
             field.annotation,  # type: ignore[name-defined]  # a type made at run time
             Parameter(

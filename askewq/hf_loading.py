@@ -174,7 +174,8 @@ class AskewQuantizer(HfQuantizer):
             model.generation_config = type(made_up).from_model_config(model.config)
         return model
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+    # transformers 5.12 does not hand over the model.
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
         """An artifact has the network's own names: there is nothing to convert."""
         return []
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from askewq import artifact, checkpoint, models, report, trial, wrap
+from askewq import artifact, checkpoint, choices, models, report, trial
 from askewq.config import Recipe
 from askewq.errors import CALLING, ModelError, RecipeError
 from askewq.plan_table import Plan
 from askewq.spec import ModelSpec, first_line
-from askewq.tasks import keeps_last, logits_of
+from askewq.tasks import logits_of
 
 
 def inspect(recipe: Recipe, *, verify: bool = False, try_out: bool | None = None) -> None:
@@ -37,17 +37,7 @@ def inspect(recipe: Recipe, *, verify: bool = False, try_out: bool | None = None
         return
     spec = _spec(recipe)
     network = _bare(recipe, spec)
-    plan = wrap.plan(
-        network,
-        recipe.bits,
-        grid=recipe.grid,
-        group_size=recipe.group_size,
-        include=recipe.include,
-        exclude=recipe.exclude,
-        act_bits=recipe.act_bits,
-        bits_override=recipe.overrides,
-        keep_last=keeps_last(spec.task),
-    )
+    plan = choices.plan_of(recipe, network, spec.task)
     report.print_plan(plan)
     if try_out is False:
         return

@@ -11,7 +11,7 @@ import signal
 from typing import Any
 
 from askewq.errors import RecipeError, StoppedError
-from askewq.processes import STARTED
+from askewq.processes import STARTED, is_on
 
 
 def wanted(count: int | str | None) -> bool:
@@ -37,16 +37,12 @@ def wanted(count: int | str | None) -> bool:
     import torch
 
     gpus = torch.cuda.device_count()
-    if gpus and count > gpus and not _on_cpu():
+    if gpus and count > gpus and not is_on("ACCELERATE_USE_CPU"):
         raise RecipeError(
             f"--num-processes {count}: each process needs a GPU of its own, and there are {gpus}; "
             f"pass at most {gpus}, or set ACCELERATE_USE_CPU=true to train on the CPU."
         )
     return True
-
-
-def _on_cpu() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def words_of(flags: dict[str, Any]) -> list[str]:

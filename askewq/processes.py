@@ -104,7 +104,7 @@ def _check_launcher(recipe: Recipe) -> None:
         ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing"),
     ):
-        if _on(name):
+        if is_on(name):
             raise RecipeError(
                 f"the launcher's config asks for {what}, with which askewq does not train; leave "
                 "it out. DDP and FSDP2 (distributed_type: FSDP, fsdp_version: 2) are what it can."
@@ -151,7 +151,8 @@ def _sharding() -> Any:
     return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
 
 
-def _on(name: str) -> bool:
+def is_on(name: str) -> bool:
+    """Tell whether a variable of the launcher's says yes."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
@@ -166,7 +167,7 @@ def several() -> bool:
 
 def asks_for_fsdp() -> bool:
     """Tell whether the launcher's config asks for FSDP."""
-    return _on("ACCELERATE_USE_FSDP")
+    return is_on("ACCELERATE_USE_FSDP")
 
 
 def is_sharded(accelerator: Any) -> bool:

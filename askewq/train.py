@@ -48,7 +48,7 @@ from askewq.preprocessing import TextPreprocessing
 from askewq.rivals import check_gradients
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
-from askewq.tasks import check_causal, check_length, check_logits, keeps_last, logits_of
+from askewq.tasks import check_causal, check_length, check_logits, logits_of
 from askewq.vocabulary import ActBits
 
 FULL_PRECISION, LOW_BIT, POLISH = "full precision", "low-bit", "polish"
@@ -111,17 +111,7 @@ class _Run:
         )
         if self.teacher is not None:
             self.teacher.model.to(self.accelerator.device)
-        self.plan = wrap.plan(
-            self.model,
-            recipe.bits,
-            grid=recipe.grid,
-            group_size=recipe.group_size,
-            include=recipe.include,
-            exclude=recipe.exclude,
-            act_bits=recipe.act_bits,
-            bits_override=recipe.overrides,
-            keep_last=keeps_last(self.loaded.spec.task),
-        )
+        self.plan = choices.plan_of(recipe, self.model, self.loaded.spec.task)
         if recipe.gradient_bits is not None:
             names = [name for layer in self.plan.quantized for name in layer.names]
             check_gradients(map(self.model.get_submodule, names))

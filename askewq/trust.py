@@ -48,7 +48,7 @@ def check_index(folder: Path) -> None:
         if not isinstance(shards, dict):
             raise ModelError(f"{index} has no weight_map.")
         for name in shards.values():
-            if not _is_inside(name):
+            if not is_inside(name):
                 raise ModelError(
                     f"{index} leads out of its folder, to {name!r}; shards are files beside it."
                 )
@@ -65,7 +65,7 @@ def check_tokenizer(folder: Path) -> None:
         return
     content = read_json(path)
     for key, value in (content if isinstance(content, dict) else {}).items():
-        if key.endswith("_file") and key != _UNUSED and value and not _is_inside(value):
+        if key.endswith("_file") and key != _UNUSED and value and not is_inside(value):
             raise FormatError(f"{path}: {key} leads out of the folder, to {value!r}.")
 
 
@@ -85,7 +85,7 @@ def check_arguments(arguments: Any, path: str) -> None:
             check_arguments(value, path)
 
 
-def _is_inside(name: Any) -> bool:
+def is_inside(name: Any) -> bool:
     """Tell whether a name is that of a file in the folder itself."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set("/\\\0") & set(name)
 

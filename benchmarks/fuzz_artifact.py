@@ -29,8 +29,10 @@ from torch import nn
 
 import askewq
 from askewq import artifact, checkpoint
-from askewq.activations import rounded_layers
+from askewq.activations import attach_, rounded_layers
 from askewq.errors import FormatError
+from askewq.grid import fit_scale, make_grid
+from askewq.layers import quantize_layer_
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec
 
@@ -66,10 +68,6 @@ def write_artifacts(folder: Path, larger: int = 600) -> list[tuple[Path, Network
     ):
         torch.manual_seed(0)
         network = Network(width, dtype)
-        from askewq.activations import attach_
-        from askewq.grid import fit_scale, make_grid
-        from askewq.layers import quantize_layer_
-
         for layer, width_bits in zip((network.stem, network.body), bits, strict=True):
             grid = make_grid(width_bits)
             size = "channel" if layer is network.stem else group

@@ -1,8 +1,8 @@
 """Let atheris look for bytes that the reader of packed files fails on otherwise than by refusing.
 
 Coverage-guided: atheris keeps the inputs that reach new lines of the reader, and changes those
-further, starting from two good files. The digest is checked last, so all of the reader is within
-reach. What is read at all must be one of the two good files.
+further, starting from three good files. The digest is checked last, so all of the reader is within
+reach. What is read at all must be one of them.
 
     pip install atheris
     python benchmarks/fuzz_coverage.py [-max_total_time=60] [any flag of libFuzzer]
@@ -21,7 +21,7 @@ import torch
 with atheris.instrument_imports(
     include=["askewq", "json"], exclude=["askewq.digest"], enable_loader_override=False
 ):
-    from askewq import artifact, checkpoint, digest  # noqa: F401  # instrumented
+    from askewq import artifact, checkpoint
     from askewq.errors import FormatError
 
 from fuzz_artifact import write_artifacts

@@ -539,12 +539,12 @@ def finetune(kind: str, output: Path, **changes: Any) -> dict[str, Any]:
     """Make a short run and return its metrics."""
     from askewq.train import finetune as run
 
-    _freeze(kind)
+    _freeze()
     return run(recipe(kind, output, **changes))
 
 
 @functools.cache
-def _freeze(kind: str) -> None:
+def _freeze() -> None:
     """Take the imported libraries out of the garbage collector's sight.
 
     Accelerate collects garbage after every phase, which takes half a second with all of

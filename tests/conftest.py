@@ -20,7 +20,6 @@ hypothesis.settings.load_profile("askewq")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Turn warnings into errors, except those that the libraries around us cannot help."""
-    config.addinivalue_line("markers", "compiled: runs torch.compile, about ten seconds each")
     config.addinivalue_line("markers", "zoo: every model of tests/zoo, a quarter of an hour")
     config.addinivalue_line("filterwarnings", "error")
     for module in ("timm", "transformers", "huggingface_hub", "datasets", "accelerate", "torch"):

@@ -31,7 +31,6 @@ def pair(grid, group_size):
 def give_gradients(linear, conv, seed):
     """Put the same gradients on both weights."""
     gradient = random_tensor(seed, OUT, IN, dtype=torch.float32)
-    linear.weight.grad = None
     linear.latent.grad, conv.latent.grad = gradient, gradient.t().contiguous()
 
 

@@ -716,7 +716,12 @@ class TestShards:
             checkpoint.read(path)
 
     @pytest.mark.parametrize(
-        "content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../m-1"}}']
+        "content",
+        [
+            *("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}'),
+            *('{"weight_map": {"a": "../m-1"}}', '{"weight_map": {"a": ".."}}'),
+            *('{"weight_map": {"a": 3}}', '{"weight_map": {"a": ["m-1"]}}'),
+        ],
     )
     def test_a_damaged_index(self, path, content):
         """An index names files beside it, or is refused."""

@@ -195,7 +195,7 @@ class TestFinetuneRefuses:
         refused(outcome, "--eval-split", "no labels (they are -1)")
         assert not (tmp_path / "out").exists()
 
-    def test_several_errors_at_once(self, tmp_path):
+    def test_several_errors_at_once(self):
         """Everything that is wrong is listed in one message."""
         outcome = command("finetune", "--lr", -1, "--batch-size", 0)
         refused(outcome, "lr:", "batch_size:", "model: missing", "dataset: missing", "--output")

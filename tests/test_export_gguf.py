@@ -366,7 +366,7 @@ class TestMetadata:
 
 
 @pytest.mark.parametrize("change", ["lowercase", "NFC", "behavior", "invert"])
-def test_a_tokenizer_that_changes_texts_is_not_carried(change, tmp_path):
+def test_a_tokenizer_that_changes_texts_is_not_carried(change):
     """llama.cpp has no normalizer for byte-level BPE, and one way to split."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 

@@ -448,7 +448,7 @@ class TestNotes:
     @pytest.mark.parametrize(
         ("bits", "kind", "expected"),
         [
-            (1, "integer", "1 bits: 2 weights in INT2"),
+            (1, "integer", "1 bit: 2 weights in INT2"),
             ("ternary", "integer", "ternary: 2 weights in INT2"),
             (3, "half-integer", "in INT4 as twice the levels at half the scale"),
             (4, "half-integer", "in INT4 less one half, followed by Add and Mul with the scale"),

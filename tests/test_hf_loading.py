@@ -285,10 +285,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match="quant_method"):
             getattr(transformers, name).from_pretrained(finished("bert")[0])
 
-    @pytest.mark.parametrize("changes", [{"askewq_version": 3}, {"arguments": {"model_type": "x"}}])
-    def test_damaged_configs(self, tmp_path, changes):
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"askewq_version": 3}, "version"),
+            ({"arguments": {"model_type": "x"}}, "Unrecognized model"),
+        ],
+    )
+    def test_damaged_configs(self, tmp_path, changes, words):
         """A newer version or an unknown network is refused as askewq itself refuses it."""
         folder = copy_of("bert", tmp_path)
         builders.edit_config(folder, **changes)
-        with pytest.raises(FormatError):
+        with pytest.raises(FormatError, match=words):
             load("bert", folder)

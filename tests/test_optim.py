@@ -887,15 +887,15 @@ def test_weights_below_float32_are_refused(dtype):
 
 @every_closing
 def test_a_weight_that_became_nan_is_named(closing):
-    """A diverged weight ends in our own error, at the snap if not in the step."""
+    """A diverged weight ends in our own error at the snap; the step goes on."""
     _, twin = network()
     optimizer = AskewSGD(twin, lr=0.1, closing=closing)
     with torch.no_grad():
         twin[2].weight[0, 0, 0, 0] = torch.nan
     give_gradients([twin], 0)
     optimizer.anneal(0.5)
-    with pytest.raises(DivergenceError):  # noqa: PT012  # either of the two may notice
-        optimizer.step()
+    optimizer.step()
+    with pytest.raises(DivergenceError, match="a weight of shape"):
         twin[2].codes()
 
 
@@ -916,7 +916,6 @@ def layers_of_many_shapes() -> nn.Module:
     )
 
 
-@pytest.mark.compiled
 @pytest.mark.filterwarnings("default")  # the compiler's own
 @pytest.mark.parametrize(
     ("base", "closing"),

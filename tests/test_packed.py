@@ -293,7 +293,7 @@ class TestRefusals:
 
     def test_quantizing_again(self):
         """A packed model has nothing to train, and the plan says so."""
-        with pytest.raises(PlanError):
+        with pytest.raises(PlanError, match="a weight computed from other"):
             askewq.quantize(askewq.load(finished("bert")[0], packed=True), 2)
 
 

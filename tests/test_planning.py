@@ -170,7 +170,7 @@ def test_bad_input(words, tmp_path, name):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_nearest_budget_can_be_met(words, tmp_path):
+def test_the_nearest_budget_can_be_met(words):
     """What the message names is accepted."""
     outcome = command("plan", *words, "--size", "1kB")
     nearest = outcome.err.split("the least is ")[1].split(". ")[0]
@@ -255,7 +255,7 @@ def test_most_layers_need_no_override(grid, widths, bits, overrides):
     config.build({**content, "bits_override": overrides, "output": "o"})
 
 
-def test_samples(words, tmp_path):
+def test_samples(words):
     """At least one."""
     words[words.index("--samples") + 1] = 0
     outcome = command("plan", *words, "--average-bits", 2)

@@ -475,7 +475,7 @@ class TestOutputFolder:
         names = {f for f in files(folder) if "/" not in f}
         assert names == {f for f in files(finished("own")[0]) if "/" not in f}
 
-    def test_leftovers_of_a_kill_are_cleared(self, tmp_path, monkeypatch):
+    def test_leftovers_of_a_kill_are_cleared(self, tmp_path):
         """Half-written checkpoints are deleted when the run goes on."""
         folder = copy_of("own", tmp_path)
         leftover = folder / "checkpoints" / "step-00000004.partial"

@@ -214,9 +214,10 @@ class TestFigures:
             by_hand.append(accuracy_by_hand(network))
         assert [metrics["full_precision"], metrics["rounded"]] == pytest.approx(by_hand)
 
-    def test_all_weights_are_closed_at_the_end(self, tmp_path):
-        """Once the staggered closing has ended, the snap changes nothing."""
-        metrics = finetune("own", tmp_path, max_steps=20)
+    @pytest.mark.parametrize("closing", ["lazy", "staggered"])
+    def test_all_weights_are_closed_at_the_end(self, tmp_path, closing):
+        """Once the closing has ended, the snap changes nothing."""
+        metrics = finetune("own", tmp_path, max_steps=20, closing=closing)
         assert metrics["inside_interval"] == 1.0
         assert metrics["relaxed"] == metrics["snapped"]
 
@@ -264,7 +265,7 @@ class TestSettings:
     @pytest.mark.parametrize("pull", ["coupled", "decoupled"])
     @pytest.mark.parametrize("closing", ["staggered", "single"])
     def test_every_way_of_closing(self, tmp_path, closing, pull, optimizer):
-        """Both closings and both pulls work with both optimizers, and end on the grid."""
+        """Closings that pull, and both pulls, work with both optimizers, and end on the grid."""
         settings = {"closing": closing, "pull": pull, "optimizer": optimizer, "lr": 0.02}
         if pull == "coupled":
             settings["alpha"] = 20.0

@@ -48,7 +48,7 @@ def together(
         stop_after: is called with their ids once they run.
         environment: more variables, as the launcher's config sets them.
     """
-    builders._freeze("imports")
+    builders._freeze()
     # The launcher's own store, which outlives its processes.
     store = torch.distributed.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
