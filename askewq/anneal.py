@@ -20,6 +20,10 @@ def lr_factor(progress: float, hold: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (min(progress, 1.0) - hold) / (1 - hold)))
 
 
+# The shape of the closing where it is left open.
+POWER: dict[ClosingKind, float] = {"lazy": 3.0, "staggered": 3.0, "single": 1.0}
+
+
 @dataclass(frozen=True, slots=True)
 class Closing:
     """How the intervals around the levels close.
@@ -37,7 +41,7 @@ class Closing:
     ``single``: the paper's form, one eps for all weights, eps = eps_final^c(p): with power 1 its
     geometric annealing. `final_radius` is the interval's radius at `end`, in level spacings.
 
-    `power` is 1 for ``single`` and 3 for the others where it is None.
+    `power` is that of `POWER` where it is None.
     """
 
     kind: ClosingKind = "lazy"
@@ -65,9 +69,7 @@ class Closing:
 
     @property
     def _power(self) -> float:
-        if self.power is None:
-            return 1.0 if self.kind == "single" else 3.0
-        return self.power
+        return POWER[self.kind] if self.power is None else self.power
 
     def closure(self, progress: float) -> float:
         """Return c(progress), 0 (all free) to 1 (closed)."""

@@ -1,13 +1,13 @@
 """What a recipe leaves open, chosen by model and method; the plan and optimizers it asks for."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from askewq import config, refine, wrap
-from askewq.anneal import Closing
+from askewq.anneal import POWER, Closing
 from askewq.config import Recipe
 from askewq.errors import RecipeError
 from askewq.methods import RIVALS, check_bits, check_strength
@@ -18,9 +18,8 @@ from askewq.tasks import keeps_last
 from askewq.vocabulary import Bits, Task
 
 # What an open setting of the interval constraint becomes.
-_GRADUAL = {"close_start": 0.0, "close_end": 0.9, "close_power": 3.0}
-_SINGLE = {"close_start": 0.0, "close_end": 0.9, "close_power": 1.0}
-_PAPER = {"close_start": 0.5, "close_end": 1.0, "close_power": 1.0}
+_OURS = {"close_start": 0.0, "close_end": 0.9}
+_PAPER = {"close_start": 0.5, "close_end": 1.0}
 _DECOUPLED = {"alpha": 0.5, "clip": 0.1}
 _COUPLED = {"alpha": 5.0, "clip": 5.0}
 # Of the moments where the quantized weights' steps are measured in level spacings.
@@ -86,8 +85,8 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
     if recipe.method not in RIVALS:
         paper = recipe.method == "askewsgd-paper"
         closing = recipe.closing or ("single" if paper else "lazy")
-        made |= {"closing": closing}
-        made |= _PAPER if paper else _SINGLE if closing == "single" else _GRADUAL
+        made |= {"closing": closing, "close_power": POWER[closing]}
+        made |= _PAPER if paper else _OURS
         if closing != "lazy":
             pull = recipe.pull or ("coupled" if paper else "decoupled")
             made |= {"pull": pull, **(_DECOUPLED if pull == "decoupled" else _COUPLED)}
@@ -129,14 +128,13 @@ def low_bit_optimizer(
         optimizer = plain_optimizer(recipe, model, lr)
         follower.attach(optimizer)
         return optimizer, follower
-    chosen: dict[str, Any] = {"kind": recipe.closing, "power": recipe.close_power}
-    closing = Closing(
-        **chosen,
-        start=cast(float, recipe.close_start),
-        end=cast(float, recipe.close_end),
-        every=recipe.close_every,
-        final_radius=recipe.final_radius,
-    )
+    chosen: dict[str, Any] = {
+        "kind": recipe.closing,
+        "start": recipe.close_start,
+        "end": recipe.close_end,
+        "power": recipe.close_power,
+    }
+    closing = Closing(**chosen, every=recipe.close_every, final_radius=recipe.final_radius)
     own: dict[str, Any] = {"closing": closing, "weight_decay": recipe.weight_decay}
     if closing.kind != "lazy":
         own |= {"pull": recipe.pull, "alpha": recipe.alpha, "clip": recipe.clip}

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import askewq
+from askewq import disk, export_dense
 from askewq import export as formats
-from askewq import export_dense
 from askewq.artifact import load_artifact
 from askewq.errors import AskewError, ExportError, ModelError, VerificationError
 from askewq.export import TARGETS, check_settings, export, find_target, sample_inputs
@@ -86,6 +86,16 @@ class TestExport:
         }
         assert written["libraries"]["torch"] == version("torch")
         assert written["libraries"].keys() == {"torch", "safetensors"}
+
+    def test_it_is_on_the_disk_before_it_appears(self, own, tmp_path, monkeypatch):
+        """Every file is synced before the folder has its name, and the name after that."""
+        synced = []
+        monkeypatch.setattr(disk, "sync", lambda path: synced.append((path, output.exists())))
+        output = tmp_path / "out"
+        export(own, "dense", output, factory=builders.own("small"))
+        before = {path.name for path, appeared in synced if not appeared}
+        assert files(output) <= before
+        assert (tmp_path, True) in synced
 
     def test_an_empty_folder_may_be_there(self, own, tmp_path):
         """An empty output folder is used; the result is returned, too."""
