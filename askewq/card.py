@@ -8,10 +8,10 @@ import yaml
 from askewq.config import Recipe
 from askewq.hf_models import auto_class_name
 from askewq.recipe_files import to_yaml
-from askewq.report import size_text, weights_name, width_name
 from askewq.spec import LoadedModel, ModelSpec, path_of
 from askewq.text import fence, markdown
 from askewq.vocabulary import EMBEDDING_TASKS
+from askewq.wording import size_text, weights_name, width_name
 
 _PIPELINE: dict[str, str] = {
     "image-classification": "image-classification",

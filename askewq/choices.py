@@ -11,17 +11,14 @@ from askewq.anneal import POWER, Closing
 from askewq.config import Recipe
 from askewq.errors import RecipeError
 from askewq.methods import RIVALS, check_bits, check_strength
-from askewq.optim import AskewAdamW, AskewSGD
+from askewq.optim import PULLS, AskewAdamW, AskewSGD
 from askewq.plan_table import Plan
 from askewq.rivals import Follower
 from askewq.tasks import keeps_last
 from askewq.vocabulary import Bits, Task
 
-# What an open setting of the interval constraint becomes.
-_OURS = {"close_start": 0.0, "close_end": 0.9}
-_PAPER = {"close_start": 0.5, "close_end": 1.0}
-_DECOUPLED = {"alpha": 0.5, "clip": 0.1}
-_COUPLED = {"alpha": 5.0, "clip": 5.0}
+# The paper's closing, over the second half of the run.
+_PAPER = Closing("single", start=0.5, end=1.0)
 # Of the moments where the quantized weights' steps are measured in level spacings.
 LEVEL_BETAS = 0.8, 0.99
 # The widest grid for which they are the default; finer ones were not tried.
@@ -84,12 +81,12 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
         made["full_precision_lr"] = 1e-4 if level_lr is not None else recipe.lr or lr
     if recipe.method not in RIVALS:
         paper = recipe.method == "askewsgd-paper"
-        closing = recipe.closing or ("single" if paper else "lazy")
-        made |= {"closing": closing, "close_power": POWER[closing]}
-        made |= _PAPER if paper else _OURS
-        if closing != "lazy":
+        closing = _PAPER if paper else Closing(recipe.closing or "lazy")
+        made |= {"closing": closing.kind, "close_power": POWER[closing.kind]}
+        made |= {"close_start": closing.start, "close_end": closing.end}
+        if closing.kind != "lazy":
             pull = recipe.pull or ("coupled" if paper else "decoupled")
-            made |= {"pull": pull, **(_DECOUPLED if pull == "decoupled" else _COUPLED)}
+            made |= {"pull": pull, **PULLS[pull]}
     opened = {key: value for key, value in made.items() if getattr(recipe, key) is None}
     resolved = recipe.model_copy(update=opened)
     config.check(resolved)

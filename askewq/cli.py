@@ -135,16 +135,17 @@ def evaluate(
         {"model": str(folder), "output": str(folder), **given}, "the command line"
     )
     from askewq.evaluate import evaluate_artifact
+    from askewq.terminal import say
 
     result = evaluate_artifact(
         folder, recipe, factory=model, teacher=teacher, teacher_weights=teacher_weights
     )
     if not json_only:
-        print(
-            f"{printable(str(folder))}: {result.metric} {result.value:.2f}, "
+        say(
+            f"{folder}: {result.metric} {result.value:.2f}, "
             f"loss {result.loss:.4f}, {result.samples} samples"
         )
-    print(json.dumps({result.metric: result.value, "loss": result.loss, "samples": result.samples}))
+    say(json.dumps({result.metric: result.value, "loss": result.loss, "samples": result.samples}))
 
 
 @app.command
@@ -256,28 +257,34 @@ def push(
 ) -> None:
     """Upload an artifact to a repository of the Hugging Face Hub: owner/name."""
     from askewq import hub
+    from askewq.terminal import say
 
-    for line in hub.push(folder, repo, private=private, dry_run=dry_run):
-        print(printable(line))
+    say(*hub.push(folder, repo, private=private, dry_run=dry_run))
 
 
 @recipes.command(name="ls")
 def list_recipes() -> None:
     """List the recipes with what each is for."""
+    from askewq.terminal import say
+
     for name, path in recipe_files.shipped_recipes().items():
         first = path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
-        print(f"{name:32} {first}")
+        say(f"{name:32} {first}")
 
 
 @recipes.command
 def show(name: str) -> None:
     """Print a recipe."""
-    print(recipe_files.find_recipe(name).read_text(encoding="utf-8"), end="")
+    from askewq.terminal import say
+
+    say(*recipe_files.find_recipe(name).read_text(encoding="utf-8").splitlines())
 
 
 @recipes.command(name="cp")
 def copy(name: str, destination: Path) -> None:
     """Copy a recipe to a file or folder of yours, to change it."""
+    from askewq.terminal import say
+
     source = recipe_files.find_recipe(name)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists():
@@ -285,7 +292,7 @@ def copy(name: str, destination: Path) -> None:
     if not target.parent.is_dir():
         raise OutputError(f"the folder {target.parent} does not exist; make it first.")
     shutil.copy(source, target)
-    print(target)
+    say(str(target))
 
 
 @app.command

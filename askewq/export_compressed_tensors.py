@@ -20,9 +20,9 @@ from askewq.grid import Grid
 from askewq.manifest import PackedInput, PackedWeight
 from askewq.mixed import original_class
 from askewq.pack import pack, unpack
-from askewq.report import bits_name
 from askewq.target import ExportSource, Options, Target
 from askewq.text import markdown
+from askewq.wording import bits_name
 
 WEIGHTS = "model.safetensors"
 WIDEST = 8

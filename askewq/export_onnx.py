@@ -20,10 +20,10 @@ from askewq.errors import ExportError
 from askewq.onnx_inputs import fill_inputs, marked, type_name, width
 from askewq.onnx_weights import Storage, dequantize, storage
 from askewq.preprocessing import ImagePreprocessing, TextPreprocessing
-from askewq.report import bits_name
 from askewq.spec import LoadedModel, first_line
 from askewq.target import ExportSource, Options, Target
 from askewq.tasks import logits_of
+from askewq.wording import bits_name
 
 FILE = "model.onnx"
 OPSET_INT2, IR_INT2 = 25, 13  # the first opset and IR version with 2-bit integers

@@ -7,8 +7,8 @@ from typing import Any
 from askewq import checkpoint
 from askewq.artifact import ARTIFACT, read_spec
 from askewq.errors import FormatError, HubError
-from askewq.report import width_name
 from askewq.spec import first_line
+from askewq.wording import width_name
 
 METRICS, CARD = "metrics.json", "README.md"
 # What an artifact and the preprocessing beside it consist of; folders are never pushed.

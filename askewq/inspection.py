@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from askewq import artifact, checkpoint, choices, models, report, trial
+from askewq import artifact, checkpoint, choices, models, report, terminal, trial
 from askewq.config import Recipe
 from askewq.errors import CALLING, ModelError, RecipeError
 from askewq.plan_table import Plan
@@ -29,7 +29,7 @@ def inspect(recipe: Recipe, *, verify: bool = False, try_out: bool | None = None
     if verify or artifact.is_artifact(folder):
         _check_alone(recipe, try_out)
     if verify:
-        report.print_lines(artifact.verify(folder))
+        terminal.say(*artifact.verify(folder))
         return
     if artifact.is_artifact(folder):
         spec, _ = artifact.read_spec(folder)
@@ -42,12 +42,12 @@ def inspect(recipe: Recipe, *, verify: bool = False, try_out: bool | None = None
     if try_out is False:
         return
     if plan.total_parameters > trial.UP_TO and not try_out:
-        report.note(
+        terminal.note(
             f"not tried, because it has more than {trial.UP_TO // 10**6} million parameters; "
             "--trial wraps, packs and loads it once on a random input"
         )
         return
-    report.print_lines([_verdict(recipe, spec, network, plan)])
+    terminal.say(_verdict(recipe, spec, network, plan))
 
 
 def _check_alone(recipe: Recipe, try_out: bool | None) -> None:

@@ -27,6 +27,7 @@ from askewq import (
     sharding,
     signals,
     snapshots,
+    terminal,
     training_state,
 )
 from askewq.batches import prepare_batch
@@ -223,7 +224,7 @@ class Loop:
             self._diverged(f"{what}: {where}", broken)
         self.progress.skipped += 1
         if self.accelerator.is_main_process:
-            report.note(f"{what}: {where}; skipped, {self.progress.skipped} of {most}")
+            terminal.note(f"{what}: {where}; skipped, {self.progress.skipped} of {most}")
 
     def _diverged(self, what: str, broken: bool) -> None:
         """Say what can be done: with another lr another run, in this one to pass over the step."""

@@ -26,6 +26,11 @@ from askewq.vocabulary import Pull
 
 # Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
 COMPILE_FROM = 1_000_000
+# The strength of a pull where it is left open.
+PULLS: dict[Pull, dict[str, float]] = {
+    "decoupled": {"alpha": 0.5, "clip": 0.1},
+    "coupled": {"alpha": 5.0, "clip": 5.0},
+}
 # Options of a parameter group that only torch's own step would heed.
 _TORCHS_OWN = ("maximize", "dampening", "amsgrad")
 
@@ -68,13 +73,13 @@ class _Skewed(torch.optim.Optimizer):
                 "closing = 'lazy', which pulls no weight; leave them out, or use 'staggered' or "
                 "'single'."
             )
-        alpha = 0.5 if alpha is None else alpha
-        clip = 0.1 if clip is None else clip
-        pull = "decoupled" if pull is None else pull
+        pull = pull or "decoupled"
+        if pull not in PULLS:
+            raise RecipeError(f"pull = {pull!r} is unknown; use 'decoupled' or 'coupled'.")
+        alpha = PULLS[pull]["alpha"] if alpha is None else alpha
+        clip = PULLS[pull]["clip"] if clip is None else clip
         if not (alpha > 0 and clip > 0):
             raise RecipeError(f"alpha = {alpha} and clip = {clip} must both be above 0.")
-        if pull not in ("decoupled", "coupled"):
-            raise RecipeError(f"pull = {pull!r} is unknown; use 'decoupled' or 'coupled'.")
         if pull == "decoupled" and alpha > 1:
             raise RecipeError(
                 f"alpha = {alpha} is a share of a Newton step toward the interval, at most 1, when "
@@ -284,9 +289,9 @@ class AskewSGD(_Skewed, torch.optim.SGD):
         closing: the schedule of the intervals.
         alpha: strength of the pull on infeasible weights: the share of a Newton step made in one
             update (decoupled, in (0, 1]), or the paper's alpha, multiplied by lr (coupled). 0.5 by
-            default; it, clip and pull do not go with lazy closing.
+            default, 5 coupled; it, clip and pull do not go with lazy closing.
         clip: the longest pull in one update, in level spacings; multiplied by lr if coupled (the
-            paper's M). 0.1 by default.
+            paper's M). 0.1 by default, 5 coupled.
         pull: "decoupled" from the learning rate (default), or "coupled" to it as in the paper.
         compile: compile the step; by default from 1,000,000 quantized weights on.
 

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from askewq import config, disk, report, sensitivity, wrap
+from askewq import config, disk, report, sensitivity, terminal, wrap
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData
@@ -92,11 +92,9 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
     _write(recipe, given, settings, found, widths)
     report.print_sensitivity(found, widths)
     report.print_coverage(result)
-    report.print_lines(
-        [
-            f"written to {recipe.output}/ ({RECIPE}, {FIGURES}, {PICTURE}); the next command:",
-            f"askewq finetune --recipe {recipe.output / RECIPE} --output {recipe.output / 'run'}",
-        ]
+    terminal.say(
+        f"written to {recipe.output}/ ({RECIPE}, {FIGURES}, {PICTURE}); the next command:",
+        f"askewq finetune --recipe {recipe.output / RECIPE} --output {recipe.output / 'run'}",
     )
     return result
 

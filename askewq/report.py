@@ -3,15 +3,13 @@
 import math
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from tqdm import tqdm
 
 from askewq.checkpoint import Artifact
@@ -22,30 +20,9 @@ from askewq.manifest import PackedInput
 from askewq.plan_table import Plan, PlannedLayer
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel, ModelSpec
-from askewq.text import printable
+from askewq.terminal import console, note, row, say
 from askewq.vocabulary import ActBits, Bits
-
-# Into a file or a pipe every row of a table is one line.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        console.print(printable(line), markup=False)
-
-
-def _row(table: Table, *cells: str) -> None:
-    table.add_row(*(Text(printable(cell)) for cell in cells))
-
-
-def note(text: str) -> None:
-    """Say something that is out of the ordinary."""
-    _say(f"note: {text}")
-
-
-def print_lines(lines: Sequence[str]) -> None:
-    """Print lines as they are."""
-    _say(*lines)
+from askewq.wording import bits_name, size_text, width_name
 
 
 def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> None:
@@ -54,8 +31,8 @@ def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> 
         note(text)
     print_coverage(plan)
     if recipe.act_bits != "none":
-        _say(f"inputs of these layers: {bits_name(recipe.act_bits)}")
-    _say(
+        say(f"inputs of these layers: {bits_name(recipe.act_bits)}")
+    say(
         f"training: {steps} steps of {recipe.batch_size * recipe.grad_accumulation} samples a "
         f"process, {recipe.optimizer} lr {recipe.lr:g}"
         + (f", level_lr {recipe.level_lr:g}" if recipe.level_lr is not None else "")
@@ -68,19 +45,19 @@ def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> 
 def print_coverage(plan: Plan) -> None:
     """Say what share of the parameters gets a grid, and which big layers do not."""
     share = plan.quantized_parameters / plan.total_parameters
-    _say(
+    say(
         f"plan: {len(plan.quantized)} layers, {plan.quantized_parameters:,} of "
         f"{plan.total_parameters:,} parameters ({share:.1%}) at "
         f"{plan.bits_per_weight:.2f} bits a weight; packed about {size_text(plan.predicted_bytes)}",
     )
     for layer in plan.layers:
         if layer.grid is None and layer.note != "no weight matrix":
-            _say(f"  float: {layer.label or '(model)'} ({layer.kind}): {layer.note}")
+            say(f"  float: {layer.label or '(model)'} ({layer.kind}): {layer.note}")
 
 
 def print_inputs(plan: Plan, signed: dict[str, bool], act_bits: ActBits) -> None:
     """Say what the calibration decided, and which layers it did not reach."""
-    _say(
+    say(
         f"inputs: {len(signed)} layers at {bits_name(act_bits)}, {sum(signed.values())} of them "
         "signed, the others never negative in calibration"
     )
@@ -100,7 +77,7 @@ def print_plan(plan: Plan) -> None:
         shape = "x".join(map(str, layer.shape))
         given = "float" if layer.act_bits == "none" else bits_name(layer.act_bits)
         cells = [layer.label or "(model)", layer.kind, shape, grid, *[given] * rounds]
-        _row(table, *cells, layer.note)
+        row(table, *cells, layer.note)
     console.print(table)
     print_coverage(plan)
 
@@ -113,7 +90,7 @@ def print_sensitivity(found: Sensitivity, widths: Sequence[Bits]) -> None:
     rows = zip(found.layers, widths, found.increase.tolist(), strict=True)
     for layer, bits, increases in rows:
         costs = (f"{increase:+.4f}" for increase in increases)
-        _row(table, layer.label, f"{layer.weights:,}", str(bits), *costs)
+        row(table, layer.label, f"{layer.weights:,}", str(bits), *costs)
     console.print(table)
 
 
@@ -135,12 +112,12 @@ def print_artifact(spec: ModelSpec, packed: Artifact) -> None:
         shape, scales = ("x".join(map(str, s)) for s in (weight.shape, weight.scale.shape))
         given = packed.inputs.get(name.rpartition(".")[0])
         cells = [name, shape, str(weight.grid.bits), scales, *[_input(given)] * rounds]
-        _row(table, *cells, f"{weight.codes.nbytes:,}")
+        row(table, *cells, f"{weight.codes.nbytes:,}")
         count += math.prod(weight.shape)
         size += weight.codes.nbytes + weight.scale.nbytes
     console.print(table)
     rest = sum(tensor.nbytes for tensor in packed.tensors.values())
-    _say(
+    say(
         f"{spec.name} ({spec.source}, {spec.task}): {len(packed.weights)} packed weights with "
         f"{count:,} parameters in {size_text(size)} ({8 * size / max(count, 1):.2f} bits a "
         f"weight); everything else {size_text(rest)}",
@@ -172,7 +149,7 @@ def advance(bar: Any, shown: dict[str, float]) -> None:
 def print_evaluation(phase: str, step: int, result: Evaluation) -> None:
     """Print an evaluation in the course of training; low-bit weights are snapped for it."""
     how = "snapped" if phase == "low-bit" else phase
-    _say(f"step {step}: {result.metric} {result.value:.2f} ({how})")
+    say(f"step {step}: {result.metric} {result.value:.2f} ({how})")
 
 
 def print_result(metrics: dict[str, Any], out: Path) -> None:
@@ -191,9 +168,9 @@ def print_result(metrics: dict[str, Any], out: Path) -> None:
         ("reloaded from the packed file", "reloaded", size_text(sizes["packed"])),
     )
     for name, key, size in rows:
-        _row(table, name, f"{metrics[key]:.2f}", size)
+        row(table, name, f"{metrics[key]:.2f}", size)
     console.print(table)
-    _say(
+    say(
         f"{metrics['bits_per_weight']:.2f} bits a weight on {metrics['parameters']['share']:.1%} "
         f"of the parameters; the reloaded logits equal the evaluated ones to the bit.",
         f"written to {out}/ (model.safetensors, config.json, metrics.json, recipe.yaml, README.md)",
@@ -202,37 +179,17 @@ def print_result(metrics: dict[str, Any], out: Path) -> None:
 
 def print_export_notes(notes: Sequence[str], to: str) -> None:
     """Say what an export writes otherwise than the artifact has it."""
-    for note in notes:
-        _say(f"{to}: {note}")
+    say(*(f"{to}: {text}" for text in notes))
 
 
 def print_export(result: dict[str, Any], output: Path) -> None:
     """Print what an export weighs and how far its logits are from the artifact's."""
-    _say(
+    say(
         f"read back in a fresh process, {result['samples']} samples: largest difference of a "
         f"logit {result['max_difference']:.3g}, relative {result['relative_difference']:.3g} "
         f"(allowed {result['bound']:g})",
         f"written to {output}/ ({size_text(sum(result['files'].values()))})",
     )
-
-
-def bits_name(bits: Any) -> str:
-    """Return '2 bits', '1 bit' or 'ternary'."""
-    if bits == "ternary":
-        return "ternary"
-    return f"{bits} bit{'' if bits == 1 else 's'}"
-
-
-def weights_name(settings: Mapping[str, Any]) -> str:
-    """Return '2 bits', or 'mixed bits' with overrides."""
-    return "mixed bits" if settings.get("bits_override") else bits_name(settings["bits"])
-
-
-def width_name(settings: Mapping[str, Any]) -> str:
-    """Return '2 bits', 'mixed bits' with overrides, '2 bits, inputs 4 bits' with rounded inputs."""
-    weights = weights_name(settings)
-    inputs = settings.get("act_bits", "none")
-    return weights if inputs == "none" else f"{weights}, inputs {bits_name(inputs)}"
 
 
 def peak_memory() -> int:
@@ -241,8 +198,3 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def size_text(count: int) -> str:
-    """Return a number of bytes as a person reads it."""
-    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -34,6 +34,7 @@ from askewq import (
     report,
     signals,
     snapshots,
+    terminal,
     training_state,
     wrap,
 )
@@ -154,8 +155,8 @@ class _Run:
         if self.accelerator.is_main_process:
             for broken, reason in damaged:
                 snapshots.set_aside(broken)
-                report.note(f"the checkpoint {broken} is damaged ({reason}) and was set aside")
-            report.note(
+                terminal.note(f"the checkpoint {broken} is damaged ({reason}) and was set aside")
+            terminal.note(
                 f"going on from {folder}"
                 if folder
                 else f"{self.out} holds no checkpoint to go on from: the run starts anew"

@@ -20,9 +20,10 @@ import torch
 from run_recipe import minilm_folder
 
 import askewq
-from askewq import artifact, checkpoint, export, models, report
+from askewq import artifact, checkpoint, export, models
 from askewq.errors import AskewError, ExportError
 from askewq.target import Options
+from askewq.wording import size_text
 
 BITS = ["1", "ternary", "2", "3", "4", "8"]
 # What a user may add where a format refuses, by format.
@@ -126,7 +127,7 @@ def tried(folder: Path, to: str, output: Path) -> str:
             f"--{key.replace('_', '-')}" for key in ("dense_rest", "allow_lossy")
             if getattr(options, key)
         )  # fmt: skip
-        return f"{report.size_text(size)}, {result['relative_difference']:.1e}{flags}"
+        return f"{size_text(size)}, {result['relative_difference']:.1e}{flags}"
     return refusal
 
 
@@ -158,7 +159,7 @@ def main() -> None:
                     print(f"| {name} | {bits} | {reason} |{' |' * len(formats)}", flush=True)
                     continue
                 cells = [tried(folder, to, Path(place) / to) for to in formats]
-                size = report.size_text((folder / artifact.ARTIFACT).stat().st_size)
+                size = size_text((folder / artifact.ARTIFACT).stat().st_size)
                 print(f"| {name} | {bits} | {size} | {' | '.join(cells)} |", flush=True)
 
 

@@ -19,7 +19,7 @@ PACKAGE = Path(askewq.__file__).parent
 
 # A file imports from floors below, or from its own floor as long as no cycle arises.
 FLOORS = [
-    ("errors", "vocabulary", "constraint", "anneal", "text"),
+    ("errors", "vocabulary", "constraint", "anneal", "text", "wording"),
     (
         *("config", "contradictions", "recipe_files", "grid", "kinds", "pack", "methods", "mixed"),
         *("disk", "digest", "trust", "signals", "divergence", "sharding", "plan_table"),
@@ -50,7 +50,7 @@ FLOORS = [
             "target",
             "sensitivity",
         ),
-        *("processes", "streams"),
+        *("processes", "streams", "terminal"),
     ),
     (
         *(

@@ -604,6 +604,25 @@ class TestProcess:
         assert done.stdout.splitlines()[-1] == "[]"
         assert len(done.stdout.splitlines()) > 2
 
+    @pytest.mark.parametrize(
+        "words", [["--help"], ["recipes", "ls"], ["recipes", "show", "minilm-sst2-2bit"]]
+    )
+    @pytest.mark.parametrize("buffered", ["", "1"])
+    def test_a_pipe_that_nobody_reads(self, words, buffered):
+        """`askewq ... | head` ends without a traceback, wherever the pipe is found closed."""
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "w") as pipe:
+            done = subprocess.run(
+                [sys.executable, "-m", "askewq", *words],
+                stdout=pipe,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONUNBUFFERED": buffered},
+                check=False,
+            )
+        assert (done.returncode, done.stderr) == (1, "")
+
     def test_python_m_askewq(self):
         """`python -m askewq` is the same command, exit code and message included."""
         done = python("-m", "askewq", "recipes", "show", "nope")

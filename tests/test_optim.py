@@ -864,6 +864,23 @@ def test_coupled_takes_the_papers_alpha(kind):
 
 
 @pytest.mark.parametrize("kind", [AskewSGD, AskewAdamW])
+@pytest.mark.parametrize(
+    ("given", "alpha", "clip"),
+    [
+        ({}, 0.5, 0.1),
+        ({"pull": "coupled"}, 5.0, 5.0),
+        ({"pull": "coupled", "clip": 2.0}, 5.0, 2.0),
+        ({"alpha": 0.3}, 0.3, 0.1),
+    ],
+)
+def test_an_open_strength_is_that_of_its_pull(kind, given, alpha, clip):
+    """A coupled pull is multiplied by lr, and so is stronger where nothing is said."""
+    _, twin = network()
+    (group,) = kind(twin, lr=0.1, closing=STAGGERED, **given).param_groups
+    assert (group["alpha"], group["clip"]) == (alpha, clip)
+
+
+@pytest.mark.parametrize("kind", [AskewSGD, AskewAdamW])
 def test_a_model_without_quantized_layers_is_refused(kind):
     """The error says which call is missing."""
     with pytest.raises(ModelError) as error:

@@ -42,27 +42,6 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("bits", "name"), [(1, "1 bit"), (2, "2 bits"), (8, "8 bits"), ("ternary", "ternary")]
-)
-def test_bits_name(bits, name):
-    """One bit is singular, ternary has no number."""
-    assert report.bits_name(bits) == name
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({"bits": 2}, "2 bits"),
-        ({"bits": "ternary", "act_bits": 4}, "ternary, inputs 4 bits"),
-        ({"bits": 4, "bits_override": ["a=2"], "act_bits": "none"}, "mixed bits"),
-    ],
-)
-def test_width_name(settings, name):
-    """What a card is titled: no width of which half of the layers have another."""
-    assert report.width_name(settings) == name
-
-
 def test_the_table_of_results(printed, tmp_path):
     """Five rows: full precision, rounding, relaxed, snapped, reloaded; and both sizes."""
     report.print_result(METRICS, tmp_path)
