@@ -93,48 +93,32 @@ class Loop:
                 recipe tolerates.
             signals.Stop: a signal came; a checkpoint holds every step made.
         """
-        recipe, progress, accelerator = self.recipe, self.progress, self.accelerator
+        recipe, progress, steps = self.recipe, self.progress, end - first
         full_lrs = [group["lr"] for group in optimizer.param_groups]
         if folder is not None:
             training_state.load_weights(folder, self.model)
-        if processes.is_sharded(accelerator):
-            self.hollow = sharding.hollow(self.model)
-        try:
-            model, prepared = accelerator.prepare(self.model, optimizer)
-        except (ValueError, TypeError) as error:
-            if self.hollow is None:
-                raise
-            raise RecipeError(
-                f"FSDP2 cannot wrap this network as the launcher's config says: {error}\nName the "
-                "class of its repeated block, with fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP "
-                "and fsdp_transformer_layer_cls_to_wrap, or use fsdp_auto_wrap_policy: NO_WRAP."
-            ) from error
+        model, prepared = self._prepare(optimizer)
         if folder is not None:
-            training_state.load_optimizer(folder, optimizer, accelerator.process_index)
-            if isinstance(self.train_loader, StreamLoader):
-                file = folder / training_state.STREAM.format(accelerator.process_index)
-                with training_state.fitting(folder):
-                    self.train_loader.load(file.read_bytes())
-            before_step((progress.step - first) / (end - first))
+            self._restore(folder, optimizer)
+            before_step((progress.step - first) / steps)
         saved = progress.step if folder is not None else None
         progress.phase = phase
-        save_every = recipe.save_every or max(1, (end - first) // 10)
+        save_every = recipe.save_every or max(1, steps // 10)
         batches = self._batches(progress.step * recipe.grad_accumulation)
-        main = accelerator.is_main_process
+        process, main = self.accelerator.process_index, self.accelerator.is_main_process
         try:
-            with report.progress_bar(phase, progress.step - first, end - first, main) as bar:
+            with report.progress_bar(phase, progress.step - first, steps, main) as bar:
                 while progress.step < end:
                     began = time.perf_counter()
-                    step = progress.step
-                    factor = anneal.lr_factor((step - first) / (end - first), recipe.lr_hold)
+                    factor = anneal.lr_factor((progress.step - first) / steps, recipe.lr_hold)
                     for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
                         group["lr"] = full_lr * factor
                     # The interval at the end of this step, so that the last one closes everything.
-                    shown = before_step((step + 1 - first) / (end - first))
+                    shown = before_step((progress.step + 1 - first) / steps)
                     micro = [next(batches) for _ in range(recipe.grad_accumulation)]
                     # After the batches are drawn: a loader that starts anew draws numbers itself.
-                    torch.manual_seed(_mix(recipe.seed, step, accelerator.process_index))
-                    loss = self._step(model, prepared, micro, step)
+                    torch.manual_seed(_mix(recipe.seed, progress.step, process))
+                    loss = self._step(model, prepared, micro, progress.step)
                     progress.step += 1
                     elapsed = time.perf_counter() - began
                     progress.seconds += elapsed
@@ -142,7 +126,7 @@ class Loop:
                     shown = {"loss": loss, "lr": optimizer.param_groups[-1]["lr"], **shown}
                     report.advance(bar, shown)
                     if recipe.report_to != "none":
-                        accelerator.log(shown, step=progress.step)
+                        self.accelerator.log(shown, step=progress.step)
                     self._evaluate_on_the_way(phase, end)
                     if progress.step % save_every == 0 or progress.step == end:
                         self._save(optimizer)
@@ -152,13 +136,41 @@ class Loop:
             if saved != progress.step:
                 self._save(optimizer)
             raise
+        self._release()
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Return model and optimizer as Accelerate distributes them."""
+        if processes.is_sharded(self.accelerator):
+            self.hollow = sharding.hollow(self.model)
+        try:
+            model, prepared = self.accelerator.prepare(self.model, optimizer)
+        except (ValueError, TypeError) as error:
+            if self.hollow is None:
+                raise
+            raise RecipeError(
+                f"FSDP2 cannot wrap this network as the launcher's config says: {error}\nName the "
+                "class of its repeated block, with fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP "
+                "and fsdp_transformer_layer_cls_to_wrap, or use fsdp_auto_wrap_policy: NO_WRAP."
+            ) from error
+        return model, prepared
+
+    def _restore(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        """Take up what a checkpoint holds beside the weights: the optimizer, a stream's place."""
+        process = self.accelerator.process_index
+        training_state.load_optimizer(folder, optimizer, process)
+        if isinstance(self.train_loader, StreamLoader):
+            with training_state.fitting(folder):
+                place = (folder / training_state.STREAM.format(process)).read_bytes()
+                self.train_loader.load(place)
+
+    def _release(self) -> None:
+        """Take off what `_prepare` put on the model, so that the next phase can prepare it."""
         if self.hollow is not None:
-            self.loaded.model = sharding.fill(self.hollow, self.model, accelerator.device)
+            self.loaded.model = sharding.fill(self.hollow, self.model, self.accelerator.device)
             self.hollow = None
-        # Takes what `prepare` put on the model off again, so that the next phase can prepare it.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.model.__dict__.pop(name, None)
-        accelerator.free_memory()
+        self.accelerator.free_memory()
 
     def _step(
         self, model: nn.Module, optimizer: Any, micro: list[dict[str, Tensor]], step: int
