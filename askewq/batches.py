@@ -3,20 +3,25 @@
 Images are decoded once and kept where they fit in memory, and augmentation works on whole batches.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from PIL.Image import DecompressionBombError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from askewq import signals
 from askewq.columns import Columns
 from askewq.config import Recipe
-from askewq.data import OpenData
+from askewq.data import OpenData, reading
 from askewq.errors import DataError
 from askewq.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 
 # Decoded images are kept in memory up to this many bytes (CIFAR-10 takes 150 MB).
 CACHE_BYTES = 2**30
+# What reading a sample raises that is damaged, or larger than Pillow decodes.
+UNREADABLE = (OSError, ValueError, DecompressionBombError)
 
 
 def label_ids(split: Any, column: str, labels: tuple[str, ...], flag: str) -> list[int]:
@@ -62,6 +67,22 @@ def prepared_image(image: Any, preprocessing: Any) -> Tensor:
     return cast(Tensor, preprocessing.image(image))
 
 
+def prepared_text(texts: Sequence[str | None], tokenizer: Any, length: int) -> dict[str, Any]:
+    """Return a text, or a pair, as the tokenizer makes it, cut to `length` tokens.
+
+    Raises:
+        DataError: a text of which no token is made.
+    """
+    given = [text or "" for text in texts]
+    encoded = dict(tokenizer(*given, truncation=True, max_length=length))
+    if not encoded["input_ids"]:
+        raise DataError(
+            f"the data set has the text {' / '.join(map(repr, given))}, of which the tokenizer "
+            "makes no token; remove the row."
+        )
+    return encoded
+
+
 class Images(Dataset[dict[str, Any]]):
     """Prepared images, with their labels if they have any, kept in memory as long as they fit."""
 
@@ -92,7 +113,7 @@ class Images(Dataset[dict[str, Any]]):
         try:
             image = self._split[index][self._column]
             return prepared_image(image, self._preprocessing)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise DataError(f"image {index} of the data set cannot be decoded: {error}") from error
 
 
@@ -111,19 +132,24 @@ class Texts(Dataset[dict[str, Any]]):
         return len(self._texts[0])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        texts = [column[index] or "" for column in self._texts]
-        encoded = self._tokenizer(*texts, truncation=True, max_length=self._length)
-        return dict(encoded) if self._labels is None else {**encoded, "labels": self._labels[index]}
+        texts = [column[index] for column in self._texts]
+        encoded = prepared_text(texts, self._tokenizer, self._length)
+        return encoded if self._labels is None else {**encoded, "labels": self._labels[index]}
 
 
 class Blocks(Dataset[dict[str, Any]]):
-    """A corpus as consecutive blocks of tokens; what does not fill the last one is left out."""
+    """A corpus as consecutive blocks of tokens; what does not fill the last one is left out.
 
-    def __init__(self, split: Any, column: str, tokenizer: Any, length: int) -> None:
-        def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-            return {
-                "input_ids": tokenizer([(text or "") + "\n" for text in batch[column]])["input_ids"]
-            }
+    Args:
+        part: how many of the blocks there are, chosen at random by a seed; None: all.
+    """
+
+    def __init__(
+        self, split: Any, column: str, tokenizer: Any, length: int, part: int | None, seed: int
+    ) -> None:
+        def tokenize(batch: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
+            lines = [(text or "") + "\n" for text in batch[column]]
+            return {"input_ids": tokenizer(lines)["input_ids"]}
 
         tokens = split.map(tokenize, batched=True, remove_columns=split.column_names)
         flat = torch.tensor([token for row in tokens["input_ids"] for token in row])
@@ -134,6 +160,9 @@ class Blocks(Dataset[dict[str, Any]]):
                 "text, or a smaller --max-length."
             )
         self._blocks = flat[: count * length].view(count, length)
+        if part is not None and part < count:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            self._blocks = self._blocks[order[:part]]
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -173,18 +202,39 @@ def loaders(
     return train, DataLoader(samples, batch_size=recipe.batch_size, **arguments)
 
 
-def collator(preprocessing: Preprocessing) -> Any:
-    """Return what makes a batch of samples."""
-    from transformers import DataCollatorWithPadding, default_data_collator
+class Collator:
+    """What makes a batch of samples."""
 
-    if isinstance(preprocessing, TextPreprocessing) and preprocessing.tokenizer.pad_token:
-        return DataCollatorWithPadding(preprocessing.tokenizer)
-    return default_data_collator
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        from transformers import DataCollatorWithPadding, default_data_collator
+
+        self._collate: Any = default_data_collator
+        if isinstance(preprocessing, TextPreprocessing) and preprocessing.tokenizer.pad_token:
+            self._collate = DataCollatorWithPadding(preprocessing.tokenizer)
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch.
+
+        Raises:
+            DataError: samples of several sizes.
+        """
+        try:
+            return cast(dict[str, Tensor], self._collate(samples))
+        except (RuntimeError, ValueError) as error:
+            raise DataError(
+                f"the samples do not make a batch: {error}\nImages of different sizes need "
+                "--image-size; texts need a tokenizer with a padding token."
+            ) from error
 
 
 def _loader_arguments(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:
-    workers, collate = recipe.num_workers, collator(preprocessing)
-    return {"collate_fn": collate, "num_workers": workers, "persistent_workers": workers > 0}
+    workers = recipe.num_workers
+    return {
+        "collate_fn": Collator(preprocessing),
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "worker_init_fn": signals.leave_to_main,
+    }
 
 
 def _dataset(
@@ -196,7 +246,12 @@ def _dataset(
     if isinstance(preprocessing, TextPreprocessing):
         length = recipe.max_length or preprocessing.max_length
         if columns.corpus:
-            return Blocks(split, columns.inputs[0], preprocessing.tokenizer, length)
+            trains = flag == "--train-split"
+            part = recipe.max_train_samples if trains else recipe.max_eval_samples
+            seed = recipe.seed if trains else 0
+            tokenizer = preprocessing.tokenizer
+            with reading(recipe.dataset):
+                return Blocks(split, columns.inputs[0], tokenizer, length, part, seed)
         return Texts(split, columns, labels, preprocessing.tokenizer, length)
     return Images(split, columns.inputs[0], labels, preprocessing)
 

@@ -254,6 +254,16 @@ class Recipe(BaseModel):
             raise ValueError(f"must be one of 1 to 8 or {other!r}")
         return value
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # as YAML reads it without quotes
+
+    @field_validator("include", "exclude", "bits_override", "text_columns", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("bits_override")
     @classmethod
     def _check_overrides(cls, value: tuple[str, ...]) -> tuple[str, ...]:

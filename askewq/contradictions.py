@@ -44,6 +44,7 @@ _NEEDS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("augment", *_IMAGES),
     ("close_every", *_ASKEW),
     ("final_radius", *_ASKEW),
+    ("shuffle_buffer", "streaming", (True,)),
 ]
 # A key that decides something only where another one is not 0.
 _NEEDS_SOME = {
@@ -115,8 +116,8 @@ def complaints(recipe: Any) -> list[str]:
         wrong.append("teacher = self has weights already; leave teacher or teacher_weights out")
     if recipe.streaming:
         wrong += _unstreamable(recipe)
-    else:
-        wrong += _unstreamed(recipe)
+    elif recipe.max_steps is not None and _changed(recipe, "epochs"):
+        wrong.append("epochs does not go with max_steps, which decides; leave one of them out")
     if recipe.polish_steps and recipe.gradient_bits is not None:
         wrong.append("gradient_bits does not go with polish_steps; leave one of them out")
     return wrong
@@ -137,21 +138,13 @@ def overruled(stored: dict[str, Any], given: dict[str, Any]) -> set[str]:
     if "level_lr" in useless & stored.keys():  # the three are one choice
         useless |= {"optimizer", "lr"}
     useless |= {other for key, other in _INSTEAD.items() if key in given}
+    if given.get("streaming"):
+        useless |= {"epochs", "max_train_samples"}
     both, shares = stored | given, ("distill", "distill_hidden")
     untaught = given.keys() & shares and not any(both.get(share) for share in shares)
     if untaught and both.get("task") not in EMBEDDING_TASKS:
         useless |= {"teacher", "teacher_weights"}
     return useless & (stored.keys() - given.keys())
-
-
-def _unstreamed(recipe: Any) -> list[str]:
-    """Return what decides nothing where data are not a stream."""
-    wrong = []
-    if _changed(recipe, "shuffle_buffer"):
-        wrong.append("shuffle_buffer goes with streaming; leave it out")
-    if recipe.max_steps is not None and _changed(recipe, "epochs"):
-        wrong.append("epochs does not go with max_steps, which decides; leave one of them out")
-    return wrong
 
 
 def _unstreamable(recipe: Any) -> list[str]:

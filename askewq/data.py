@@ -8,13 +8,15 @@ import csv
 import glob
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from askewq import disk
 from askewq.columns import Columns, columns_of, labels_of, named_labels
 from askewq.config import Recipe
-from askewq.errors import DataError, near
+from askewq.errors import DataError, DiskFullError, near
 from askewq.vocabulary import Task
 
 _FILE_BUILDERS = {
@@ -38,6 +40,7 @@ class OpenData:
     eval: Any
     columns: Columns
     labels: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def open_data(recipe: Recipe, task: Task) -> OpenData:
@@ -50,17 +53,68 @@ def open_data(recipe: Recipe, task: Task) -> OpenData:
     splits = _call_datasets(recipe, split=None)
     train = _split(recipe, splits, recipe.train_split, "--train-split")
     evaluation = _eval_split(recipe, splits)
+    notes = _shared_rows(recipe, splits)
     if recipe.streaming:
         features = train.features or evaluation.features  # a stream of json has none
         columns = columns_of(recipe, task, features)
         labels = named_labels(features, columns.label) if columns.label else ()
-        return OpenData(train, evaluation, columns, labels)
-    columns = columns_of(recipe, task, train.features)
-    labels = labels_of(train, columns.label) if columns.label else ()
-    if columns.label and "[" in f"{recipe.train_split}{recipe.eval_split}":
-        _check_order(train[columns.label], evaluation[columns.label], recipe)
-    train = _sample(train, recipe.max_train_samples, recipe.seed)
-    return OpenData(train, evaluation, columns, labels)
+    else:
+        columns = columns_of(recipe, task, train.features)
+        labels = labels_of(train, columns.label) if columns.label else ()
+        if columns.label and "[" in f"{recipe.train_split}{recipe.eval_split}":
+            _check_order(train[columns.label], evaluation[columns.label], recipe)
+        notes += _empty_texts(train, columns, "--train-split")
+        train = _sample(train, columns, recipe.max_train_samples, recipe.seed)
+    if columns.label and len(labels) < 2:
+        raise DataError(
+            f"the label column {columns.label!r} has the label {', '.join(labels)} only, and a "
+            "classifier needs two; choose another --label-column, or another --train-split."
+        )
+    notes += _empty_texts(evaluation, columns, "--eval-split")
+    evaluation = _sample(evaluation, columns, recipe.max_eval_samples, 0)
+    return OpenData(train, evaluation, columns, labels, notes)
+
+
+def _empty_texts(split: Any, columns: Columns, flag: str) -> tuple[str, ...]:
+    """Return a warning where rows have no text: such as say NA in a csv file have none."""
+    import datasets
+
+    texts = [n for n in columns.inputs if isinstance(split.features[n], datasets.Value)]
+    counts = {name: split.data.column(name).null_count for name in texts}
+    return tuple(
+        f"{count} of {len(split)} rows of {flag} have no {name} and are read as empty (in a csv "
+        "file also those that say None, NA or null)"
+        for name, count in counts.items()
+        if count
+    )
+
+
+def _shared_rows(recipe: Recipe, splits: Any) -> tuple[str, ...]:
+    """Return a warning where samples are judged that are trained on."""
+    from datasets import ReadInstruction
+
+    train, evaluation = recipe.train_split, _eval_name(recipe, splits)
+    if train == evaluation:
+        shared = 1
+    elif recipe.streaming or not {train, evaluation} - {*splits}:
+        shared = 0  # two whole splits
+    else:
+        sizes = {name: len(split) for name, split in splits.items()}
+        trained, judged = (
+            ReadInstruction.from_spec(name).to_absolute(sizes) for name in (train, evaluation)
+        )
+        shared = sum(
+            max(0, min(a.to, b.to) - max(a.from_, b.from_))
+            for a in trained
+            for b in judged
+            if a.splitname == b.splitname
+        )
+    if not shared:
+        return ()
+    return (
+        f"--eval-split {evaluation} has rows of --train-split {train}: the figures are of samples "
+        "that were trained on",
+    )
 
 
 def _check_order(train: Sequence[Any], evaluation: Sequence[Any], recipe: Recipe) -> None:
@@ -87,6 +141,7 @@ def open_eval(recipe: Recipe, task: Task, labels: tuple[str, ...]) -> OpenData:
     """
     evaluation = _eval_split(recipe, _call_datasets(recipe, split=None))
     columns = columns_of(recipe, task, evaluation.features)
+    evaluation = _sample(evaluation, columns, recipe.max_eval_samples, 0)
     return OpenData(None, evaluation, columns, labels)
 
 
@@ -101,7 +156,7 @@ def _call_datasets(recipe: Recipe, split: str | None) -> Any:
     looks_local = recipe.dataset.startswith((".", "/")) or path.suffix in _FILE_BUILDERS
     if looks_local and not path.exists():
         raise DataError(f"--dataset {recipe.dataset!r}: there is no such file or folder.")
-    try:
+    with reading(recipe.dataset):
         if path.is_file():
             if path.suffix not in _FILE_BUILDERS:
                 raise DataError(
@@ -113,13 +168,42 @@ def _call_datasets(recipe: Recipe, split: str | None) -> Any:
                 arguments |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
             return datasets.load_dataset(_FILE_BUILDERS[path.suffix], **arguments)
         return datasets.load_dataset(str(path) if path.exists() else recipe.dataset, **arguments)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Within the block, what keeps datasets from reading a data set has a message of ours.
+
+    Raises:
+        DataError: a data set that cannot be read.
+        DiskFullError: no room for datasets' copy of it.
+    """
+    import datasets
+
+    try:
+        yield
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        # datasets itself says what it was doing, and its error's cause what went wrong.
-        reason = str(error.__cause__ or error).strip().split("\n")[0][:300]
+        cause = error.__cause__ or error
+        if disk.is_full(cause):
+            raise DiskFullError(
+                f"the disk is full ({cause}) while datasets copied {name!r} into its cache, "
+                f"{datasets.config.HF_DATASETS_CACHE}; make room there, or name another folder in "
+                "the environment variable HF_DATASETS_CACHE."
+            ) from error
         raise DataError(
-            f"the data set {recipe.dataset!r} cannot be read: {reason}\nPass a Hub id (the Hub "
-            "must be in reach), or a local folder or file of parquet, csv, json, text or images."
+            f"the data set {name!r} cannot be read: {_reason(cause)}\nPass a Hub id (the Hub must "
+            "be in reach), or a local folder or file of parquet, csv, json, text or images."
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong in datasets, in one line."""
+    from datasets.table import CastError
+
+    if isinstance(error, CastError):
+        return f"its files do not have the same columns, {error.details().rstrip('.')}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]
 
 
 def _split(recipe: Recipe, splits: Any, name: str, flag: str) -> Any:
@@ -135,7 +219,7 @@ def _split(recipe: Recipe, splits: Any, name: str, flag: str) -> Any:
     return chosen
 
 
-def _eval_split(recipe: Recipe, splits: Any) -> Any:
+def _eval_name(recipe: Recipe, splits: Any) -> str:
     name = recipe.eval_split or next((s for s in ("validation", "test") if s in splits), None)
     if name is None:
         raise DataError(
@@ -144,12 +228,18 @@ def _eval_split(recipe: Recipe, splits: Any) -> Any:
             "--eval-split 'train[90%:]', where the rows are not sorted by class; else shuffle "
             "them, or put images into the folders train/CLASS and test/CLASS."
         )
+    return name
+
+
+def _eval_split(recipe: Recipe, splits: Any) -> Any:
+    name = _eval_name(recipe, splits)
     split = _split(recipe, splits, name, "--eval-split")
     if recipe.streaming:
-        split = _on_disk(split)
+        with reading(recipe.dataset):
+            split = _on_disk(split)
         if len(split) == 0:
             raise DataError(f"--eval-split {name!r} of {recipe.dataset!r} is empty.")
-    return _sample(split, recipe.max_eval_samples, 0)
+    return split
 
 
 def _on_disk(stream: Any) -> Any:
@@ -172,8 +262,11 @@ def _rows(stream: Any) -> Iterator[Any]:
     yield from stream
 
 
-def _sample(split: Any, count: int | None, seed: int) -> Any:
-    """Return `count` random samples: the first ones of an image folder are all of one class."""
-    if count is None or count >= len(split):
+def _sample(split: Any, columns: Columns, count: int | None, seed: int) -> Any:
+    """Return `count` random samples: the first ones of an image folder are all of one class.
+
+    A corpus stays whole, in its order: its samples are blocks, of which `batches` takes some.
+    """
+    if columns.corpus or count is None or count >= len(split):
         return split
     return split.shuffle(seed=seed).select(range(count))

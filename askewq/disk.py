@@ -93,7 +93,7 @@ def room_for(needed: int, folder: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if _code(error) not in _FULL:
+        if not is_full(error):
             raise
         raise DiskFullError(
             f"the disk is full ({error}): {needed:,} bytes are needed in {folder}, and "
@@ -101,7 +101,12 @@ def room_for(needed: int, folder: Path, advice: str) -> Iterator[None]:
         ) from error
 
 
-def _code(error: Exception) -> int | None:
+def is_full(error: BaseException) -> bool:
+    """Tell whether an error says that there is no room on the disk."""
+    return _code(error) in _FULL
+
+
+def _code(error: BaseException) -> int | None:
     """Return the number of an operating system's error; safetensors has it in its text alone."""
     if isinstance(error, OSError):
         return error.errno

@@ -41,7 +41,16 @@ class PlanError(ModelError):
 
 
 class DataError(AskewError):
-    """A data set that cannot be read, or lacks what the task needs."""
+    """A data set that cannot be read, or lacks what the task needs.
+
+    A loader's worker hands its error over as a text with its traceback, from which torch makes the
+    error anew; the message is what comes last in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        own = f"\n{__name__}.DataError: "
+        relayed = message.startswith("Caught DataError in DataLoader worker")
+        super().__init__(message.rpartition(own)[2].rstrip() if relayed else message)
 
 
 class OutputError(AskewError):

@@ -76,7 +76,8 @@ def load_transformers(
 ) -> LoadedModel:
     """Load a Hugging Face model, with a head for these labels where there are any.
 
-    A head that has been trained for the same labels in another order keeps its order.
+    A head that has been trained for the same labels, but for their case, in another order keeps
+    its order; the labels are written as the data have them.
     Its preprocessing is the image processor; text tasks get their tokenizer by `load_tokenizer`.
     """
     if Path(name).is_dir():
@@ -85,10 +86,11 @@ def load_transformers(
     notes: list[str] = []
     mismatched = False
     own = tuple(dict(sorted((config.id2label or {}).items())).values())
-    if sorted(own) == sorted(labels):
-        labels = own  # the trained head has the classes in its own order
-    elif labels and task != "causal-lm":
+    theirs, ours = ([str(label).casefold() for label in names] for names in (own, labels))
+    if labels and task != "causal-lm":
         mismatched = config.num_labels != len(labels)
+        if sorted(theirs) == sorted(ours) and len({*ours}) == len(ours):
+            labels = tuple(labels[ours.index(label)] for label in theirs)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
     auto = auto_class(task)

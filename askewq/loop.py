@@ -7,6 +7,7 @@ checkpoint is written, so that between the phases nothing that was trained can b
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -32,7 +33,7 @@ from askewq import (
 )
 from askewq.batches import prepare_batch
 from askewq.config import Recipe
-from askewq.errors import DivergenceError, RecipeError
+from askewq.errors import CALLING, DivergenceError, ModelError, RecipeError
 from askewq.evaluate import Evaluation, evaluate
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
@@ -185,7 +186,7 @@ class Loop:
         for raw in micro:
             with self.accelerator.accumulate(model):
                 batch = prepare_batch(raw, self.loaded.preprocessing, self.recipe.augment)
-                loss = self._loss(model, batch)
+                loss = self._loss_in_training(model, batch)
                 losses.append(float(loss.detach()))
                 if not suspect or not math.isfinite(losses[-1]):
                     suspect = batch
@@ -200,6 +201,24 @@ class Loop:
             optimizer.step()
         optimizer.zero_grad()
         return total
+
+    def _loss_in_training(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss.
+
+        Raises:
+            ModelError: a batch that the network cannot take, though it took one in evaluation.
+        """
+        try:
+            return self._loss(model, batch)
+        except CALLING as error:
+            if processes.lost_another(error):
+                raise
+            shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
+            raise ModelError(
+                f"the model fails in training on a batch of {shapes}: {type(error).__name__}: "
+                f"{error}\nWhere memory is short, a smaller --batch-size with --grad-accumulation "
+                "helps; batch norm may need a larger one than 1."
+            ) from error
 
     def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         spec = self.loaded.spec
@@ -264,6 +283,8 @@ class Loop:
         model, main = self.model, self.accelerator.is_main_process
         if self.hollow is not None:
             model = sharding.fill(self.hollow, model, "cpu", keep=main)
+        if self.step_seconds:
+            self.progress.step_seconds = statistics.median(self.step_seconds)
         own = {}
         if isinstance(self.train_loader, StreamLoader):
             name = training_state.STREAM.format(self.accelerator.process_index)

@@ -1,5 +1,6 @@
 """The output folder of a run: whether it may be written, and the recipe in it."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,11 @@ _FREE = ("keep", "nan_policy")
 def check(recipe: Recipe) -> None:
     """Refuse a folder that holds something, unless the recipe says what to do with it."""
     out = recipe.output
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"--output {out} is a file; name a folder.")
+    nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise OutputError(f"--output {out}: {nearest} is no folder; name another one.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"--output {out}: {nearest} may not be written to; name another folder.")
     if recipe.overwrite and _holds_something(out):
         _check_may_delete(recipe)
     if _holds_something(out) and not (recipe.resume or recipe.overwrite):
@@ -90,7 +94,10 @@ def prepare(recipe: Recipe) -> None:
     At any moment it holds a recipe, and can be resumed or overwritten, or nothing at all.
     """
     out = recipe.output
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--output {out} cannot be made: {error}.") from error
     # How a command treats an earlier run is not a setting of the run.
     once = recipe.model_copy(update={"resume": False, "overwrite": False})
     with disk.room_for(4096, out, "Nothing was trained yet; make room and start again."):

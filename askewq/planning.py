@@ -76,7 +76,10 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
             be met (with the nearest one that can), a model that was not trained for the data.
     """
     _check(recipe, settings)
-    loaded, data = _open(recipe, settings)
+    samples = min(settings.samples, recipe.max_train_samples or settings.samples)
+    some = {"max_train_samples": samples, "max_eval_samples": samples}
+    calibration = recipe.model_copy(update=some)
+    loaded, data = _open(calibration)
     uniform = wrap.plan(
         loaded.model,
         8,
@@ -86,7 +89,7 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
         exclude=recipe.exclude,
     )
     budget = code_budget(loaded.model, uniform, settings)
-    found = _find(recipe, settings, loaded, data, uniform)
+    found = _find(calibration, settings, loaded, data, uniform)
     widths = sensitivity.assign(found, budget)
     result = with_widths(uniform, widths, recipe.grid)
     _write(recipe, given, settings, found, widths)
@@ -160,7 +163,7 @@ def bytes_of(size: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _open(recipe: Recipe, settings: Settings) -> tuple[LoadedModel, OpenData]:
+def _open(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
     """Return the model and the calibration samples.
 
     Raises:
@@ -169,8 +172,7 @@ def _open(recipe: Recipe, settings: Settings) -> tuple[LoadedModel, OpenData]:
     from accelerate.utils import set_seed
 
     set_seed(recipe.seed)
-    samples = min(settings.samples, recipe.max_train_samples or settings.samples)
-    loaded, data = load(recipe.model_copy(update={"max_train_samples": samples}))
+    loaded, data = load(recipe)
     new = [*loaded.notes]
     if not recipe.pretrained and recipe.weights is None:
         new.append("its weights are random")

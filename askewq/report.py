@@ -19,21 +19,32 @@ from askewq.grid import Grid
 from askewq.manifest import PackedInput
 from askewq.plan_table import Plan, PlannedLayer
 from askewq.sensitivity import Sensitivity
-from askewq.spec import LoadedModel, ModelSpec
+from askewq.spec import ModelSpec
 from askewq.terminal import console, note, row, say
 from askewq.vocabulary import ActBits, Bits
 from askewq.wording import bits_name, size_text, width_name
 
 
-def print_start(loaded: LoadedModel, plan: Plan, recipe: Recipe, steps: int) -> None:
-    """Say what the run will do."""
-    for text in loaded.notes:
+def print_start(
+    notes: Sequence[str], plan: Plan, recipe: Recipe, steps: int, batch_size: int
+) -> None:
+    """Say what the run will do.
+
+    Args:
+        batch_size: of the batches that the training split makes.
+    """
+    for text in notes:
         note(text)
+    if batch_size < recipe.batch_size:
+        note(
+            f"the training split makes batches of {batch_size}, not of {recipe.batch_size}: it has "
+            "no more samples a process"
+        )
     print_coverage(plan)
     if recipe.act_bits != "none":
         say(f"inputs of these layers: {bits_name(recipe.act_bits)}")
     say(
-        f"training: {steps} steps of {recipe.batch_size * recipe.grad_accumulation} samples a "
+        f"training: {steps} steps of {batch_size * recipe.grad_accumulation} samples a "
         f"process, {recipe.optimizer} lr {recipe.lr:g}"
         + (f", level_lr {recipe.level_lr:g}" if recipe.level_lr is not None else "")
         + f", {recipe.method}"

@@ -48,6 +48,26 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def leave_to_main(_worker: int = 0) -> None:
+    """In a loader's worker: obey no signal but one of the main process.
+
+    A terminal, `timeout` and a scheduler signal all processes of a job, and the main process still
+    needs batches until its step is done. On macOS, which does not tell who sent a signal, SIGTERM
+    ends the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by(main: int) -> None:
+    """Wait for a SIGTERM of the main process, and end this one."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(128 + signal.SIGTERM)
+
+
 def _note(number: int, _: FrameType | None) -> None:
     global _noted
     now = time.monotonic()

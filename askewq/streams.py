@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from askewq.batches import collator, prepared_image
+from askewq import signals
+from askewq.batches import UNREADABLE, Collator, prepared_image, prepared_text
 from askewq.config import Recipe
 from askewq.data import OpenData
 from askewq.errors import DataError
@@ -55,7 +56,7 @@ class StreamLoader:
         self._batches = _Batches(
             split,
             samples_of(recipe, data, preprocessing),
-            collator(preprocessing),
+            Collator(preprocessing),
             recipe,
             process,
         )
@@ -68,7 +69,11 @@ class StreamLoader:
         self._batches.places, self._batches.turn = list(self._places), self._turn
         workers = self._recipe.num_workers
         for made in DataLoader(
-            self._batches, batch_size=None, num_workers=workers, collate_fn=_untouched
+            self._batches,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_untouched,
+            worker_init_fn=signals.leave_to_main,
         ):
             if made is None:  # of a worker whose turn it is not yet
                 continue
@@ -123,10 +128,10 @@ class _Batches(IterableDataset[Any]):
         while True:
             found = False
             for buffer, begin in self._buffers(place):
+                found = True
                 draw = np.random.default_rng([*self._who, worker, begin["epoch"], begin["number"]])
                 order = draw.permutation(len(buffer)).tolist()
                 for done in range(begin["done"], len(buffer)):
-                    found = True
                     yield buffer[order[done]], {**begin, "done": done + 1}
             if not found and place["split"] is None:
                 raise DataError(
@@ -159,7 +164,7 @@ class _Batches(IterableDataset[Any]):
     def _examples(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self._split
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise DataError(f"the stream of training data broke off: {error}") from error
 
 
@@ -191,8 +196,7 @@ def samples_of(recipe: Recipe, data: OpenData, preprocessing: Preprocessing) -> 
         return [made if columns.label is None else {**made, "labels": label(example)}], []
 
     def text(example: dict[str, Any], _: list[int]) -> tuple[list[dict[str, Any]], list[int]]:
-        texts = [example[name] or "" for name in columns.inputs]
-        encoded = dict(tokens(*texts, truncation=True, max_length=length))  # type: ignore[misc]  # a tokenizer
+        encoded = prepared_text([example[name] for name in columns.inputs], tokens, length)
         return [encoded if columns.label is None else {**encoded, "labels": label(example)}], []
 
     def blocks(example: dict[str, Any], rest: list[int]) -> tuple[list[dict[str, Any]], list[int]]:

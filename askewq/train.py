@@ -8,7 +8,6 @@ the same bytes; a signal is obeyed at the next safe point.
 import copy
 import json
 import math
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from askewq import (
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData, open_data
-from askewq.errors import CALLING, DataError, DivergenceError, ModelError, RecipeError, StoppedError
+from askewq.errors import CALLING, DivergenceError, ModelError, RecipeError, StoppedError
 from askewq.evaluate import Evaluation
 from askewq.kernels import can_compile
 from askewq.loop import Loop
@@ -93,6 +92,7 @@ class _Run:
         count = self.accelerator.num_processes
         train: Any
         train, evaluation = loaders(recipe, self.data, self.loaded.preprocessing, count)
+        self.batch_size = recipe.batch_size if train is None else train.batch_size
         train, self.eval_loader = self.accelerator.prepare(train, evaluation)
         if recipe.streaming:
             train = StreamLoader(
@@ -126,10 +126,13 @@ class _Run:
     def execute(self) -> dict[str, Any]:
         """Run from the start, or from the newest checkpoint, to the report."""
         self._try_one_batch()
-        folder = self._checkpoint() if self.recipe.resume else None
+        made_of = self._made_of()
+        folder = self._checkpoint(made_of) if self.recipe.resume else None
+        self.loop.progress.made_of = made_of
         self._prepare_output()
         if self.accelerator.is_main_process:
-            report.print_start(self.loaded, self.plan, self.recipe, self.steps)
+            notes = (*self.data.notes, *self.loaded.notes)
+            report.print_start(notes, self.plan, self.recipe, self.steps, self.batch_size)
         phase = self.loop.progress.phase
         at = {FULL_PRECISION: None, LOW_BIT: None, POLISH: None, phase: folder}
         with signals.listening():
@@ -144,12 +147,26 @@ class _Run:
             except signals.Stop as stop:
                 raise self._stopped(stop) from stop
 
-    def _checkpoint(self) -> Path | None:
-        """Return the checkpoint to go on from, None to start anew; damaged ones are set aside."""
+    def _made_of(self) -> dict[str, Any]:
+        """Return what the files behind the recipe decide, which it does not say itself."""
+        teacher = self.recipe.teacher_weights
+        return {
+            "steps": self.steps,
+            "training samples": None if self.recipe.streaming else len(self.data.train),
+            "evaluation samples": len(self.data.eval),
+            "SHA-256 of teacher_weights": teacher and disk.sha256_of(teacher),
+        }
+
+    def _checkpoint(self, made_of: dict[str, Any]) -> Path | None:
+        """Return the checkpoint to go on from, None to start anew; damaged ones are set aside.
+
+        Raises:
+            OutputError: a checkpoint of another run, or one whose data or teacher have changed.
+        """
         folder, damaged = snapshots.newest_whole(self.out)
         if folder is not None:
             self.loop.progress = training_state.read_progress(
-                folder, self.accelerator.num_processes
+                folder, self.accelerator.num_processes, made_of
             )
         self.accelerator.wait_for_everyone()  # all have looked before one renames
         if self.accelerator.is_main_process:
@@ -175,14 +192,7 @@ class _Run:
     def _try_one_batch(self) -> None:
         """Find out what does not fit (labels, shapes, inputs) before anything is written."""
         spec = self.loaded.spec
-        try:
-            raw = next(iter(self.eval_loader))
-        except (RuntimeError, ValueError) as error:
-            raise DataError(
-                f"the samples do not make a batch: {error}\nImages of different sizes need "
-                "--image-size; texts need a tokenizer with a padding token."
-            ) from error
-        batch = prepare_batch(raw, self.loaded.preprocessing)
+        batch = prepare_batch(next(iter(self.eval_loader)), self.loaded.preprocessing)
         self.model.eval()
         several = self.accelerator.num_processes > 1
         try:
@@ -366,9 +376,7 @@ class _Run:
             "polish_steps": self.recipe.polish_steps,
             "skipped_steps": self.loop.progress.skipped,
             "seconds": self.loop.progress.seconds,
-            "step_seconds": statistics.median(self.loop.step_seconds)
-            if self.loop.step_seconds
-            else None,
+            "step_seconds": self.loop.progress.step_seconds,
             "peak_memory_bytes": report.peak_memory(),
         }
 

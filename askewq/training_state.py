@@ -40,12 +40,16 @@ class Progress:
             after them.
         inside: share of the quantized weights inside their interval after the low-bit steps.
         teacher: SHA-256 of the file with the network that teaches, if the run wrote one.
+        seconds, step_seconds: of all steps, and the median of those since the run was started, of
+            the first process.
         inputs: of the layers that round their inputs, whether the levels are signed.
+        made_of: what the data set and the teacher's file decide, by its name in a message.
     """
 
     step: int = 0
     phase: str = ""
     seconds: float = 0.0
+    step_seconds: float | None = None
     skipped: int = 0
     full_precision: float | None = None
     rounded: float | None = None
@@ -53,6 +57,7 @@ class Progress:
     inside: float | None = None
     teacher: str | None = None
     inputs: dict[str, bool] | None = None
+    made_of: dict[str, Any] | None = None
 
 
 def size(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -132,11 +137,15 @@ def fitting(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def read_progress(folder: Path, processes: int) -> Progress:
+def read_progress(folder: Path, processes: int, made_of: dict[str, Any]) -> Progress:
     """Return how far the run of a checkpoint had come.
 
+    Args:
+        made_of: what the run that goes on is made of, as `Progress` has it.
+
     Raises:
-        OutputError: a checkpoint of another version of askewq, or of another number of processes.
+        OutputError: a checkpoint of another version of askewq, of another number of processes, or
+            of other data or another teacher.
     """
     content = _content(folder)
     if content["processes"] != processes:
@@ -144,7 +153,19 @@ def read_progress(folder: Path, processes: int) -> Progress:
             f"the checkpoint {folder} was written by {content['processes']} processes, and these "
             f"are {processes}; the data would go on in another order. Start as many as before."
         )
-    return Progress(**content["progress"])
+    progress = Progress(**content["progress"])
+    differing = [
+        f"{what} {was}, now {made_of[what]}"
+        for what, was in (progress.made_of or {}).items()
+        if made_of[what] != was
+    ]
+    if differing:
+        raise OutputError(
+            f"the checkpoint {folder} is of a run with other data or another teacher than there "
+            f"are now ({'; '.join(differing)}); put back what it was started with, or start again "
+            "with --overwrite."
+        )
+    return progress
 
 
 def _content(folder: Path) -> dict[str, Any]:

@@ -302,6 +302,13 @@ class TestFinetune:
             ({"optimizer": "sgd", "lr": 0.05}, {"optimizer": "adamw"}, []),
             ({"lr": 0.05}, {"optimizer": "sgd"}, ["lr"]),
             ({"method": "proxquant", "strength": 0.003}, {"method": "binaryrelax"}, []),
+            ({"streaming": True, "shuffle_buffer": 5}, {"streaming": False}, []),
+            ({"epochs": 2, "max_train_samples": 9}, {"streaming": True}, []),
+            (
+                {"epochs": 2, "max_train_samples": 9},
+                {"streaming": False},
+                ["epochs", "max_train_samples"],
+            ),
         ],
     )
     def test_what_goes_with_another_choice_is_passed_over(self, stored, flags, stay, tmp_path):

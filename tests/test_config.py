@@ -297,6 +297,20 @@ class TestWrongValues:
             assert line.endswith(f"not {value!r}")
 
     @pytest.mark.parametrize(
+        ("line", "key", "value"),
+        [
+            ("mixed_precision: no", "mixed_precision", "no"),
+            ("mixed_precision: bf16", "mixed_precision", "bf16"),
+            ("include: conv1", "include", ("conv1",)),
+            ("text_columns: [a, b]", "text_columns", ("a", "b")),
+            ("bits_override: fc=8", "bits_override", ("fc=8",)),
+        ],
+    )
+    def test_yaml_as_one_writes_it(self, line, key, value):
+        """An unquoted no is the word, one pattern a list of one."""
+        assert getattr(build({**ESSENTIALS, **yaml.safe_load(line)}), key) == value
+
+    @pytest.mark.parametrize(
         ("changes", "words"),
         [
             ({"close_start": 0.9, "close_end": 0.9}, ["close_start", "close_end"]),

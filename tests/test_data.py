@@ -1,6 +1,8 @@
 """Data sets: splits, columns, labels, preprocessing and the batches that come out."""
 
+import errno
 import json
+import shutil
 
 import builders
 import numpy as np
@@ -15,7 +17,7 @@ from askewq.batches import augment, loaders, prepare_batch
 from askewq.columns import Columns
 from askewq.config import build
 from askewq.data import open_data, open_eval
-from askewq.errors import DataError, FormatError, RecipeError
+from askewq.errors import DataError, DiskFullError, FormatError, RecipeError
 from askewq.preprocessing import ImagePreprocessing
 
 IMAGES, TEXTS, LM = "image-classification", "text-classification", "causal-lm"
@@ -135,6 +137,33 @@ class TestSources:
             opened(path, TEXTS)
         assert str(path) in str(caught.value)
 
+    def test_files_with_other_columns(self, tmp_path):
+        """The columns that differ are named."""
+        write_csv(tmp_path, "text,label", train=["fine,1", "bad,0"])
+        write_csv(tmp_path, "sentence,label", test=["fine,1"])
+        with pytest.raises(DataError, match=r"not have the same columns.*'sentence'.*'text'"):
+            opened(tmp_path, TEXTS)
+
+    def test_a_broken_line_beside_a_stream(self, tmp_path):
+        """The evaluation split is read at once, and what is broken there is said as elsewhere."""
+        (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' * 3)
+        (tmp_path / "test.jsonl").write_text('{"text": "a"}\n{broken\n')
+        with pytest.raises(DataError, match=r"cannot be read: .*JSON parse error"):
+            opened(tmp_path, LM, streaming=True, max_steps=1)
+
+    def test_no_room_for_the_copy(self, tmp_path, monkeypatch):
+        """A disk that is full while datasets fills its cache: which folder, and how to move it."""
+        import datasets
+
+        def full(*_args, **_keys):
+            raise datasets.exceptions.DatasetGenerationError("x") from OSError(
+                errno.ENOSPC, "No space left on device"
+            )
+
+        monkeypatch.setattr(datasets, "load_dataset", full)
+        with pytest.raises(DiskFullError, match=r"No space left.*cache.*HF_DATASETS_CACHE"):
+            opened(tmp_path, TEXTS)
+
     def test_an_empty_folder(self, tmp_path):
         """A folder without data is refused."""
         with pytest.raises(DataError, match="cannot be read"):
@@ -196,6 +225,33 @@ class TestSplits:
         folder = write_csv(tmp_path / "d", "text,label", train=rows, test=["bad film,neg"])
         assert opened(folder, TEXTS, max_train_samples=2).labels == ("neg", "pos")
 
+    @pytest.mark.parametrize(
+        ("train", "evaluation", "shared"),
+        [
+            ("train", "test", False),
+            ("train", "train", True),
+            ("train", "train[50%:]", True),
+            ("train[:50%]", "train[50%:]", False),
+            ("train[:60%]", "train[50%:]", True),
+            ("train[:4]", "train[3:5]", True),
+            ("train[:4]+test[:1]", "test[1:]", False),
+            ("train[:4]+test[:2]", "test[1:]", True),
+        ],
+    )
+    def test_rows_that_are_trained_on_and_judged(self, tmp_path, train, evaluation, shared):
+        """A split in both is said to be."""
+        rows = ["good film,1", "bad film,0"] * 10
+        folder = write_csv(tmp_path / "d", "text,label", train=rows, test=rows)
+        found = opened(folder, TEXTS, train_split=train, eval_split=evaluation)
+        assert bool(found.notes) == shared
+        assert not shared or f"--eval-split {evaluation} has rows of" in found.notes[0]
+
+    def test_one_label_is_no_choice(self, tmp_path):
+        """A classifier with one output is right by definition."""
+        folder = write_csv(tmp_path / "d", "text,label", train=["a,pos", "b,pos"], test=["a,pos"])
+        with pytest.raises(DataError, match="'label' has the label pos only"):
+            opened(folder, TEXTS)
+
 
 class TestColumns:
     def test_column_flags_win(self, tmp_path):
@@ -224,7 +280,7 @@ class TestColumns:
     )
     def test_of_several_texts_the_name_decides(self, tmp_path, header, task, inputs):
         """Where no name says which column holds the texts, the error asks."""
-        folder = write_csv(tmp_path / "d", header, train=["a,b,c,0"], test=["d,e,f,0"])
+        folder = write_csv(tmp_path / "d", header, train=["a,b,c,0", "a,b,d,1"], test=["d,e,f,0"])
         if inputs is None:
             with pytest.raises(DataError, match="all hold text; say which to read, --text-columns"):
                 opened(folder, task)
@@ -548,9 +604,83 @@ class TestBatches:
 
     def test_a_corpus_shorter_than_a_block(self):
         """Too little text names the tokens there are and --max-length."""
-        source = recipe(builders.corpus(), max_length=16, max_eval_samples=1)
-        with pytest.raises(DataError, match=r"less than one block of 16.*--max-length"):
+        source = recipe(builders.corpus(), max_length=100_000)
+        with pytest.raises(DataError, match=r"less than one block of 100000.*--max-length"):
             loaders(source, open_data(source, LM), tokenizer())
+
+    def test_a_part_of_a_corpus_is_some_of_its_blocks(self):
+        """Text stays text: lines follow each other as in the corpus; a seed chooses the blocks."""
+        whole = recipe(builders.corpus(), max_length=5, batch_size=1)
+        limits = {"max_train_samples": 4, "max_eval_samples": 3}
+
+        def blocks(**changes):
+            source = recipe(builders.corpus(), max_length=5, batch_size=1, **changes)
+            train, evaluation = loaders(source, open_data(source, LM), tokenizer())
+            return [
+                {tuple(batch["input_ids"][0].tolist()) for batch in loader}
+                for loader in (train, evaluation)
+            ]
+
+        all_of_them = blocks()
+        first, again, other = blocks(**limits), blocks(**limits), blocks(**limits, seed=1)
+        assert [len(part) for part in first] == [4, 3]
+        assert all(part < full for part, full in zip(first, all_of_them, strict=True))
+        assert first == again
+        assert other[0] != first[0]
+        assert other[1] == first[1]
+        assert (
+            open_data(whole, LM).train["text"]
+            == open_data(recipe(builders.corpus(), **limits), LM).train["text"]
+        )
+
+    def test_rows_without_a_text(self, tmp_path):
+        """They are read as empty, which is said: csv reads NA and null as such."""
+        rows = ["NA,neg", "fine,pos", "null,pos", "good,neg"]
+        folder = write_csv(tmp_path / "d", "text,label", train=rows, test=["good,pos"])
+        found = opened(folder, TEXTS, max_train_samples=1)
+        assert len(found.notes) == 1
+        assert "2 of 4 rows of --train-split have no text and are read as empty" in found.notes[0]
+        halves = {"train_split": "train[1:2]", "eval_split": "train[2:]"}
+        (note,) = opened(folder, LM, **halves, text_columns=["text"]).notes
+        assert "1 of 2 rows of --eval-split have no text" in note
+
+    def test_a_text_without_a_token(self, tmp_path):
+        """Its embedding would be a mean over nothing."""
+        folder = tmp_path / "words"
+        shutil.copytree(builders.bert(), folder)
+        content = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+        bare = hf_models.load_tokenizer(str(folder), trust_remote_code=False)
+        rows = ['"  ",neg', "fine,pos"]
+        source = recipe(write_csv(tmp_path / "d", "text,label", train=rows, test=rows))
+        _, evaluation = loaders(source, open_data(source, TEXTS), bare)
+        with pytest.raises(DataError, match=r"the text '  ', of which the tokenizer makes no tok"):
+            list(evaluation)
+
+    # More workers than this machine may have cores.
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create")
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_samples_that_make_no_batch(self, tmp_path, workers):
+        """One sentence, also where a worker found out: images of two sizes, in training alone."""
+        sizes = [*COLOURED, (Image.new("RGB", (9, 16)), 1)]
+        builders.write_images(tmp_path / "train.parquet", sizes)
+        builders.write_images(tmp_path / "test.parquet", COLOURED)
+        source = recipe(tmp_path, batch_size=len(sizes), num_workers=workers)
+        train, _ = loaders(source, open_data(source, IMAGES), plain())
+        with pytest.raises(DataError, match=r"^the samples do not make a batch") as caught:
+            list(train)
+        assert "Traceback" not in str(caught.value)
+        assert str(caught.value).endswith("tokenizer with a padding token.")
+
+    def test_an_image_larger_than_pillow_decodes(self, tmp_path, monkeypatch):
+        """What might be a bomb is refused with the number of the image."""
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+        for split in ("train", "test"):
+            builders.write_images(tmp_path / f"{split}.parquet", COLOURED)
+        source = recipe(tmp_path)
+        _, evaluation = loaders(source, open_data(source, IMAGES), plain())
+        with pytest.raises(DataError, match=r"image 0 of the data set cannot be decoded.*pixels"):
+            list(evaluation)
 
     def test_evaluation_alone(self):
         """An artifact's evaluation opens one split and has no training loader."""

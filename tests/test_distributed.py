@@ -501,6 +501,23 @@ class TestStreaming:
         finetune(kind, tmp_path / "cut", **given, resume=True)
         assert digest(tmp_path / "cut") == digest(tmp_path / "uncut")
 
+    @pytest.mark.parametrize("workers", [0, 1])
+    @pytest.mark.parametrize("size", [3, 40])
+    def test_it_goes_on_after_an_epoch(self, shards, workers, size):
+        """A place whose buffer is used up is followed by the next buffer, or the next epoch."""
+        given = {"num_workers": workers, "shuffle_buffer": 1000, "batch_size": size}
+        reader = self.reader(shards, 0, 1, **given)
+        taken = 40 // size + 1  # into the second epoch; and one at its very end
+        whole = self.draw(self.reader(shards, 0, 1, **given), 2 * taken)
+        begun = []
+        for _ in range(2 * taken):
+            place = reader.state()
+            reader = self.reader(shards, 0, 1, **given)
+            reader.load(place)
+            begun += self.draw(reader, 1)
+        assert begun == whole
+        assert sorted(whole[:40]) == list(range(40))
+
     def test_two_processes(self, shards, tmp_path, monkeypatch):
         """Two that share a stream, cut and resumed, end with the same bytes."""
 

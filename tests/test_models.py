@@ -215,6 +215,16 @@ class TestHuggingFace:
         assert loaded.model.config.id2label == {0: "pos", 1: "neg"}
         assert loaded.notes == ()
 
+    def test_labels_that_differ_in_case_are_the_same(self, tmp_path):
+        """A head for POS and NEG keeps its rows for data that say pos and neg, in their words."""
+        folder = shutil.copytree(builders.bert(), tmp_path / "bert")
+        edit_json(folder / "config.json", id2label={"0": "POS", "1": "NEG"})
+        loaded = models.load(str(folder), "text-classification", ("neg", "pos"))
+        assert loaded.spec.labels == ("pos", "neg")
+        assert loaded.model.config.id2label == {0: "pos", 1: "neg"}
+        loaded = models.load(str(folder), "text-classification", ("Neg", "neg"))
+        assert loaded.spec.labels == ("Neg", "neg")  # two labels, not one
+
     def test_positions_limit_texts(self, tmp_path):
         """A tokenizer that names no limit gets the model's."""
         folder = shutil.copytree(builders.bert(), tmp_path / "bert")

@@ -1,11 +1,13 @@
 """SIGTERM and Ctrl-C: noted, obeyed at a safe point, and only noted where a run listens."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -81,3 +83,29 @@ def test_other_threads_leave_signals_alone():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nobody says who sent a signal")
+def test_a_worker_obeys_the_main_process_alone():
+    """A signal to all processes of a job leaves it at work; its own parent may end it."""
+    spawn = multiprocessing.get_context("spawn")
+    ready = spawn.Event()
+    worker = spawn.Process(target=_work, args=(ready,), daemon=True)
+    worker.start()
+    try:
+        assert ready.wait(60)
+        for number in ("-INT", "-TERM"):
+            subprocess.run(["sh", "-c", f"kill {number} {worker.pid}"], check=True)
+        worker.join(1)
+        assert worker.is_alive()
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 128 + signal.SIGTERM
+    finally:
+        worker.kill()
+
+
+def _work(ready: Any) -> None:
+    signals.leave_to_main()
+    ready.set()
+    time.sleep(60)

@@ -1,11 +1,13 @@
 """Checkpoints: complete, without pickle, checked by their sums, and what happens when they fail."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import builders
@@ -254,6 +256,29 @@ class TestSignals:
         outcome = command(*line.split()[1:])
         assert outcome.code == 0, outcome.err
         assert digest(tmp_path / "out") == digest(uncut("sgd")[0])
+
+    # More workers than this machine may have cores.
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create")
+    @pytest.mark.parametrize("changes", [{}, {"streaming": True, "shuffle_buffer": 6}])
+    def test_a_signal_to_all_processes(self, tmp_path, monkeypatch, changes):
+        """A scheduler's SIGTERM also goes to the loader's workers, which work on until the end."""
+        settings = {"max_steps": 6, "batch_size": 8, "num_workers": 1, **changes}
+
+        def end() -> None:
+            workers = multiprocessing.active_children()
+            assert workers
+            pids = [str(process.pid) for process in (*workers, multiprocessing.current_process())]
+            subprocess.run(["kill", "-TERM", *pids], check=True)
+            time.sleep(0.5)
+
+        with monkeypatch.context() as patch:
+            at_step(patch, 2, end)
+            with pytest.raises(StoppedError, match="stopped by SIGTERM after step 3"):
+                finetune("own", tmp_path / "out", **settings)
+        assert newest(tmp_path / "out").name == "step-00000003"
+        finetune("own", tmp_path / "out", resume=True)
+        finetune("own", tmp_path / "uncut", **settings)
+        assert digest(tmp_path / "out") == digest(tmp_path / "uncut")
 
     def test_the_command_line(self, tmp_path, monkeypatch):
         """The command ends with the exit code of the signal and the message on standard error."""

@@ -1,10 +1,12 @@
 """Fine-tuning from end to end on tiny models: the files, the figures, and going on after a cut."""
 
 import copy
+import errno
 import functools
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +23,7 @@ from askewq import (
     checkpoint,
     config,
     loop,
+    output,
     processes,
     recipe_files,
     train,
@@ -624,8 +627,42 @@ class TestResume:
     def test_a_finished_run_resumes_to_itself(self, tmp_path):
         """Resuming after the end repeats the end."""
         folder = builders.copy_of("own", tmp_path)
-        finetune("own", folder, resume=True)
+        metrics = finetune("own", folder, resume=True)
         assert digest(folder) == digest(finished("own")[0])
+        assert metrics["step_seconds"] == finished("own")[1]["step_seconds"]
+
+    @pytest.mark.parametrize("length", [{"max_steps": 8}, {"max_steps": None, "epochs": 2.0}])
+    def test_other_data_are_refused(self, tmp_path, monkeypatch, length):
+        """What was read cannot have changed since; what differs is named, and nothing is lost."""
+        data = shutil.copytree(builders.image_parquet(), tmp_path / "data")
+        given = {"dataset": str(data), "save_every": 1, **length}
+        with builders.power_cut(monkeypatch, 4), pytest.raises(builders.PowerCutError):
+            finetune("own", tmp_path / "cut", **given)
+        before = files(tmp_path / "cut")
+        stored = (data / "train.parquet").read_bytes()
+        builders.write_images(data / "train.parquet", builders.pictures(16))
+        with pytest.raises(
+            OutputError, match=r"training samples 48, now 16.*--overwrite"
+        ) as caught:
+            finetune("own", tmp_path / "cut", resume=True)
+        assert ("steps 12, now 4" in str(caught.value)) == (length["max_steps"] is None)
+        assert files(tmp_path / "cut") == before
+        (data / "train.parquet").write_bytes(stored)
+        finetune("own", tmp_path / "cut", **given, resume=True)
+        finetune("own", tmp_path / "uncut", **given)
+        assert digest(tmp_path / "cut") == digest(tmp_path / "uncut")
+
+    def test_another_teacher_is_refused(self, tmp_path, monkeypatch):
+        """A file that teaches is known by its digest."""
+        teacher = tmp_path / "teacher.safetensors"
+        save_file(builders.own_network("small").state_dict(), teacher)
+        given = {"distill": 0.5, "teacher_weights": str(teacher), "save_every": 1}
+        with builders.power_cut(monkeypatch, 4), pytest.raises(builders.PowerCutError):
+            finetune("own", tmp_path / "cut", **given)
+        other = {name: t + 1 for name, t in load_file(teacher).items()}
+        save_file(other, teacher)
+        with pytest.raises(OutputError, match=r"SHA-256 of teacher_weights [0-9a-f]{64}, now"):
+            finetune("own", tmp_path / "cut", resume=True)
 
     def test_a_cut_while_a_checkpoint_is_written(self, tmp_path, monkeypatch):
         """A checkpoint that is not complete is not resumed from."""
@@ -697,7 +734,51 @@ class TestResume:
         assert digest(tmp_path) == digest(finished(kind)[0])
 
 
+class TestStart:
+    def test_batches_smaller_than_asked_for(self, tmp_path, capsys):
+        """A training split of fewer samples than a batch: the batches that there are, in words."""
+        finetune("own", tmp_path, max_steps=2, max_train_samples=5)
+        out = capsys.readouterr().out
+        assert "note: the training split makes batches of 5, not of 8" in out
+        assert "training: 2 steps of 5 samples a process" in out
+
+    def test_a_batch_that_fails_in_training_alone(self, tmp_path):
+        """Batch norm takes one sample in evaluation; the error names the batch."""
+        with pytest.raises(ModelError, match=r"fails in training on a batch of .*\[1, 3, 32, 32\]"):
+            finetune("timm", tmp_path, batch_size=1, max_steps=1)
+
+    def test_judged_on_what_is_trained_on(self, tmp_path, capsys):
+        """The note about rows that are in both splits is printed."""
+        finetune("own", tmp_path, max_steps=1, train_split="test", eval_split="test[:12]")
+        out = capsys.readouterr().out
+        assert "note: --eval-split test[:12] has rows of --train-split test" in out
+
+
 class TestOutput:
+    def test_a_file_in_the_way_is_refused(self, tmp_path):
+        """Before anything is read."""
+        (tmp_path / "x").write_text("mine")
+        with pytest.raises(OutputError, match=r"x is no folder"):
+            finetune("own", tmp_path / "x" / "a" / "b", dataset="not read")
+        assert (tmp_path / "x").read_text() == "mine"
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path, monkeypatch):
+        """Whatever the system says is passed on."""
+
+        def refuse(*_args, **_keys):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(OutputError, match=r"cannot be made: .*Read-only"):
+            output.prepare(builders.recipe("own", tmp_path / "x"))
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_folder_that_may_not_be_written_to(self, tmp_path):
+        """Before anything is read."""
+        tmp_path.chmod(0o500)
+        with pytest.raises(OutputError, match="may not be written to"):
+            finetune("own", tmp_path / "x", dataset="not read")
+
     def test_a_folder_with_something_in_it_is_refused(self, tmp_path):
         """A file that is there stays, and the message names the ways out."""
         (tmp_path / "thesis.txt").write_text("five years")
@@ -714,7 +795,7 @@ class TestOutput:
         """An output that is a file is refused, even with --overwrite."""
         (tmp_path / "out").write_text("x")
         for overwrite in (False, True):
-            with pytest.raises(OutputError, match="is a file"):
+            with pytest.raises(OutputError, match="is no folder"):
                 finetune("own", tmp_path / "out", overwrite=overwrite)
         assert (tmp_path / "out").read_text() == "x"
 
