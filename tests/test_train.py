@@ -644,7 +644,7 @@ class TestResume:
         with pytest.raises(
             OutputError, match=r"training samples 48, now 16.*--overwrite"
         ) as caught:
-            finetune("own", tmp_path / "cut", resume=True)
+            finetune("own", tmp_path / "cut", **given, resume=True)
         assert ("steps 12, now 4" in str(caught.value)) == (length["max_steps"] is None)
         assert files(tmp_path / "cut") == before
         (data / "train.parquet").write_bytes(stored)
