@@ -16,7 +16,7 @@ from torch import nn
 
 from askewq import checkpoint, digest, disk, layers, trust
 from askewq import packed as packed_layers
-from askewq.errors import FormatError, ModelError
+from askewq.errors import FormatError, ModelError, OutputError
 from askewq.hf_models import load_processor, load_tokenizer
 from askewq.models import build
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
@@ -25,6 +25,8 @@ from askewq.timm_models import check_arguments
 from askewq.vocabulary import IMAGE_TASKS, MODEL_TYPE, Task
 
 ARTIFACT = "model.safetensors"
+# How a language model ends and draws its tokens; transformers reads it there.
+GENERATION = "generation_config.json"
 VERSION = 2
 # A config.json of version 1 has no digest; everything else is the same.
 WITHOUT_DIGEST = 1
@@ -38,6 +40,9 @@ def save_config(loaded: LoadedModel, folder: Path) -> None:
     content = config_content(loaded.spec, loaded.preprocessing.save(folder))
     text = json.dumps(content, indent=2, ensure_ascii=False)
     disk.write(folder / CONFIG, text + "\n")
+    generation = getattr(loaded.model, "generation_config", None)
+    if generation is not None and not generation._from_model_config:
+        disk.write(folder / GENERATION, generation.to_json_string())
 
 
 def config_content(spec: ModelSpec, preprocessing: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +142,14 @@ def load_artifact(
         FormatError: not an artifact, damaged, or of a newer version.
         ModelError: an own module without `factory`, or another network with one.
     """
+    model, spec, preprocessing = _network(folder, factory, keep_packed)
+    return LoadedModel(model, spec, restore(spec, preprocessing, folder))
+
+
+def _network(
+    folder: Path, factory: str | None, keep_packed: bool
+) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
+    """Return what `load_artifact` does, with the values of its preprocessing."""
     spec, preprocessing = read_spec(folder)
     if factory is not None and spec.source != "module":
         raise ModelError(
@@ -151,13 +164,24 @@ def load_artifact(
                 "askewq.load(folder, model=...)."
             )
         spec = replace(spec, name=factory)
-    artifact = checkpoint.read(folder / ARTIFACT)
+    content = checkpoint.read(folder / ARTIFACT)
+    model = plain_network(spec, folder, content)
+    _fill(model, content, keep_packed)
+    if (folder / GENERATION).is_file() and hasattr(model, "generation_config"):
+        made: Any = model.generation_config
+        model.generation_config = type(made).from_dict(trust.read_json(folder / GENERATION))
+    return model.eval(), spec, preprocessing
+
+
+def plain_network(spec: ModelSpec, folder: Path, content: checkpoint.Artifact) -> nn.Module:
+    """Return the network of an artifact before it is filled.
+
+    Raises:
+        FormatError: a config.json that describes none, or one much larger than its weights.
+    """
     if spec.source == "module":
-        model = build(spec)
-    else:
-        model = _build_described(spec, folder, _parameters(artifact))
-    _fill(model, artifact, keep_packed)
-    return LoadedModel(model.eval(), spec, _restore(spec, preprocessing, folder))
+        return build(spec)
+    return _build_described(spec, folder, _parameters(content))
 
 
 def _parameters(artifact: checkpoint.Artifact) -> int:
@@ -171,8 +195,9 @@ def _build_described(spec: ModelSpec, folder: Path, parameters: int) -> nn.Modul
     try:
         if spec.source == "timm":
             check_arguments(spec)
-        # A layer that is replaced while the network is built, or tied to another, counts twice.
-        with trust.at_most(2 * parameters):
+        # A layer that is replaced while the network is built counts twice; an encoder, a decoder
+        # and a head that are tied to one embedding, of a large vocabulary nearly all, four times.
+        with trust.at_most(4 * parameters):
             return build(spec)
     except Exception as error:  # wrong arguments fail in every way that a network can
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
@@ -182,7 +207,13 @@ def _build_described(spec: ModelSpec, folder: Path, parameters: int) -> nn.Modul
         ) from error
 
 
-def _restore(spec: ModelSpec, values: dict[str, Any], folder: Path) -> Preprocessing:
+def restore(spec: ModelSpec, values: dict[str, Any], folder: Path) -> Preprocessing:
+    """Return an artifact's preprocessing, of config.json and the files beside it.
+
+    Raises:
+        FormatError: damaged values, or a tokenizer that leads out of the folder.
+        ModelError: files of a tokenizer or image processor that are missing.
+    """
     if spec.task not in IMAGE_TASKS:
         length = values.get("max_length")
         if not isinstance(length, int) or length < 2:
@@ -247,7 +278,9 @@ def save(model: nn.Module, folder: str | Path) -> None:
             network like the one that was quantized; one that was saved before is replaced.
 
     Raises:
-        ModelError: no quantized layer, or a weight that is not on a level.
+        ModelError: no quantized layer, or a weight that is not on a level, or not float32.
+        DivergenceError: a weight that is not finite.
+        OutputError: a file in the place of the folder.
         FormatError: the folder is a whole artifact, with weights that belong to its config.json,
             or has ordinary weights under that name.
     """
@@ -259,11 +292,21 @@ def save(model: nn.Module, folder: str | Path) -> None:
             "safetensors, or call askewq.quantize(model, bits=2) before training."
         )
     between = [name for name, layer in quantized.items() if not layer.is_snapped()]
+    for name in between:
+        quantized[name].codes()  # raises where a weight is NaN, which snapping does not mend
     if between:
         raise ModelError(
             f"{len(between)} layers, {between[0]!r} the first, have weights between the levels; "
             "call askewq.snap_(model), evaluate it, and save it then."
         )
+    for name, layer in quantized.items():
+        if layer.latent.dtype != torch.float32:
+            raise ModelError(
+                f"{name} is {layer.latent.dtype}, and packed weights are float32: quantize and "
+                "train a network in float32 (bf16 by autocast), and cast what was loaded."
+            )
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; name a folder.")
     if is_artifact(folder):
         raise FormatError(
             f"{folder} is an artifact of `askewq finetune`, whose config.json belongs to its "
@@ -303,7 +346,7 @@ def load(
     """
     folder = Path(folder)
     if model is None:
-        model = load_artifact(folder, keep_packed=packed).model
+        model, _, _ = _network(folder, None, packed)
     else:
         _fill(model, checkpoint.read(folder / ARTIFACT), packed)
     return model.eval() if dtype is None else model.eval().to(dtype)

@@ -156,8 +156,9 @@ def shared_names(model: nn.Module) -> dict[str, str]:
     """Return, for every further name of a tensor that has several, its first name."""
     first: dict[int, str] = {}
     shared = {}
+    stored = {*model.state_dict()}  # a buffer may be left out of it under one of its names
     for name, tensor in _named_tensors(model):
-        if first.setdefault(id(tensor), name) != name:
+        if name in stored and first.setdefault(id(tensor), name) != name:
             shared[name] = first[id(tensor)]
     return shared
 
@@ -306,6 +307,11 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
         FormatError: a key that is missing or left over, or a shape or type that differs.
     """
     target = model.state_dict()
+    if empty := [name for name, tensor in target.items() if tensor.is_meta]:
+        raise FormatError(
+            f"{empty[0]!r} of the model is on the meta device, which has no memory to fill; build "
+            "the model on the CPU, or call model.to_empty(device=...)."
+        )
     state: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         **{name: (tuple(t.shape), t.dtype) for name, t in artifact.tensors.items()},
         **{name: (weight.shape, torch.float32) for name, weight in artifact.weights.items()},

@@ -231,6 +231,9 @@ def export(
         bool | None, Parameter(help="write what the format holds only approximately")
     ] = None,
     model: Annotated[str | None, Parameter(help="file.py:factory of your own module")] = None,
+    image_size: Annotated[
+        int | None, Parameter(help="of its images, where the artifact does not say it")
+    ] = None,
 ) -> None:
     """Write an artifact in another format, read it back by that format's own loader and compare.
 
@@ -242,7 +245,7 @@ def export(
     from askewq.target import Options
 
     formats.check_settings(to, given)
-    formats.export(folder, to, output, Options(**given), factory=model)
+    formats.export(folder, to, output, Options(**given), factory=model, image_size=image_size)
 
 
 @app.command

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,9 +50,11 @@ USUAL_SIZES = (224, 32, 28, 64, 96, 128, 256, 384)
 _READER_START = """
 from __future__ import annotations
 
+import os
 import sys
 
-sys.modules["askewq"] = None  # whoever reads the export must do without it
+if not os.environ["ASKEWQ_FACTORY"]:  # a file of the user's own may import it
+    sys.modules["askewq"] = None  # whoever reads the export must do without it
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,6 +76,7 @@ def export(
     output: Path,
     options: Options = Options(),  # noqa: B008  # frozen
     factory: str | None = None,
+    image_size: int | None = None,
 ) -> dict[str, Any]:
     """Write an artifact in another format and verify it; the output appears whole or not at all.
 
@@ -82,6 +85,7 @@ def export(
         to: a name in `TARGETS`.
         output: a folder that does not exist or is empty.
         factory: ``path/to/file.py:factory`` for an artifact of a module of the user's own.
+        image_size: height and width of its images, where the artifact does not say them.
 
     Returns:
         The content of export.json.
@@ -100,13 +104,15 @@ def export(
     _check_libraries(target)
     _check_output(output)
     source = _open(folder, factory)
+    if image_size is not None:
+        _set_size(source.loaded, image_size)
     if refusals := target.refusals(source, options):
         reasons = "".join(f"\n- {reason}" for reason in refusals)
         raise ExportError(f"{folder} cannot be exported to {to}:{reasons}")
     notes = target.notes(source, options)
     report.print_export_notes(notes, to)
     inputs, expected = _expected(source.loaded)
-    with _appearing(output.absolute()) as partial:
+    with _appearing(output.resolve()) as partial:
         target.write(source, options, partial)
         logits = _read_back(target, partial, inputs, factory)
         rounded = target.bound_of_inputs if source.artifact.inputs else 0.0
@@ -176,6 +182,23 @@ def _open(folder: Path, factory: str | None) -> ExportSource:
     return ExportSource(folder, loaded, checkpoint.read(folder / ARTIFACT))
 
 
+def _set_size(loaded: LoadedModel, side: int) -> None:
+    """Say how large the images of an artifact are.
+
+    Raises:
+        ExportError: one that has none, or says it itself.
+    """
+    preprocessing = loaded.preprocessing
+    if not isinstance(preprocessing, ImagePreprocessing) or preprocessing.size is not None:
+        raise ExportError(
+            "--image-size goes with an artifact of images whose preprocessing says no size; leave "
+            "it out."
+        )
+    if side < 1:
+        raise ExportError(f"--image-size {side}: it must be at least 1.")
+    loaded.preprocessing = replace(preprocessing, size=(side, side))
+
+
 def sample_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
     """Return `SAMPLES` random inputs that fit a model, the same ones every time.
 
@@ -203,9 +226,8 @@ def sample_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
         if preprocessing.size or _accepts(loaded, inputs):
             return inputs
     raise ExportError(
-        "the export cannot be verified: the artifact says no image size (preprocessing in "
-        f"config.json), and the module takes none of {', '.join(map(str, USUAL_SIZES))}; set "
-        '"size": [height, width] there, or fine-tune with --image-size.'
+        "the export cannot be verified: the artifact says no image size, and the module takes none "
+        f"of {', '.join(map(str, USUAL_SIZES))}; say which with --image-size."
     )
 
 

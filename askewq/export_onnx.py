@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from askewq.checkpoint import Artifact
 from askewq.errors import ExportError
 from askewq.onnx_inputs import fill_inputs, marked, type_name, width
-from askewq.onnx_weights import Storage, dequantize, storage
+from askewq.onnx_weights import Storage, dequantize, multiplies, storage
 from askewq.preprocessing import ImagePreprocessing, TextPreprocessing
 from askewq.spec import LoadedModel, first_line
 from askewq.target import ExportSource, Options, Target
@@ -45,8 +45,8 @@ def refusals(source: ExportSource, options: Options) -> list[str]:
     # With a free size torch would write some layers (adaptive pooling) for that of the example.
     if isinstance(preprocessing, ImagePreprocessing) and preprocessing.size is None:
         return [
-            "the preprocessing sets no image size, and an ONNX file is for one size: fine-tune "
-            "with --image-size, or set preprocessing.size to [height, width] in config.json"
+            "the preprocessing sets no image size, and an ONNX file is for one size: say which "
+            "with --image-size"
         ]
     if source.artifact.inputs and not hasattr(torch.onnx, "ops"):
         return [
@@ -292,7 +292,8 @@ def fill(model: Any, artifact: Artifact) -> Any:
     made = []
     for name, weight in packed.items():
         kept = storage(weight)
-        nodes, tensors = dequantize(name, weight, kept, _take_transposes(filled.graph, name))
+        turned = multiplies(weight, kept.width) and _take_transposes(filled.graph, name)
+        nodes, tensors = dequantize(name, weight, kept, turned)
         made += nodes
         filled.graph.initializer.extend(tensors)
         if kept.width == 2:

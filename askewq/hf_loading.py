@@ -77,10 +77,15 @@ class _WritesArtifact:
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         """Write config.json; `use_diff` is transformers' and changes nothing here."""
+        if not hasattr(self, "quantization_config"):  # after model.dequantize()
+            super().to_json_file(json_file_path, use_diff)  # type: ignore[misc]
+            return
         arguments = plain_json(self.to_dict())  # type: ignore[attr-defined]
         kept = arguments.pop("quantization_config")
+        # Labels may have been given other names in from_pretrained.
+        names = self.id2label.values() if kept["labels"] else ()  # type: ignore[attr-defined]
         arguments["_name_or_path"] = kept["name"]  # not the folder that it was read from
-        spec = ModelSpec("transformers", kept["name"], kept["task"], kept["labels"], arguments)
+        spec = ModelSpec("transformers", kept["name"], kept["task"], tuple(names), arguments)
         text = json.dumps(config_content(spec, kept["preprocessing"]), indent=2, ensure_ascii=False)
         Path(json_file_path).write_text(text + "\n", encoding="utf-8")
 
@@ -127,13 +132,15 @@ class AskewQuantizer(HfQuantizer):
         folder, paths = Path(model.name_or_path), [Path(name) for name in checkpoint_files]
         for path in paths:
             # Compared as written: the file may be a link into the Hub's cache.
-            if folder.is_dir() and (".." in path.parts or not path.is_relative_to(folder)):
+            inside = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
+            if folder.is_dir() and not inside:
                 raise FormatError(
                     f"the weights of {folder} are said to be {path}; they are beside its "
                     "config.json."
                 )
         stored = checkpoint.read_files(paths)
         names = _names_in(model, [*stored.weights, *stored.tensors, *stored.shared])
+        self.whole = all(names.get(name) == name for name in (*stored.weights, *stored.tensors))
         held: dict[str, PackedTensor] = {}
         for name, weight in stored.weights.items():
             if name in names:
@@ -183,8 +190,14 @@ class AskewQuantizer(HfQuantizer):
         """Return the content of the file, which is the one that was loaded.
 
         Raises:
-            ModelError: the model was cast since, so that its float tensors are others.
+            ModelError: the model was cast since, so that its float tensors are others, or is a
+                part of the network that config.json describes.
         """
+        if not self.whole:
+            raise ModelError(
+                f"{type(model).__name__} is a part of the artifact's network, and config.json "
+                "describes the whole; load it with the Auto class of its task to save it."
+            )
         content = artifact_of(model)
         for name, tensor in content.tensors.items():
             if tensor.is_floating_point() and tensor.dtype != torch.float32:

@@ -83,6 +83,7 @@ def load_transformers(
     if Path(name).is_dir():
         check_index(Path(name))
     config = hf_config(name, trust_remote_code)
+    config.dtype = torch.float32  # as it is trained, whatever it was published in
     notes: list[str] = []
     mismatched = False
     own = tuple(dict(sorted((config.id2label or {}).items())).values())

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from askewq import checkpoint
-from askewq.artifact import ARTIFACT, read_spec
+from askewq.artifact import ARTIFACT, read_spec, restore
 from askewq.errors import FormatError, HubError
+from askewq.preprocessing import TextPreprocessing
 from askewq.spec import first_line
 from askewq.wording import width_name
 
@@ -40,7 +41,7 @@ def push(folder: Path, repo: str, *, private: bool = False, dry_run: bool = Fals
 
 def _files(folder: Path) -> list[str]:
     """Return the names of the files to push, after a check that the artifact is whole."""
-    read_spec(folder)
+    spec, values = read_spec(folder)
     weights = checkpoint.files_of(folder / ARTIFACT)
     checkpoint.read_files(weights)
     missing = [name for name in (METRICS, CARD) if not (folder / name).is_file()]
@@ -49,10 +50,14 @@ def _files(folder: Path) -> list[str]:
             f"{folder} has no {' and no '.join(missing)}: a pushed model says what it measures. "
             "Both are written at the end of `askewq finetune`."
         )
+    preprocessing, vocabulary = restore(spec, values, folder), set()
+    if isinstance(preprocessing, TextPreprocessing):
+        vocabulary = {*type(preprocessing.tokenizer).vocab_files_names.values()}
     return sorted(
         path.name
         for path in folder.iterdir()
-        if path.is_file() and (path in weights or path.suffix in _SUFFIXES)
+        if path.is_file()
+        and (path in weights or path.name in vocabulary or path.suffix in _SUFFIXES)
     )
 
 

@@ -34,14 +34,28 @@ class Storage:
 
 
 def storage(weight: PackedWeight) -> Storage:
-    """Return the smallest ONNX type that holds a weight exactly, and how."""
+    """Return the smallest ONNX type that holds a weight exactly, and how.
+
+    One that has its output channels last is fed to MatMul as it is, where `multiplies` decides.
+    """
     grid = weight.grid
-    width = next(w for w in (2, 4, 8) if grid.size <= 2**w and grid.first >= -(2 ** (w - 1)))
+    last = len(weight.shape) == 2 and weight.channel_dim == 1
+    widths = (4, 8) if last and not multiplies(weight, 2) else (2, 4, 8)
+    width = next(w for w in widths if grid.size <= 2**w and grid.first >= -(2 ** (w - 1)))
     if grid.first % 1 == 0:
         return Storage(width, "levels")
     halved = weight.scale / 2
     fits = 2 * -grid.first <= 2 ** (width - 1) - 1 and torch.equal(2 * halved, weight.scale)
     return Storage(width, "doubled" if fits else "units")
+
+
+def multiplies(weight: PackedWeight, width: int) -> bool:
+    """Tell whether onnxruntime multiplies rightly by a dequantized matrix, output channels last.
+
+    With 2-bit integers its MatMul (1.32) gives wrong numbers unless the output channels are a
+    multiple of four. With a Transpose between the two, as of a Linear layer, they are right.
+    """
+    return width != 2 or weight.shape[weight.channel_dim] % 4 == 0
 
 
 def _integers(weight: PackedWeight, form: Form) -> Tensor:

@@ -10,6 +10,7 @@ Eight codes are one 64-bit word, a byte each. Packing moves neighbours together 
 
 import functools
 import math
+from array import array
 
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ def _unpack(packed: Tensor, bits: Bits, count: int) -> Tensor:
     if bits == 8 or not len(packed):
         return packed.clone()
     if bits == "ternary":
-        table = _ternary_table(packed.device)
+        table = torch.frombuffer(_ternary_digits(), dtype=torch.uint8).view(256, 5)
+        table = table.to(packed.device)
         return table.index_select(0, packed.to(torch.int32)).reshape(-1)[:count]
     parts = pieces(_pad(packed, bits).reshape(-1, bits), _WORDS)
     return torch.cat([_part(part, bits) for part in parts])[:count]
@@ -124,12 +126,11 @@ def _steps(bits: int) -> tuple[tuple[int, int], ...]:
     return tuple(steps)
 
 
+# No tensor is kept: one that was made while a network is traced has no content.
 @functools.cache
-def _ternary_table(device: torch.device) -> Tensor:
-    """Return the five codes in every byte, uint8 [256, 5]."""
-    every = torch.arange(256, device=device)
-    digits = torch.stack([every // power % 3 for power in _POWERS_OF_3], dim=1)
-    return digits.to(torch.uint8)
+def _ternary_digits() -> bytearray:
+    """Return the five codes in every byte, 256 times 5."""
+    return bytearray(byte // power % 3 for byte in range(256) for power in _POWERS_OF_3)
 
 
 def unpack_values(
@@ -175,19 +176,26 @@ def _codes_a_byte(grid: Grid) -> int:
     return 5 if grid.bits == "ternary" else 8 // int(grid.bits)
 
 
-@functools.cache
 def _level_table(grid: Grid, device: torch.device) -> Tensor:
     """Return the levels, in units of the scale, of the codes in every byte: 256 rows of float32.
 
     A row of four levels is one number of 16 bytes, of two one of 8: torch copies numbers faster
     than rows.
     """
-    every = torch.arange(256, dtype=torch.uint8)
-    each = _codes_a_byte(grid)
-    codes = _unpack(every, grid.bits, 256 * each).reshape(256, each)
-    table = grid.levels()[codes.clamp(max=grid.last).long()].to(device)
+    each, levels = _codes_a_byte(grid), _levels(grid)
     number = {1: torch.float32, 2: torch.complex64, 4: torch.complex128}
-    return table.view(number[each]).view(-1) if each in number else table
+    if each in number:
+        return torch.frombuffer(levels, dtype=number[each]).to(device)
+    return torch.frombuffer(levels, dtype=torch.float32).view(256, each).to(device)
+
+
+@functools.cache
+def _levels(grid: Grid) -> bytearray:
+    """Return the content of `_level_table`: of every byte its codes' levels, float32."""
+    base = 3 if grid.bits == "ternary" else 2 ** int(grid.bits)
+    powers = [base**i for i in range(_codes_a_byte(grid))]
+    codes = (byte // power % base for byte in range(256) for power in powers)
+    return bytearray(array("f", (grid.first + grid.step * min(c, grid.last) for c in codes)))
 
 
 def check_packed(packed: Tensor, bits: Bits, count: int) -> None:

@@ -332,8 +332,9 @@ class _Run:
                 checkpoint.save(self.model, path)
                 artifact.save_config(self.loaded, self.out)
         self.accelerator.wait_for_everyone()
-        reloaded = models.build(self.loaded.spec)
-        checkpoint.load_into(reloaded, checkpoint.read(path))
+        content = checkpoint.read(path)
+        reloaded = artifact.plain_network(self.loaded.spec, self.out, content)
+        checkpoint.load_into(reloaded, content)
         same = self.loop.evaluate(reloaded.to(self.accelerator.device))
         metrics = self._metrics(snapped, same, reloaded)
         if self.accelerator.is_main_process:

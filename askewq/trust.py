@@ -5,6 +5,7 @@ libraries that read them make.
 """
 
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,14 +95,21 @@ def is_inside(name: Any) -> bool:
 def at_most(parameters: int) -> Iterator[None]:
     """Within the block no network is built with more parameters; memory is not touched before.
 
+    One that is given to several layers, or to one again, counts once.
+
     Raises:
         FormatError: a network that has more.
     """
     total = 0
+    counted: dict[int, weakref.ref[nn.Parameter]] = {}
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal total
-        total += 0 if parameter is None else parameter.numel()
+        before = counted.get(id(parameter))
+        if parameter is None or (before is not None and before() is parameter):
+            return
+        counted[id(parameter)] = weakref.ref(parameter)
+        total += parameter.numel()
         if total > parameters:
             raise FormatError(
                 f"it describes a network of more than {total:,} parameters, and the weights "

@@ -146,6 +146,12 @@ def _check_plain(model: nn.Module) -> None:
             f"{lazy[0]} has no shape yet ({len(lazy)} lazy parameters in all); call the model on a "
             "batch once, then plan."
         )
+    own = nn.Module.get_extra_state
+    if extra := [n for n, m in model.named_modules() if type(m).get_extra_state is not own]:
+        raise PlanError(
+            f"{extra[0] or 'the model'} keeps extra state beside its tensors (get_extra_state), "
+            "which a packed file cannot hold; make it a buffer."
+        )
     if quantized := quantized_layers(model):
         raise PlanError(
             f"the model is quantized already ({next(iter(quantized))} and {len(quantized) - 1} "

@@ -8,10 +8,11 @@ import pytest
 import torch
 from builders import copy_of, edit_config, finished
 from safetensors.torch import save_file
+from torch import nn
 
 import askewq
 from askewq import artifact, checkpoint
-from askewq.errors import FormatError, ModelError
+from askewq.errors import DivergenceError, FormatError, ModelError, OutputError
 
 LOADABLE = ["timm", "timm-vit", "bert", "bert-pairs", "llama", "vit"]
 
@@ -142,6 +143,57 @@ class TestSave:
         with pytest.raises(ModelError, match="no quantized layer"):
             askewq.save(builders.own_network("small"), tmp_path / "own")
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_a_cast_network_is_refused(self, tmp_path, dtype):
+        """Packed weights are float32: no network would have the types of the file."""
+        network = self.trained()
+        askewq.snap_(network)
+        network.to(dtype)
+        askewq.snap_(network)
+        with pytest.raises(ModelError, match=f"2 is {dtype}, and packed weights are float32"):
+            askewq.save(network, tmp_path / "own")
+        assert not list(tmp_path.iterdir())
+
+    def test_what_cannot_be_saved(self, tmp_path):
+        """NaN is not between the levels, and a file is no folder."""
+        network = self.trained()
+        askewq.snap_(network)
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(OutputError, match="file is a file; name a folder"):
+            askewq.save(network, tmp_path / "file")
+        with torch.no_grad():
+            network[2].weight[0] = float("nan")
+        with pytest.raises(DivergenceError, match="NaN"):
+            askewq.save(network, tmp_path / "own")
+
+    def test_a_buffer_that_one_layer_does_not_store(self, tmp_path):
+        """Its name in the file is the one under which it is stored."""
+
+        def network():
+            made = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+            mask = torch.ones(4)
+            made[0].register_buffer("mask", mask, persistent=False)
+            made[1].register_buffer("mask", mask)
+            return made
+
+        first = network()
+        askewq.quantize(first, bits=2)
+        first[1].mask.fill_(3)
+        askewq.snap_(first)
+        askewq.save(first, tmp_path)
+        again = askewq.load(tmp_path, model=network())
+        assert torch.equal(again[1].mask, torch.full((4,), 3.0))
+
+    def test_a_model_without_memory(self, tmp_path):
+        """A network on the meta device cannot be filled."""
+        network = self.trained()
+        askewq.snap_(network)
+        askewq.save(network, tmp_path)
+        with torch.device("meta"):
+            fresh = builders.own_network("small")
+        with pytest.raises(FormatError, match="meta device"):
+            askewq.load(tmp_path, model=fresh)
 
     def test_ordinary_weights_stay(self, tmp_path):
         """A file of that name that holds somebody's float weights is not replaced."""

@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import builders
 import pytest
@@ -145,6 +147,57 @@ class TestSave:
         model = kind.from_pretrained(finished("bert")[0], dtype=torch.bfloat16)
         with pytest.raises(ModelError, match=r"bfloat16.*load it without dtype= to save it"):
             model.save_pretrained(tmp_path)
+
+    def test_a_part_of_the_network_is_not_saved(self, tmp_path):
+        """config.json would still describe the whole of it."""
+        part = transformers.AutoModel.from_pretrained(finished("bert")[0])
+        with pytest.raises(ModelError, match="BertModel is a part of the artifact's network"):
+            part.save_pretrained(tmp_path)
+
+    def test_other_names_of_labels(self, tmp_path):
+        """Those given in from_pretrained are the artifact's, in both places."""
+        kind = transformers.AutoModelForSequenceClassification
+        names = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+        kind.from_pretrained(finished("bert")[0], **names).save_pretrained(tmp_path)
+        assert artifact.read_spec(tmp_path)[0].labels == ("a", "b")
+
+    def test_a_dequantized_model_is_an_ordinary_one(self, tmp_path):
+        """Saved, it is read without askewq's kind of model."""
+        model = load("bert")
+        before = logits(model, "bert")
+        model.dequantize()
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"
+        again = load("bert", tmp_path)
+        assert not packed_layers(again)
+        assert torch.equal(logits(again, "bert"), before)
+
+    @pytest.mark.parametrize("way", ["relative", "absolute"])
+    def test_a_path_with_two_dots(self, tmp_path, monkeypatch, way):
+        """Which folder it is, is the user's to say."""
+        (tmp_path / "below").mkdir()
+        monkeypatch.chdir(tmp_path / "below")
+        copy_of("bert", tmp_path)
+        above = Path("..") if way == "relative" else tmp_path / "below" / ".."
+        (name,) = [path.name for path in tmp_path.iterdir() if path.name != "below"]
+        assert torch.equal(logits(load("bert", above / name), "bert"), logits(load("bert"), "bert"))
+
+    def test_a_network_without_its_tokenizer(self, tmp_path):
+        """`askewq.load` returns a network, which needs none."""
+        load("bert").save_pretrained(tmp_path)
+        assert torch.equal(logits(askewq.load(tmp_path), "bert"), logits(load("bert"), "bert"))
+
+    def test_how_it_generates(self, tmp_path):
+        """End tokens and sampling come from the model's own file, and stay."""
+        source = shutil.copytree(builders.llama(), tmp_path / "llama")
+        wanted = {"eos_token_id": [3, 5, 7], "do_sample": True, "temperature": 0.6}
+        (source / "generation_config.json").write_text(json.dumps(wanted))
+        builders.finetune("llama", tmp_path / "out", model=str(source))
+        again = load("llama", tmp_path / "out")
+        again.save_pretrained(tmp_path / "saved")
+        for model in (again, load("llama", tmp_path / "saved"), askewq.load(tmp_path / "out")):
+            assert {k: getattr(model.generation_config, k) for k in wanted} == wanted
+        assert not (finished("llama")[0] / "generation_config.json").exists()
 
     def test_the_config_alone(self, tmp_path):
         """A config that is saved alone does not pass for a float network's either."""

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import builders
 import pytest
@@ -18,6 +19,7 @@ from test_snapshots import Bomb
 import askewq
 from askewq import artifact, checkpoint, models, trust
 from askewq.errors import AskewError, FormatError, ModelError
+from askewq.spec import ModelSpec
 
 
 def peak(*, anew: bool = False) -> int:
@@ -229,6 +231,13 @@ class TestPaths:
             askewq.load(folder, model=builders.own_network("small"))
 
 
+def packed_of(network):
+    """Return the content of the file of a network at 2 bits."""
+    askewq.quantize(network, bits=2)
+    askewq.snap_(network)
+    return checkpoint.artifact_of(network)
+
+
 class TestSizes:
     @pytest.mark.parametrize(
         ("kind", "change"),
@@ -279,6 +288,27 @@ class TestSizes:
             file.truncate(trust.CONFIG_BYTES + 1)
         with pytest.raises(FormatError, match="at most 16,777,216 are read"):
             askewq.load(folder)
+
+    @pytest.mark.parametrize("kind", ["llama", "t5", "bart", "gpt2"])
+    def test_tied_weights_count_once(self, tmp_path, kind):
+        """A large embedding that encoder, decoder and head share is one weight."""
+        sizes: dict[str, Any] = {"vocab_size": 4000, "pad_token_id": 0, "eos_token_id": 1}
+        small: dict[str, Any] = {
+            "llama": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+            | {"num_attention_heads": 2, "tie_word_embeddings": True},
+            "t5": {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2},
+            "bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+            | {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64}
+            | {"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+            "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64},
+        }[kind]
+        task = "causal-lm" if kind in ("llama", "gpt2") else "text-classification"
+        arguments = transformers.AutoConfig.for_model(kind, **sizes, **small).to_dict()
+        labels = () if task == "causal-lm" else ("a", "b")
+        spec = ModelSpec("transformers", "tied", task, labels, arguments)
+        network = models.build(spec)
+        content = packed_of(network)
+        assert isinstance(artifact.plain_network(spec, tmp_path, content), type(network))
 
     def test_the_count_is_taken_back(self):
         """Networks built outside the block are as large as they like."""
