@@ -5,8 +5,10 @@ import json
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import builders
+import onnx
 import pytest
 import torch
 from builders import command, files
@@ -193,6 +195,35 @@ class TestRefuses:
         refused(run(folder, tmp_path / "out"), 2, *words)
         assert files(tmp_path) == before
         assert not (tmp_path / "out").exists()
+
+    def test_an_empty_folder_behind_a_link(self, own, tmp_path):
+        """The folder that the link names is filled, and the link stays."""
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        export(own, "dense", tmp_path / "link", factory=builders.own("small"))
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real" / "export.json").is_file()
+
+    def test_a_file_of_ones_own_that_imports_askewq(self, own, tmp_path):
+        """As that of a training loop does."""
+        file = Path(builders.own("small").rpartition(":")[0])
+        (tmp_path / "nets.py").write_text("import askewq\n" + file.read_text())
+        export(own, "dense", tmp_path / "out", factory=f"{tmp_path / 'nets.py'}:small")
+
+    def test_an_image_size_that_the_artifact_says(self, timm, tmp_path):
+        """It is not overruled, and texts have none."""
+        for folder in (timm, builders.finished("bert")[0]):
+            with pytest.raises(ExportError, match="preprocessing says no size; leave it out"):
+                export(folder, "dense", tmp_path / "out", image_size=16)
+
+    def test_an_image_size_that_it_does_not_say(self, tmp_path):
+        """The samples have it."""
+        folder, _ = builders.finished("own")
+        outcome = run(folder, tmp_path / "out", "--image-size", 20, to="onnx")
+        assert outcome.code == 0, outcome.err
+        graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+        assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim][1:] == [3, 20, 20]
+        refused(run(folder, tmp_path / "no", "--image-size", 0), 2, "--image-size 0")
 
     def test_own_modules(self, own, timm, tmp_path):
         """An own module must be passed in; another artifact takes none."""

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from builders import command, copy_of, finished
 
-from askewq import hub
+from askewq import artifact, hub
 from askewq.errors import FormatError, HubError
 
 
@@ -143,3 +143,14 @@ class TestBadInput:
         """The real client, which the tests keep offline, ends in the same error."""
         with pytest.raises(HubError, match="did not take 'me/model'"):
             hub.push(finished("timm")[0], "me/model")
+
+
+def test_a_vocabulary_of_any_name(fake, tmp_path, monkeypatch):
+    """The files that a tokenizer writes are pushed, whatever they are called."""
+    folder = copy_of("bert", tmp_path)
+    kind = type(artifact.load_artifact(folder).preprocessing.tokenizer)
+    monkeypatch.setattr(kind, "vocab_files_names", {"merges_file": "bpe.codes"})
+    (folder / "bpe.codes").write_text("a b")
+    (folder / "other.codes").write_text("mine")
+    hub.push(folder, "me/model")
+    assert fake.commits[0]["files"] == sorted([*FILES["bert"], "bpe.codes"])

@@ -763,3 +763,15 @@ def test_what_cannot_be_trained_says_what_to_exclude():
     nn.init.constant_(model[2].weight, torch.nan)
     with pytest.raises(ModelError, match="exclude this layer with --exclude '2'"):
         quantize(model, 2)
+
+
+def test_extra_state_is_refused_before_training():
+    """A packed file holds tensors alone."""
+
+    class Counting(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+    model = nn.Sequential(nn.Linear(4, 4), Counting(4, 4), nn.Linear(4, 4))
+    with pytest.raises(PlanError, match="1 keeps extra state beside its tensors"):
+        plan(model, 2)
