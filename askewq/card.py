@@ -20,11 +20,17 @@ _PIPELINE: dict[str, str] = {
     "feature-extraction": "feature-extraction",
     "image-feature-extraction": "image-feature-extraction",
 }
+# Keys of a recipe that may name a file or folder.
+_NAMES = (
+    *("model", "weights", "tokenizer", "dataset"),
+    *("teacher", "teacher_weights", "output"),
+)
 
 
 def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> str:
     """Return README.md of an artifact: how to load it, what it measures, how it was made."""
     header = yaml.safe_dump(_metadata(metrics, recipe, loaded.spec), sort_keys=False)
+    recipe = _without_folders(recipe)
     settings = to_yaml(recipe)
     block = fence(settings)
     sizes, metric = metrics["bytes"], metrics["metric"]
@@ -60,8 +66,19 @@ Fine-tuned by askewq with the method `{recipe.method}`{_source(recipe)}; the rec
 """
 
 
+def _without_folders(recipe: Recipe) -> Recipe:
+    """Return a recipe for a page: where its files lie on this machine is nobody's business."""
+    given = {key: getattr(recipe, key) for key in _NAMES}
+    local = {
+        key: type(name)(Path(name).name)
+        for key, name in given.items()
+        if name is not None and path_of(str(name)).exists()
+    }
+    return recipe.model_copy(update=local)
+
+
 def _metadata(metrics: dict[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
-    """Return what the Hub reads of a model card; paths of this machine are none of its business."""
+    """Return what the Hub reads of a model card."""
     header: dict[str, Any] = {
         "library_name": "askewq",
         "pipeline_tag": _PIPELINE[spec.task],
