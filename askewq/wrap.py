@@ -74,49 +74,44 @@ def plan(
     matrices = [name for name, module in modules.items() if _has_matrix(module)]
     last = _heads(model, matrices) if keep_last else []
     ends = dict.fromkeys(matrices[:1], "first") | dict.fromkeys(last, "last")
-    layers = []
-    counted: set[int] = set()
-    for main, places in users.items():
+
+    def planned(places: list[Place], parameters: int) -> PlannedLayer:
+        first = modules[places[0].name]
         names = [name for place in places for name in place.called]
         form, reason = _form(modules, places)
         reason = reason or _unselected(names, form, include, exclude, ends)
-        shape = modules[places[0].name].get_parameter(places[0].leaf).shape
+        shape = first.get_parameter(places[0].leaf).shape
         size, note = (group_size, reason) if reason else _group(group_size, shape, form)
         sharing = f"weight shared by {', '.join(p.name for p in places[1:])}" if places[1:] else ""
         rounds = act_bits != "none" and not reason
         given = _unrounded([modules[place.name] for place in places]) if rounds else ""
-        owned = [p for place in places for p in _own(modules[place.name])]
-        own = {id(p): p.numel() for p in owned if id(p) == main or id(p) not in users}
-        layers.append(
-            PlannedLayer(
-                names=tuple(place.name for place in places),
-                leaves=tuple(place.leaf for place in places),
-                kind=type(modules[places[0].name]).__name__,
-                shape=tuple(shape),
-                parameters=sum(n for key, n in own.items() if key not in counted),
-                grid=None if reason else patterns.overridden(names, overrides) or chosen,
-                channel_dim=form.channel_dim,
-                group_size=size,
-                note="; ".join(filter(None, (note, given, sharing))),
-                act_bits=act_bits if rounds and not given else "none",
-            )
+        return PlannedLayer(
+            names=tuple(place.name for place in places),
+            leaves=tuple(place.leaf for place in places),
+            kind=type(first).__name__,
+            shape=tuple(shape),
+            parameters=parameters,
+            grid=None if reason else patterns.overridden(names, overrides) or chosen,
+            channel_dim=form.channel_dim,
+            group_size=size,
+            note="; ".join(filter(None, (note, given, sharing))),
+            act_bits=act_bits if rounds and not given else "none",
         )
-        counted |= own.keys()
-    result = Plan(tuple(layers))
-    if not result.quantized:
-        reasons = "; ".join(f"{layer.label}: {layer.note}" for layer in layers[:5])
-        raise PlanError(
-            f"none of the model's {len(layers)} layers with parameters can be quantized "
-            f"({reasons or 'it has no parameters'}); name layers with include, or exclude fewer."
-        )
-    if act_bits != "none" and not any(layer.act_bits != "none" for layer in layers):
-        raise PlanError(
-            f"act_bits = {act_bits}, but none of the {len(result.quantized)} quantized layers is "
-            "given one tensor of numbers that could be rounded; include a Linear or Conv layer, or "
-            "leave act_bits out."
-        )
+
+    result = Plan(tuple(map(planned, users.values(), _counts(modules, users))))
+    _check_some(result, act_bits)
     _check_overrides(overrides, result)
     return result
+
+
+def _counts(modules: Mapping[str, nn.Module], users: Mapping[int, list[Place]]) -> Iterator[int]:
+    """Yield the parameters of each layer; those that several have count for the first."""
+    counted: set[int] = set()
+    for main, places in users.items():
+        owned = [p for place in places for p in _own(modules[place.name])]
+        own = {id(p): p.numel() for p in owned if id(p) == main or id(p) not in users}
+        yield sum(n for key, n in own.items() if key not in counted)
+        counted |= own.keys()
 
 
 def _heads(model: nn.Module, matrices: Sequence[str]) -> list[str]:
@@ -156,6 +151,22 @@ def _check_plain(model: nn.Module) -> None:
         raise PlanError(
             f"the model is quantized already ({next(iter(quantized))} and {len(quantized) - 1} "
             "other layers); plan the plain model."
+        )
+
+
+def _check_some(result: Plan, act_bits: ActBits) -> None:
+    """Refuse a plan without a layer to quantize, or without an input to round."""
+    if not result.quantized:
+        reasons = "; ".join(f"{layer.label}: {layer.note}" for layer in result.layers[:5])
+        raise PlanError(
+            f"none of the model's {len(result.layers)} layers with parameters can be quantized "
+            f"({reasons or 'it has no parameters'}); name layers with include, or exclude fewer."
+        )
+    if act_bits != "none" and not any(layer.act_bits != "none" for layer in result.layers):
+        raise PlanError(
+            f"act_bits = {act_bits}, but none of the {len(result.quantized)} quantized layers is "
+            "given one tensor of numbers that could be rounded; include a Linear or Conv layer, or "
+            "leave act_bits out."
         )
 
 
