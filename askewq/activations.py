@@ -185,6 +185,12 @@ def round_inputs(
             "act_bits: no quantized layer was called with numbers, so that there is no input to "
             "round; quantize a Linear or Conv layer, or leave act_bits out."
         )
+    for name, sums in found.items():
+        if not sums.isfinite().all():
+            raise ModelError(
+                f"the input of {name} holds NaN or infinite values in calibration, so that it has "
+                "no scale; look at the samples, or exclude the layer."
+            )
     signed = {name: bool(sums[3] > 0) for name, sums in found.items()}
     attach_(model, act_bits, signed)
     for name, layer in rounded_layers(model).items():

@@ -151,6 +151,7 @@ def _network(
 ) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
     """Return what `load_artifact` does, with the values of its preprocessing."""
     spec, preprocessing = read_spec(folder)
+    _check_preprocessing(spec, preprocessing)
     if factory is not None and spec.source != "module":
         raise ModelError(
             f"--model goes with an artifact of a module of your own; {folder} is of {spec.name} "
@@ -214,16 +215,23 @@ def restore(spec: ModelSpec, values: dict[str, Any], folder: Path) -> Preprocess
         FormatError: damaged values, or a tokenizer that leads out of the folder.
         ModelError: files of a tokenizer or image processor that are missing.
     """
+    _check_preprocessing(spec, values)
     if spec.task not in IMAGE_TASKS:
-        length = values.get("max_length")
-        if not isinstance(length, int) or length < 2:
-            raise FormatError(f"config.json: preprocessing has no usable max_length: {length!r}.")
         trust.check_tokenizer(folder)
         with _without_warnings():
-            return load_tokenizer(str(folder), False, length)
+            return load_tokenizer(str(folder), False, values["max_length"])
     if spec.source == "transformers":
         return load_processor(str(folder), trust_remote_code=False)
     return ImagePreprocessing.restore(values)
+
+
+def _check_preprocessing(spec: ModelSpec, values: dict[str, Any]) -> None:
+    """Check what config.json says of the preprocessing, whose files may be elsewhere."""
+    length = values.get("max_length")
+    if spec.task not in IMAGE_TASKS and (not isinstance(length, int) or length < 2):
+        raise FormatError(f"config.json: preprocessing has no usable max_length: {length!r}.")
+    if spec.task in IMAGE_TASKS and spec.source != "transformers":
+        ImagePreprocessing.restore(values)
 
 
 @contextmanager

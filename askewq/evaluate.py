@@ -14,7 +14,7 @@ from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import open_eval
 from askewq.distill import Teacher
-from askewq.errors import ExactnessError, RecipeError
+from askewq.errors import DivergenceError, ExactnessError, RecipeError
 from askewq.preprocessing import Preprocessing
 from askewq.spec import ModelSpec
 from askewq.tasks import check_logits, logits_and_labels, metric_of, score
@@ -158,6 +158,10 @@ def _require_equal(logits: Tensor, other: Tensor) -> None:
     logits, other = logits.float(), other.float()
     if torch.equal(logits, other):
         return
+    if not logits.isfinite().all():
+        raise DivergenceError(
+            "the evaluated model's logits are NaN or infinite; train with a smaller lr."
+        )
     difference = (logits - other).abs().max().item()
     raise ExactnessError(
         f"the reloaded artifact's logits differ from the evaluated model's by up to "

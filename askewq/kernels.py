@@ -108,6 +108,8 @@ def adamw_(
 
 def lazy_projection(weight: Tensor, scale: Tensor, grid: Grid, radius: float) -> Tensor:
     """Return what `methods.lazy_projection` does, to the bit, in one pass over memory."""
+    if torch.compiler.is_compiling():  # the whole model is, and this becomes a part of it
+        return methods.lazy_projection(weight, scale, grid, radius)
     number = functools.partial(torch.tensor, dtype=weight.dtype)
     numbers = (number(float(n)) for n in (grid.first, grid.step, grid.last, radius))
     kernel = compiled(methods.nearest_point, weight.device.type)

@@ -192,6 +192,17 @@ class QuantizedLayer(QuantizedWeight, Mixin):
         """The layer itself."""
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse torch.nn.DataParallel, which puts a tensor in the place of every weight.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "torch.nn.DataParallel copies no quantized layer; use DistributedDataParallel, one "
+            "process for each GPU."
+        )
+
 
 class QuantizedPart(QuantizedWeight):
     """One of the weights of a layer that calls none `weight`; its scale is a buffer there."""

@@ -130,10 +130,10 @@ class _Skewed(torch.optim.Optimizer):
         Raises:
             RecipeError: another optimizer gave it.
         """
-        if any("progress" not in group for group in state_dict["param_groups"]):
+        if missing := [k for g in state_dict["param_groups"] for k in self.defaults.keys() - g]:
             raise RecipeError(
                 f"the state is not that of {type(self).__name__}: its parameter groups have no "
-                "progress; load what the state_dict() of one gave."
+                f"{', '.join(sorted({*missing}))}; load what the state_dict() of one gave."
             )
         super().load_state_dict(state_dict)
         self.anneal(self._progress)

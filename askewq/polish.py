@@ -38,6 +38,7 @@ class Polisher:
         >>> polisher = Polisher(model, lr=1e-3)
         >>> loss(model(x), y).backward()  # for every batch
         >>> polisher.optimizer.step()
+        >>> polisher.optimizer.zero_grad()
         >>> polisher.finish_()
     """
 

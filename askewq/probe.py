@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from askewq.errors import CALLING
 from askewq.kinds import Kind, kind_of, ramp
 
 
@@ -65,7 +66,7 @@ def _uses_weight_linearly(module: nn.Module, x: Tensor) -> bool | None:
                 state |= {name: torch.ones_like(p) for name, p in others.items()}
                 once = call(weight)
             return torch.equal(2 * once, call(2 * weight)) if once.any() else None
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError):
+    except (*CALLING, LookupError):
         return None
     finally:
         for child, training in modes:

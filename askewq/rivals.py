@@ -50,6 +50,8 @@ class Follower:
         check_strength(method, strength)
         if gradient_bits is not None and method != "luq":
             raise RecipeError(f"method = {method} does not round gradients; use luq for that.")
+        if gradient_bits is not None and not 2 <= gradient_bits <= 7:
+            raise RecipeError(f"gradient_bits = {gradient_bits} must be 2 to 7.")
         self._final = (self._rule.strength if strength is None else strength) or 0.0
         self._layers = list(quantized_layers(model).values())
         if not self._layers:
@@ -90,10 +92,10 @@ class Follower:
         """Set the method's coefficient for the next step.
 
         Args:
-            progress: share of all steps taken once it is made, up to 1.
+            progress: share of all steps taken once it is made, up to 1; beyond, it stays.
         """
         for module in self._modules:
-            module.strength = self._rule.course(self._final, progress)
+            module.strength = self._rule.course(self._final, min(max(progress, 0.0), 1.0))
 
     def shown(self, progress: float) -> dict[str, float]:
         """Return what the progress bar shows: the method's coefficient, if it has one."""

@@ -168,8 +168,9 @@ def assign(sensitivity: Sensitivity, budget: int) -> tuple[Bits, ...]:
         )
     increase = sensitivity.increase.clamp(min=0)
     finite = increase.isfinite()
-    worst = 1 + layers * increase.where(finite, 0.0).max()
-    costs = increase.where(finite, worst).flatten().numpy()
+    largest = float(increase.where(finite, 0.0).max()) or 1.0
+    # The solver's tolerances are absolute, and increases may be small.
+    costs = (increase / largest).where(finite, layers + 1.0).flatten().numpy() * 1e6
     one_each = torch.eye(layers, dtype=torch.float64).repeat_interleave(widths, 1).numpy()
     sizes = sensitivity.code_bytes.flatten().double().numpy()
     found = milp(

@@ -66,6 +66,10 @@ def attempt(
     network.eval()
     fresh.eval()
     with torch.no_grad():
+        for layer in plan.quantized:  # random weights may begin at zero, trained ones do not end so
+            weight = network.get_submodule(layer.names[0]).get_parameter(layer.leaves[0])
+            if not weight.any():
+                weight.normal_(std=0.02)
         plain = run(network)
         if not _same(plain, run(network)):
             raise ModelError(

@@ -57,6 +57,9 @@ def plan(
         PlanError: a pattern without a match, an override that changes nothing or contradicts
             another, nothing left to quantize, or no input to round.
     """
+    for key, given in (("include", include), ("exclude", exclude)):
+        if isinstance(given, str):
+            raise RecipeError(f"{key} = {given!r} must be a list of patterns: [{given!r}].")
     chosen = make_grid(bits, grid)
     if act_bits != "none":
         input_grid(act_bits, signed=True)
@@ -74,11 +77,19 @@ def plan(
     matrices = [name for name, module in modules.items() if _has_matrix(module)]
     last = _heads(model, matrices) if keep_last else []
     ends = dict.fromkeys(matrices[:1], "first") | dict.fromkeys(last, "last")
+    held: dict[int, set[Place]] = {}
+    for name, module in modules.items():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            held.setdefault(id(parameter), set()).add(Place(name, leaf))
 
-    def planned(places: list[Place], parameters: int) -> PlannedLayer:
+    def planned(main: int, parameters: int) -> PlannedLayer:
+        places = users[main]
         first = modules[places[0].name]
         names = [name for place in places for name in place.called]
         form, reason = _form(modules, places)
+        if others := held[main] - {*places}:
+            name, leaf = min(others)
+            reason = reason or f"{name} holds it too, as {leaf}, and would see it unrounded"
         reason = reason or _unselected(names, form, include, exclude, ends)
         shape = first.get_parameter(places[0].leaf).shape
         size, note = (group_size, reason) if reason else _group(group_size, shape, form)
@@ -98,8 +109,9 @@ def plan(
             act_bits=act_bits if rounds and not given else "none",
         )
 
-    result = Plan(tuple(map(planned, users.values(), _counts(modules, users))))
+    result = Plan(tuple(map(planned, users, _counts(modules, users))))
     _check_some(result, act_bits)
+    _check_included(include, result)
     _check_overrides(overrides, result)
     return result
 
@@ -168,6 +180,18 @@ def _check_some(result: Plan, act_bits: ActBits) -> None:
             "given one tensor of numbers that could be rounded; include a Linear or Conv layer, or "
             "leave act_bits out."
         )
+
+
+def _check_included(include: Sequence[str], result: Plan) -> None:
+    """Refuse a pattern that names only layers that stay float, unless they are excluded again."""
+    for pattern in include:
+        matched = [layer for layer in result.layers if patterns.matches(layer.called, pattern)]
+        floats = [layer for layer in matched if layer.grid is None]
+        if len(floats) == len(matched) and not any("excluded by" in layer.note for layer in floats):
+            raise PlanError(
+                f"include {pattern!r}: {floats[0].label} cannot be quantized: {floats[0].note}; "
+                "leave the pattern out."
+            )
 
 
 def _check_overrides(overrides: Mapping[str, Grid], result: Plan) -> None:
@@ -267,12 +291,18 @@ def _unselected(
 def apply(model: nn.Module, plan: Plan) -> None:
     """Make the planned layers quantization-aware, in place, with scales fitted to their weights.
 
+    Inputs are rounded by `round_inputs`, which needs samples.
+
     Raises:
-        ModelError: a weight that is not float32 (masters are trained in float32), or not finite.
+        PlanError: a plan of another model, or one that was applied already.
+        ModelError: a weight that is not float32 (masters are trained in float32), not finite, or
+            all zeros, to which no scale can be fitted.
     """
     model = uncompiled(model)
+    _check_plain(model)
     scales = []
     for layer in plan.quantized:
+        _check_there(model, layer)
         weight = model.get_submodule(layer.names[0]).get_parameter(layer.leaves[0])
         name = f"{layer.names[0]}.{layer.leaves[0]}"
         if weight.dtype not in (torch.float32, torch.float64):
@@ -285,11 +315,32 @@ def apply(model: nn.Module, plan: Plan) -> None:
                 f"{name} holds NaN or infinite values; check the file, or exclude this layer with "
                 f"--exclude {layer.names[0]!r}."
             )
+        if weight.numel() and not weight.any():
+            raise ModelError(
+                f"{name} is all zeros, to which no scale can be fitted, so that it could never "
+                f"move: exclude it with --exclude {layer.names[0]!r}, or train it first."
+            )
         first = channels_first(weight, layer.channel_dim)
         scales.append(fit_scale(first, cast(Grid, layer.grid), layer.group_size))
     for layer, scale in zip(plan.quantized, scales, strict=True):
         for name, leaf in zip(layer.names, layer.leaves, strict=True):
             quantize_layer_(model.get_submodule(name), cast(Grid, layer.grid), scale, leaf)
+
+
+def _check_there(model: nn.Module, layer: PlannedLayer) -> None:
+    """Refuse a layer that the model does not have as it was planned."""
+    for name, leaf in zip(layer.names, layer.leaves, strict=True):
+        try:
+            module = model.get_submodule(name)
+            found = type(module).__name__, tuple(module.get_parameter(leaf).shape)
+        except AttributeError:
+            found = None
+        if found is None or found[1] != layer.shape:
+            raise PlanError(
+                f"the plan has a {layer.kind} of shape {list(layer.shape)} at {name!r}, where the "
+                f"model has {f'a {found[0]} of shape {list(found[1])}' if found else 'none'}; plan "
+                "this model."
+            )
 
 
 def quantize(

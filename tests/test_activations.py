@@ -303,6 +303,16 @@ class TestLayer:
         layer(x)
         assert torch.equal(layer.input_scale, first)
 
+    @pytest.mark.parametrize("value", [math.inf, math.nan])
+    def test_a_calibration_that_has_no_scale(self, value):
+        """Nothing could repair it later."""
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        askewq.quantize(model, bits=2)
+        x = torch.ones(2, 4)
+        x[0, 0] = value
+        with pytest.raises(ModelError, match="input of 1 holds NaN or infinite values"):
+            askewq.round_inputs(model, 4, lambda: model(x))
+
     def test_an_input_by_another_name(self):
         """A layer that calls its input something else is rounded like any other."""
 

@@ -217,7 +217,7 @@ def test_another_teacher(tmp_path):
     assert untold.code == 2
     assert f"another network taught the run; pass --teacher {teacher}" in untold.err
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"the embeddings of the teacher {text.markdown(str(teacher))}" in card
+    assert f"the embeddings of the teacher {text.markdown(teacher.name)}" in card
 
 
 def test_weights_of_a_teacher(tmp_path):

@@ -274,18 +274,24 @@ class TestVerifies:
         ("read_back", "words"),
         [
             (read_rubbish, ["could not be read back", "ValueError: rubbish in the file"]),
-            (read_with_askewq, ["could not be read back", "import of askewq halted"]),
             (read_two_samples, ["shape [2, 3] where the artifact gives [4, 3]"]),
             (read_nan, ["differ by up to nan"]),
             (die, ["could not be read back", "exit code -9"]),
         ],
     )
     def test_a_reader_that_fails(self, own, tmp_path, monkeypatch, read_back, words):
-        """A loader that fails, needs askewq or gives something else: exit code 1, no output."""
+        """A loader that fails or gives something else: exit code 1, no output."""
         use(monkeypatch, read_back=read_back)
         (tmp_path / "out").mkdir()
         refused(run(own, tmp_path / "out"), 1, "the output was deleted", *words)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert files(tmp_path) == set()
+
+    def test_a_reader_that_needs_askewq(self, timm, tmp_path, monkeypatch):
+        """Who serves an export has no askewq."""
+        use(monkeypatch, read_back=read_with_askewq)
+        outcome = command("export", timm, "--to", "dense", "--output", tmp_path / "out")
+        refused(outcome, 1, "could not be read back", "import of askewq halted")
         assert files(tmp_path) == set()
 
     def test_wrong_weights(self, own, tmp_path, monkeypatch):

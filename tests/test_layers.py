@@ -11,6 +11,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import askewq
 from askewq.errors import DivergenceError, ModelError
 from askewq.grid import channels_first, fit_scale, make_grid
 from askewq.kinds import channel_dim
@@ -288,3 +289,11 @@ def test_layers_that_share_a_weight_are_listed_once():
     snap_(model)
     assert torch.equal(a.weight, expected)
     assert a.weight is b.weight
+
+
+def test_data_parallel_is_refused():
+    """A replica would see the trained weight, not what the forward pass sees."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    askewq.quantize(model, bits=2)
+    with pytest.raises(ModelError, match="use DistributedDataParallel"):
+        model[1]._replicate_for_data_parallel()

@@ -1191,3 +1191,25 @@ def test_a_pull_does_not_go_with_lazy_closing(make, setting):
     with pytest.raises(RecipeError, match="decide nothing with closing = 'lazy'"):
         make(layer, lr=0.1, closing=LAZY, **setting)
     make(layer, lr=0.1, closing=STAGGERED, **setting)
+
+
+def test_the_state_of_the_other_optimizer_is_refused():
+    """Before a step ends in a KeyError."""
+    _, twin = network()
+    state = AskewAdamW(twin, lr=0.1).state_dict()
+    _, other = network()
+    with pytest.raises(RecipeError, match=r"not that of AskewSGD.*have no dampening, momentum"):
+        AskewSGD(other, lr=0.1, momentum=0.9).load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_is_compiled_as_a_whole():
+    """The rule of large models becomes a part of the graph, with the same numbers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
+    quantize(model, 2)
+    AskewSGD(model, lr=0.1, compile=True)
+    x = torch.randn(3, 8)
+    torch.compiler.reset()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(whole(x), model(x))

@@ -156,6 +156,24 @@ class TestAssign:
         assert total(size, found) <= budget
         assert total(cost, found) == pytest.approx(best, abs=1e-7)
 
+    @pytest.mark.parametrize("largest", [1e-9, 1e-6, 1e-3, 1.0, 1e6])
+    def test_how_large_the_increases_are_does_not_matter(self, largest):
+        """The solver's tolerances are absolute; the best of all combinations is still found."""
+        random = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            increase = torch.rand(3, 4, generator=random, dtype=torch.float64) * largest
+            size = torch.tensor([[100, 160, 200, 400]] * 3)
+            table = Sensitivity((None,) * 3, (1, "ternary", 2, 4), increase, size)
+            found = [table.widths.index(bits) for bits in assign(table, 700)]
+            fitting = (
+                choice
+                for choice in itertools.product(range(4), repeat=3)
+                if sum(size[i, j] for i, j in enumerate(choice)) <= 700
+            )
+            costs = [sum(float(increase[i, j]) for i, j in enumerate(c)) for c in fitting]
+            cost = sum(float(increase[i, j]) for i, j in enumerate(found))
+            assert cost == pytest.approx(min(costs), rel=1e-9)
+
     def test_rows_that_are_not_finite(self):
         """A width that breaks the network is the last to be chosen."""
         table = Sensitivity(

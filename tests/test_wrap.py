@@ -775,3 +775,86 @@ def test_extra_state_is_refused_before_training():
     model = nn.Sequential(nn.Linear(4, 4), Counting(4, 4), nn.Linear(4, 4))
     with pytest.raises(PlanError, match="1 keeps extra state beside its tensors"):
         plan(model, 2)
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_a_text_is_no_list_of_patterns(key):
+    """Each of its characters would be one."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(30)))
+    with pytest.raises(RecipeError, match=f"{key} = '24' must be a list of patterns"):
+        plan(model, 2, **{key: "24"})
+
+
+def test_a_pattern_that_names_only_what_stays_float():
+    """It is refused, with the reason; one that is excluded again, or names others too, is not."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "lstm": nn.LSTM(4, 4), "b": nn.Linear(4, 4)})
+    with pytest.raises(PlanError, match="include 'lstm': lstm cannot be quantized: LSTM is no lay"):
+        plan(model, 2, include=["a", "lstm"])
+    assert len(plan(model, 2, include=["*"]).quantized) == 2
+    assert len(plan(model, 2, include=["a", "b"], exclude=["b"]).quantized) == 1
+
+
+def test_a_weight_that_another_module_holds_stays_float():
+    """Its forward would see the weight as it was before any interval."""
+
+    class Gain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(1))
+            self.lin = nn.Linear(4, 4)
+            self.w = self.lin.weight
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.w) * self.gain
+
+    model = nn.Sequential(nn.Linear(4, 4), Gain(), nn.Linear(4, 4), nn.Linear(4, 4))
+    found = {layer.label: layer for layer in plan(model, 2).layers}
+    assert found["1.lin"].grid is None
+    assert found["1.lin"].note == "1 holds it too, as w, and would see it unrounded"
+    assert found["2"].grid is not None
+
+
+class TestApply:
+    def test_zeros_have_no_scale(self):
+        """A layer that begins at zero would stay there."""
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        nn.init.zeros_(model[1].weight)
+        with pytest.raises(ModelError, match=r"1\.weight is all zeros.*--exclude '1'"):
+            quantize(model, 2)
+        assert not quantized_layers(model)
+
+    def test_twice(self):
+        """As a notebook's cell that is run again."""
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        chosen = plan(model, 2)
+        apply(model, chosen)
+        with pytest.raises(PlanError, match="quantized already"):
+            apply(model, chosen)
+
+    @pytest.mark.parametrize(
+        ("other", "words"),
+        [
+            (nn.Sequential(nn.Linear(4, 4)), "at '1', where the model has none"),
+            (nn.Sequential(*(nn.Linear(5, 4) for _ in range(3))), r"a Linear of shape \[4, 5\]"),
+            (nn.Sequential(nn.ReLU(), nn.ReLU()), "at '1', where the model has none"),
+        ],
+        ids=["shorter", "another shape", "no weight"],
+    )
+    def test_the_plan_of_another_model(self, other, words):
+        """Nothing of it is touched."""
+        chosen = plan(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), 2)
+        with pytest.raises(PlanError, match=words):
+            apply(other, chosen)
+        assert not quantized_layers(other)
+
+
+def test_a_forward_that_asserts():
+    """What a stranger's layer asks of its input does not end the plan."""
+
+    class Sequences(nn.Linear):
+        def forward(self, x):
+            assert x.dim() == 3
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), Sequences(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    assert "2" in {layer.label for layer in plan(model, 2).quantized}
