@@ -6,6 +6,7 @@ next safe point (`check`). A second one, more than `ECHO` seconds later, ends th
 what is on the disk is whole at any moment.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -56,12 +57,13 @@ def leave_to_main(_worker: int = 0) -> None:
     ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    main = multiprocessing.parent_process()  # which a server may have forked this one for
+    if main is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_by, args=(main.pid,), daemon=True).start()
 
 
-def _end_by(main: int) -> None:
+def _end_by(main: int | None) -> None:
     """Wait for a SIGTERM of the main process, and end this one."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass

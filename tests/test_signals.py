@@ -86,11 +86,12 @@ def test_other_threads_leave_signals_alone():
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nobody says who sent a signal")
-def test_a_worker_obeys_the_main_process_alone():
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_a_worker_obeys_the_main_process_alone(start):
     """A signal to all processes of a job leaves it at work; its own parent may end it."""
-    spawn = multiprocessing.get_context("spawn")
-    ready = spawn.Event()
-    worker = spawn.Process(target=_work, args=(ready,), daemon=True)
+    context = multiprocessing.get_context(start)
+    ready = context.Event()
+    worker = context.Process(target=_work, args=(ready,), daemon=True)
     worker.start()
     try:
         assert ready.wait(60)
