@@ -82,8 +82,8 @@ class _WritesArtifact:
             return
         arguments = plain_json(self.to_dict())  # type: ignore[attr-defined]
         kept = arguments.pop("quantization_config")
-        # Labels may have been given other names in from_pretrained.
-        names = self.id2label.values() if kept["labels"] else ()  # type: ignore[attr-defined]
+        # Labels may have been given other names in from_pretrained; a file may have 10 before 2.
+        names = dict(sorted(self.id2label.items())).values() if kept["labels"] else ()  # type: ignore[attr-defined]
         arguments["_name_or_path"] = kept["name"]  # not the folder that it was read from
         spec = ModelSpec("transformers", kept["name"], kept["task"], tuple(names), arguments)
         text = json.dumps(config_content(spec, kept["preprocessing"]), indent=2, ensure_ascii=False)

@@ -26,6 +26,7 @@ def push(folder: Path, repo: str, *, private: bool = False, dry_run: bool = Fals
 
     Raises:
         FormatError: no artifact, or a damaged one.
+        ModelError: files of its tokenizer or image processor that are missing.
         HubError: a name that the Hub does not allow, no permission, or no way to reach it.
     """
     files = _files(folder)

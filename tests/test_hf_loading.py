@@ -157,7 +157,7 @@ class TestSave:
     def test_other_names_of_labels(self, tmp_path):
         """Those given in from_pretrained are the artifact's, in both places."""
         kind = transformers.AutoModelForSequenceClassification
-        names = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+        names = {"id2label": {1: "b", 0: "a"}, "label2id": {"a": 0, "b": 1}}
         kind.from_pretrained(finished("bert")[0], **names).save_pretrained(tmp_path)
         assert artifact.read_spec(tmp_path)[0].labels == ("a", "b")
 

@@ -206,24 +206,21 @@ class TestHuggingFace:
         assert loaded.model.config.id2label == dict(enumerate("abcd"))
         assert any("classifier.weight" in note for note in loaded.notes)
 
-    def test_a_head_for_the_labels_keeps_their_order(self, tmp_path):
-        """The trained rows of the head mean what the model's config says, whatever the data say."""
+    @pytest.mark.parametrize("own", [("pos", "neg"), ("POS", "NEG")])
+    def test_a_head_for_the_labels_keeps_their_order(self, tmp_path, own):
+        """The trained rows mean what the model's config says, in whatever case, in data's words."""
         folder = shutil.copytree(builders.bert(), tmp_path / "bert")
-        edit_json(folder / "config.json", id2label={"0": "pos", "1": "neg"})
+        edit_json(folder / "config.json", id2label=dict(enumerate(own)))
         loaded = models.load(str(folder), "text-classification", ("neg", "pos"))
         assert loaded.spec.labels == ("pos", "neg")
         assert loaded.model.config.id2label == {0: "pos", 1: "neg"}
         assert loaded.notes == ()
 
-    def test_labels_that_differ_in_case_are_the_same(self, tmp_path):
-        """A head for POS and NEG keeps its rows for data that say pos and neg, in their words."""
+    def test_labels_that_differ_in_case_alone(self, tmp_path):
+        """They are two labels, not one."""
         folder = shutil.copytree(builders.bert(), tmp_path / "bert")
-        edit_json(folder / "config.json", id2label={"0": "POS", "1": "NEG"})
-        loaded = models.load(str(folder), "text-classification", ("neg", "pos"))
-        assert loaded.spec.labels == ("pos", "neg")
-        assert loaded.model.config.id2label == {0: "pos", 1: "neg"}
         loaded = models.load(str(folder), "text-classification", ("Neg", "neg"))
-        assert loaded.spec.labels == ("Neg", "neg")  # two labels, not one
+        assert loaded.spec.labels == ("Neg", "neg")
 
     def test_positions_limit_texts(self, tmp_path):
         """A tokenizer that names no limit gets the model's."""
