@@ -22,6 +22,8 @@ def lr_factor(progress: float, hold: float) -> float:
 
 # The shape of the closing where it is left open.
 POWER: dict[ClosingKind, float] = {"lazy": 3.0, "staggered": 3.0, "single": 1.0}
+EVERY = 3  # steps
+FINAL_RADIUS = 0.01  # level spacings
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,18 @@ class Closing:
     ``single``: the paper's form, one eps for all weights, eps = eps_final^c(p): with power 1 its
     geometric annealing. `final_radius` is the interval's radius at `end`, in level spacings.
 
-    `power` is that of `POWER` where it is None.
+    What is None has its default: `POWER`, `EVERY`, `FINAL_RADIUS`.
+
+    Raises:
+        RecipeError: a value out of its range, or one that this kind of closing has no use for.
     """
 
     kind: ClosingKind = "lazy"
     start: float = 0.0
     end: float = 0.9
     power: float | None = None
-    every: int = 3
-    final_radius: float = 0.01
+    every: int | None = None
+    final_radius: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ClosingKind):
@@ -60,16 +65,34 @@ class Closing:
                 f"the closing runs from {self.start} to {self.end} of the training steps; it must "
                 "start at 0 or later, end at 1 or earlier, and start before it ends."
             )
-        if not self._power > 0 or self.every < 1 or not 0 < self.final_radius <= 0.5:
+        for name, value, kind in (
+            ("every", self.every, "staggered"),
+            ("final_radius", self.final_radius, "single"),
+        ):
+            if value is not None and kind != self.kind:
+                raise RecipeError(
+                    f"{name} = {value} goes with {kind} closing; {self.kind} closing has no use "
+                    "for it: leave it out."
+                )
+        if not self._power > 0 or self.period < 1 or not 0 < self._last_radius <= 0.5:
             raise RecipeError(
-                f"closing power = {self._power}, every = {self.every}, final radius = "
-                f"{self.final_radius}: power must be above 0, every 1 or more, and the radius in "
+                f"closing power = {self._power}, every = {self.period}, final radius = "
+                f"{self._last_radius}: power must be above 0, every 1 or more, and the radius in "
                 "(0, 0.5]."
             )
 
     @property
     def _power(self) -> float:
         return POWER[self.kind] if self.power is None else self.power
+
+    @property
+    def _last_radius(self) -> float:
+        return FINAL_RADIUS if self.final_radius is None else self.final_radius
+
+    @property
+    def period(self) -> int:
+        """The number of steps between two closings of weights."""
+        return EVERY if self.every is None else self.every
 
     def closure(self, progress: float) -> float:
         """Return c(progress), 0 (all free) to 1 (closed)."""
@@ -82,7 +105,7 @@ class Closing:
             return 1.0
         if self.kind == "lazy":
             return constraint.eps_of((1 - self.closure(progress)) / 2)
-        return float(constraint.eps_of(self.final_radius) ** self.closure(progress))
+        return float(constraint.eps_of(self._last_radius) ** self.closure(progress))
 
     def closed_share(self, progress: float) -> float:
         """Return the share of each layer's weights that must sit on a level."""

@@ -131,7 +131,11 @@ def low_bit_optimizer(
         "end": recipe.close_end,
         "power": recipe.close_power,
     }
-    closing = Closing(**chosen, every=recipe.close_every, final_radius=recipe.final_radius)
+    if recipe.closing == "staggered":
+        chosen["every"] = recipe.close_every
+    if recipe.closing == "single":
+        chosen["final_radius"] = recipe.final_radius
+    closing = Closing(**chosen)
     own: dict[str, Any] = {"closing": closing, "weight_decay": recipe.weight_decay}
     if closing.kind != "lazy":
         own |= {"pull": recipe.pull, "alpha": recipe.alpha, "clip": recipe.clip}

@@ -202,7 +202,7 @@ class _Skewed(torch.optim.Optimizer):
         share = self.closing.closed_share(progress)
         if share >= 1:
             interval.within.fill_(torch.inf)
-        elif share > 0 and group["updates"] % self.closing.every == 0:
+        elif share > 0 and group["updates"] % self.closing.period == 0:
             bins = self._run(distance_bins, rows, scale, interval)
             counts = torch.bincount(bins.view(-1), minlength=DISTANCE_BINS)
             closed = sharding.add_up_(counts, weight).cumsum(0)

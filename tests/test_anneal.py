@@ -24,7 +24,7 @@ def closings(draw: st.DrawFn, kind: str) -> Closing:
         start=start,
         end=end,
         power=draw(st.floats(0.2, 6)),
-        final_radius=draw(st.floats(1e-3, 0.5)),
+        final_radius=draw(st.floats(1e-3, 0.5)) if kind == "single" else None,
     )
 
 
@@ -131,10 +131,14 @@ def test_progress_beyond_the_training_is_its_end(kind):
         ({"power": 0.0}, "closing power = 0.0, every = 3, final radius = 0.01: power must be"),
         ({"power": -1.0}, "power must be above 0, every 1 or more, and the radius in (0, 0.5]"),
         ({"power": math.nan}, "closing power = nan"),
-        ({"every": 0}, "every = 0"),
-        ({"final_radius": 0.0}, "final radius = 0.0"),
-        ({"final_radius": 0.51}, "final radius = 0.51"),
-        ({"final_radius": math.nan}, "final radius = nan"),
+        ({"kind": "staggered", "every": 0}, "every = 0"),
+        ({"kind": "single", "final_radius": 0.0}, "final radius = 0.0"),
+        ({"kind": "single", "final_radius": 0.51}, "final radius = 0.51"),
+        ({"kind": "single", "final_radius": math.nan}, "final radius = nan"),
+        ({"every": 3}, "every = 3 goes with staggered closing; lazy closing has no use for it"),
+        ({"kind": "single", "every": 1}, "goes with staggered closing; single closing has no"),
+        ({"final_radius": 0.1}, "final_radius = 0.1 goes with single closing; lazy closing"),
+        ({"kind": "staggered", "final_radius": 0.1}, "final_radius = 0.1 goes with single"),
     ],
 )
 def test_closings_that_do_not_exist(settings, fragment):
