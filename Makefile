@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/askewq demo --output out/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

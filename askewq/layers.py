@@ -327,7 +327,20 @@ def prepared(model: nn.Module) -> Iterator[None]:
 
 
 def snap_(model: nn.Module) -> None:
-    """Move every quantized weight of the model to its nearest level, in place, for good."""
+    """Move every quantized weight of the model to its nearest level, in place, for good.
+
+    Warns where an optimizer was made for the model and its intervals never began to close, for
+    then this is plain rounding.
+    """
+    if any(
+        module.rule is not None and module.rule.untouched == module.strength
+        for module in quantized_modules(model)
+    ):
+        warnings.warn(
+            "the intervals of this model never began to close, so its weights are rounded as they "
+            "are; call optimizer.anneal(progress) before every optimizer.step().",
+            stacklevel=2,
+        )
     for layer in quantized_layers(model).values():
         layer.snap_()
     follow_(model, None)

@@ -22,7 +22,7 @@ from askewq.constraint import nearest, radius_of, slack
 from askewq.errors import DivergenceError, ModelError, RecipeError
 from askewq.grid import GroupSize, fit_scale, make_grid, scale_shape
 from askewq.kernels import DISTANCE_BINS, Interval, constrain
-from askewq.layers import quantize_layer_, quantized_layers
+from askewq.layers import quantize_layer_, quantized_layers, snap_, snapped
 from askewq.optim import AskewAdamW, AskewSGD
 from askewq.wrap import quantize
 
@@ -1213,3 +1213,16 @@ def test_a_model_that_is_compiled_as_a_whole():
     torch.compiler.reset()
     whole = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(whole(x), model(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_snap_of_intervals_that_never_closed_is_no_secret(compiled):
+    """A loop without `anneal` trains nothing but what rounding then throws away."""
+    model = spread(nn.Linear(4, 2), make_grid(2))
+    optimizer = AskewSGD(model, lr=0.1, compile=compiled)
+    with snapped(model):  # a look at it says nothing
+        pass
+    with pytest.warns(UserWarning, match=r"never began to close.*call optimizer\.anneal"):
+        snap_(copy.deepcopy(model))
+    optimizer.anneal(0.1)
+    snap_(model)

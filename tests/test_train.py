@@ -377,10 +377,10 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("selection", "names"),
         [
-            ({}, {"2", "6"}),
-            ({"exclude": ["2"]}, {"6"}),
-            ({"include": ["*"]}, {"0", "2", "6", "8"}),
-            ({"include": ["0", "8"], "exclude": ["8"]}, {"0"}),
+            ({}, ["2", "6"]),
+            ({"exclude": ["2"]}, ["6"]),
+            ({"include": ["*"]}, ["0", "2", "6", "8"]),
+            ({"include": ["0", "8"], "exclude": ["8"]}, ["0"]),
         ],
         ids=str,
     )
