@@ -155,7 +155,8 @@ def round_inputs(
     """Let the quantized layers of a model round their inputs, in place, after a calibration.
 
     A layer whose inputs are never negative gets the levels 0 .. 2^b - 1, every other one signed
-    levels. Embeddings, which are given indices, and layers that are never called stay as they are.
+    levels. Embeddings, which are given indices, and layers that are never called, or with zeros
+    alone, from which no scale can be told, stay as they are.
 
     Args:
         act_bits: 1 to 8.
@@ -167,7 +168,8 @@ def round_inputs(
 
     Raises:
         RecipeError: bits that do not exist.
-        ModelError: no quantized layer was called with numbers, or they round their inputs already.
+        ModelError: no quantized layer was called with numbers but 0, or they round their inputs
+            already.
 
     Example:
         >>> askewq.quantize(model, bits=2)
@@ -180,18 +182,18 @@ def round_inputs(
     with torch.no_grad(), _watched(model) as seen:
         run()
     found = {name: sums if reduce is None else reduce(sums) for name, sums in seen.items()}
-    if not found:
-        raise ModelError(
-            "act_bits: no quantized layer was called with numbers, so that there is no input to "
-            "round; quantize a Linear or Conv layer, or leave act_bits out."
-        )
     for name, sums in found.items():
         if not sums.isfinite().all():
             raise ModelError(
                 f"the input of {name} holds NaN or infinite values in calibration, so that it has "
                 "no scale; look at the samples, or exclude the layer."
             )
-    signed = {name: bool(sums[3] > 0) for name, sums in found.items()}
+    signed = {name: bool(sums[3] > 0) for name, sums in found.items() if sums[2] > 0}
+    if not signed:
+        raise ModelError(
+            "act_bits: no quantized layer was called with numbers but 0, so that there is no input "
+            "to round; quantize a Linear or Conv layer, or leave act_bits out."
+        )
     attach_(model, act_bits, signed)
     for name, layer in rounded_layers(model).items():
         layer.input_scale.copy_(scale_of(found[name], layer.input_grid))
@@ -202,7 +204,8 @@ def attach_(model: nn.Module, act_bits: ActBits, signed: dict[str, bool]) -> Non
     """Let layers round their inputs, in place, with scales that are filled in later."""
     for name, sign in signed.items():
         layer = cast(QuantizedLayer, model.get_submodule(name))
-        scale = torch.ones((), device=layer.weight_scale.device)
+        with torch.inference_mode(False):  # it may be trained later
+            scale = torch.ones((), device=layer.weight_scale.device)
         round_input_(layer, input_grid(act_bits, signed=sign), scale)
 
 

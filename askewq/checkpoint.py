@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from askewq import activations, digest, disk, manifest, trust
 from askewq.errors import FormatError, UnverifiedWarning, near
-from askewq.layers import quantized_modules, uncompiled
+from askewq.layers import quantized_layers, quantized_modules, uncompiled
 from askewq.manifest import (
     VERSION,
     WITH_INPUTS,
@@ -306,6 +306,11 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
     Raises:
         FormatError: a key that is missing or left over, or a shape or type that differs.
     """
+    if quantized := quantized_layers(model):
+        raise FormatError(
+            f"the model is quantized ({next(iter(quantized))}); an artifact fills a plain network "
+            "like the one that was quantized, fresh from its constructor."
+        )
     target = model.state_dict()
     if empty := [name for name, tensor in target.items() if tensor.is_meta]:
         raise FormatError(
@@ -327,9 +332,10 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
         )
     for key, (shape, dtype) in state.items():
         if (shape, dtype) != (target[key].shape, target[key].dtype):
+            cast = "; cast the model once it is filled" if shape == target[key].shape else ""
             raise FormatError(
                 f"{key!r} is {dtype} {list(shape)} in the artifact and "
-                f"{target[key].dtype} {list(target[key].shape)} in the model."
+                f"{target[key].dtype} {list(target[key].shape)} in the model{cast}."
             )
 
 

@@ -38,6 +38,7 @@ class QuantizedWeight:
         channel_dim: the dimension of the weight that counts output channels.
         rule: how the forward pass sees the weight; None: as it is.
         strength: the present coefficient of that rule.
+        untouched: whether an optimizer holds intervals around it that have not begun to close.
         seen: the weight that the forward pass sees, where it was made beforehand (`prepared`).
     """
 
@@ -48,6 +49,7 @@ class QuantizedWeight:
     channel_dim: int
     rule: Rule | None = None
     strength: float = 0.0
+    untouched: bool = False
     seen: Tensor | None = None
 
     @property
@@ -131,8 +133,15 @@ class QuantizedWeight:
 
         Raises:
             DivergenceError: a weight that is NaN or infinite has no nearest level.
+            ModelError: a cast to bfloat16, whose 8 bits do not tell 256 levels apart.
         """
         weight = self.latent.detach()
+        if weight.dtype == torch.bfloat16 and self.grid.size > 128:
+            raise ModelError(
+                f"a weight on {self.grid.size} levels became bfloat16, which does not tell them "
+                "apart: keep the model in float32 and use bf16 through autocast, or cast what was "
+                "loaded from an artifact."
+            )
         if not torch.isfinite(weight).all():
             raise DivergenceError(
                 f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values and cannot "
@@ -181,16 +190,10 @@ class QuantizedWeight:
         sharding.local(self.latent).copy_(self.from_rows(rows))
 
 
-class QuantizedLayer(QuantizedWeight, Mixin):
-    """Mixin of a layer with one weight on a grid, called `weight`."""
+class _Quantized(Mixin):
+    """What the mixins of quantized layers share."""
 
     prefix = "Quantized"
-    leaf = "weight"
-
-    @property
-    def owner(self) -> nn.Module:  # type: ignore[override]  # read only here
-        """The layer itself."""
-        return self
 
     def _replicate_for_data_parallel(self) -> Any:
         """Refuse torch.nn.DataParallel, which puts a tensor in the place of every weight.
@@ -202,6 +205,17 @@ class QuantizedLayer(QuantizedWeight, Mixin):
             "torch.nn.DataParallel copies no quantized layer; use DistributedDataParallel, one "
             "process for each GPU."
         )
+
+
+class QuantizedLayer(QuantizedWeight, _Quantized):
+    """Mixin of a layer with one weight on a grid, called `weight`."""
+
+    leaf = "weight"
+
+    @property
+    def owner(self) -> nn.Module:  # type: ignore[override]  # read only here
+        """The layer itself."""
+        return self
 
 
 class QuantizedPart(QuantizedWeight):
@@ -217,14 +231,13 @@ class QuantizedPart(QuantizedWeight):
         return cast(Tensor, getattr(self.owner, scale_name(self.leaf)))
 
 
-class QuantizedParts(Mixin):
+class QuantizedParts(_Quantized):
     """Mixin of a layer with weights of other names on grids.
 
     Attributes:
         parts: those weights by name.
     """
 
-    prefix = "Quantized"
     parts: dict[str, QuantizedPart]
 
     def read(self, leaf: str) -> Tensor:
@@ -293,7 +306,7 @@ def follow_(model: nn.Module, rule: Rule | None) -> None:
     learns = rule is not None and rule.learns_scale
     scales: dict[int, Tensor] = {}  # layers that share a weight share its scale
     for module in quantized_modules(model):
-        module.rule = rule
+        module.rule, module.untouched = rule, False
         scale = module.weight_scale.detach()
         scale = scales.setdefault(id(module.latent), nn.Parameter(scale) if learns else scale)
         name = scale_name(module.leaf)
@@ -332,10 +345,7 @@ def snap_(model: nn.Module) -> None:
     Warns where an optimizer was made for the model and its intervals never began to close, for
     then this is plain rounding.
     """
-    if any(
-        module.rule is not None and module.rule.untouched == module.strength
-        for module in quantized_modules(model)
-    ):
+    if any(module.untouched for module in quantized_modules(model)):
         warnings.warn(
             "the intervals of this model never began to close, so its weights are rounded as they "
             "are; call optimizer.anneal(progress) before every optimizer.step().",
@@ -352,6 +362,7 @@ def snapped(model: nn.Module) -> Iterator[None]:
     layers, modules = quantized_layers(model).values(), quantized_modules(model)
     relaxed = [layer.latent.detach().clone() for layer in layers]
     rules = [module.rule for module in modules]
+    torch.clear_autocast_cache()  # it knows the weights by their Parameters
     try:
         for layer in layers:
             layer.snap_()
@@ -364,3 +375,4 @@ def snapped(model: nn.Module) -> Iterator[None]:
                 layer.latent.copy_(weight)
         for module, rule in zip(modules, rules, strict=True):
             module.rule = rule
+        torch.clear_autocast_cache()

@@ -42,8 +42,6 @@ class Rule:
         course: the coefficient at a progress in [0, 1], from its final value.
         learns_scale: whether the scale is trained with the weights.
         rescale: the scale that belongs to the weights now; None: it stays as it was fitted.
-        untouched: the coefficient at which the forward pass sees the weight itself, as it does
-            before the first annealing; None: there is none.
     """
 
     view: View | None = None
@@ -55,7 +53,6 @@ class Rule:
     course: Callable[[float, float], float] = _constant
     learns_scale: bool = False
     rescale: Callable[[Tensor, Grid], Tensor] | None = None
-    untouched: float | None = None
 
 
 class _Straight(torch.autograd.Function):
@@ -310,7 +307,7 @@ def _well(_: float, progress: float) -> float:
 
 
 # AskewSGD's own rule where its closing is lazy; the coefficient is the radius of the intervals.
-LAZY = Rule(lazy_projection, clip, untouched=0.5)
+LAZY = Rule(lazy_projection, clip)
 
 RIVALS: dict[Method, Rule] = {
     "binaryconnect": Rule(binaryconnect, clip),

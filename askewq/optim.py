@@ -48,8 +48,20 @@ class _Skewed(torch.optim.Optimizer):
         """Add parameters to train; see torch.optim.Optimizer.
 
         Raises:
-            RecipeError: the group has an option of torch's that is not made for quantized weights.
+            RecipeError: the group has an option of torch's that is not made for quantized weights,
+                or the optimizer makes its groups itself (`level_lr`).
         """
+        if hasattr(self, "closing") and any(group["in_levels"] for group in self.param_groups):
+            raise RecipeError(
+                "with level_lr the parameter groups are made once, each with a unit of its own: "
+                "build the optimizer while all that is ever to train requires a gradient, and "
+                "freeze with requires_grad_(False) afterwards."
+            )
+        if param_group.get("decoupled_weight_decay") is False:
+            raise RecipeError(
+                "a parameter group has decoupled_weight_decay = False, but the weight decay of the "
+                "quantized weights is decoupled, AdamW's; leave it out."
+            )
         for name in _TORCHS_OWN:
             if param_group.get(name):
                 raise RecipeError(
@@ -70,8 +82,8 @@ class _Skewed(torch.optim.Optimizer):
         if closing.kind == "lazy" and (alpha, clip, pull) != (None, None, None):
             raise RecipeError(
                 f"alpha = {alpha}, clip = {clip} and pull = {pull} decide nothing with "
-                "closing = 'lazy', which pulls no weight; leave them out, or use 'staggered' or "
-                "'single'."
+                "closing = 'lazy', which pulls no weight; leave them out, or pass closing = "
+                "askewq.Closing('staggered') or 'single'."
             )
         pull = pull or "decoupled"
         if pull not in PULLS:
@@ -101,7 +113,8 @@ class _Skewed(torch.optim.Optimizer):
         weights = sum(layer.latent.numel() for layer in self._layers)
         self._compile = weights >= COMPILE_FROM if compile is None else compile
         lazy = kernels.LAZY if self._compile else methods.LAZY
-        follow_(model, lazy if closing.kind == "lazy" else None)
+        self._rule = lazy if closing.kind == "lazy" else None
+        follow_(model, self._rule)
         for layer in self._layers:
             layer.settle_()
             if closing.kind != "lazy" and not layer.latent.requires_grad:
@@ -110,19 +123,28 @@ class _Skewed(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs; made together with its model, it trains the model's copy."""
-        own = ("closing", "_layers", "_modules", "_decoupled", "_compile")
+        own = ("closing", "_layers", "_modules", "_rule", "_decoupled", "_compile")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def anneal(self, progress: float) -> None:
         """Set the intervals for the next step.
 
         Args:
-            progress: share of all steps taken once it is made, up to 1.
+            progress: share of all steps taken once it is made, 0 to 1.
+
+        Raises:
+            RecipeError: it is no share, such as a number of steps.
         """
+        if not 0 <= progress <= 1 + 1e-6:
+            raise RecipeError(
+                f"progress = {progress} is no share of the training steps, 0 to 1; after the step "
+                "numbered i from 0, out of n, it is (i + 1) / n."
+            )
         for group in self.param_groups:
             group["progress"] = float(progress)
         for module in self._modules:
             module.strength = self.closing.radius(progress)
+            module.untouched = self.closing.closure(progress) == 0
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; the intervals are those of its progress.
@@ -144,7 +166,17 @@ class _Skewed(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make one update; call `anneal` with the current progress before it."""
+        """Make one update; call `anneal` with the current progress before it.
+
+        Raises:
+            ModelError: the model was snapped, or is another optimizer's by now.
+        """
+        if self.closing.kind == "lazy" and any(m.rule != self._rule for m in self._modules):
+            raise ModelError(
+                "the model was snapped for good, or another optimizer was made for it, and this "
+                "one's intervals are gone; look at it inside askewq.snapped(model), or make a new "
+                "optimizer to train on."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -285,7 +317,8 @@ class AskewSGD(_Skewed, torch.optim.SGD):
     Args:
         model: a model with quantization-aware layers (`askewq.quantize`).
         lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
-        params: parameters or parameter groups to train; all of the model's by default.
+        params: parameters or parameter groups to train; all of the model's by default. The
+            intervals of all quantized weights are this optimizer's in any case: one for a model.
         closing: the schedule of the intervals.
         alpha: strength of the pull on infeasible weights: the share of a Newton step made in one
             update (decoupled, in (0, 1]), or the paper's alpha, multiplied by lr (coupled). 0.5 by
@@ -322,8 +355,9 @@ class AskewSGD(_Skewed, torch.optim.SGD):
         pull: Pull | None = None,
         compile: bool | None = None,
     ) -> None:
+        trained = _checked(model, closing)
         super().__init__(
-            _trainable(model) if params is None else params,
+            trained if params is None else params,
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
@@ -387,12 +421,15 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
         pull: Pull | None = None,
         compile: bool | None = None,
     ) -> None:
+        trained = _checked(model, closing)
         if level_lr is not None:
+            if not level_lr >= 0:
+                raise RecipeError(f"level_lr = {level_lr} must be 0 or more, in level spacings.")
             if params is not None:
                 raise RecipeError("level_lr makes the parameter groups itself; leave params out.")
             params = _groups(model, level_lr)
         super().__init__(
-            _trainable(model) if params is None else params,
+            trained if params is None else params,
             lr=lr,
             betas=betas,
             eps=eps,
@@ -476,6 +513,21 @@ def _in_units(groups: list[dict[str, Any]]) -> Iterator[None]:
     finally:
         for group, lr, decay in before:
             group.update(lr=lr, weight_decay=decay)
+
+
+def _checked(model: nn.Module, closing: Closing) -> list[nn.Parameter]:
+    """Return the parameters to train, after a check of what an optimizer is made of."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"the first argument is a {type(model).__name__}: pass the quantized model itself, "
+            "whose parameters are trained unless params names others."
+        )
+    if not isinstance(closing, Closing):
+        raise RecipeError(
+            f"closing = {closing!r} is a {type(closing).__name__}; pass an askewq.Closing, such as "
+            "askewq.Closing('staggered')."
+        )
+    return _trainable(model)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from askewq.errors import ModelError
 from askewq.grid import Grid, shortened
-from askewq.layers import follow_, quantized_layers
+from askewq.layers import QuantizedWeight, follow_, quantized_layers
 from askewq.methods import Rule
 
 
@@ -25,11 +26,16 @@ class Polisher:
     """Holds the codes of a snapped model while AdamW trains what has fewer than two dimensions.
 
     That are biases, the weights of norms, and the scales, of which a step of AdamW changes a share:
-    with lr = 0.001, a scale by about a thousandth. Weights that stay float rest, too.
+    with lr = 0.001, a scale by about a thousandth. Weights that stay float rest, too, and so do the
+    scales of frozen ones.
 
     Args:
-        model: a model whose quantized weights are snapped (`layers.snap_`).
+        model: a model whose quantized weights are snapped (`layers.snap_`); wrap it in
+            DistributedDataParallel afterwards, which has to know the scales.
         lr: of AdamW; in scales, a share.
+
+    Raises:
+        ModelError: weights between the levels, no quantized layer, or DistributedDataParallel.
 
     Attributes:
         optimizer: to make the steps with; each takes the codes along.
@@ -43,12 +49,16 @@ class Polisher:
     """
 
     def __init__(self, model: nn.Module, lr: float) -> None:
+        self._layers = list(quantized_layers(model).values())
+        _check(model, self._layers)
         self._model = model
         self._rested = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+        frozen = [not layer.latent.requires_grad for layer in self._layers]
         for parameter in self._rested:
             parameter.requires_grad_(False)
         follow_(model, POLISH)
-        self._layers = list(quantized_layers(model).values())
+        for layer, rests in zip(self._layers, frozen, strict=True):
+            layer.weight_scale.requires_grad_(not rests)
         self._before: list[tuple[Tensor, Tensor]] = []
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
@@ -77,3 +87,18 @@ class Polisher:
         follow_(self._model, None)
         for parameter in self._rested:
             parameter.requires_grad_(True)
+
+
+def _check(model: nn.Module, layers: list[QuantizedWeight]) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ModelError(
+            "the model is in DistributedDataParallel, which does not know the scales that are "
+            "trained now; polish model.module, and wrap it afterwards."
+        )
+    if not layers:
+        raise ModelError("the model has no quantized layer, and so nothing to polish.")
+    if not all(layer.is_snapped() for layer in layers):
+        raise ModelError(
+            "the model has weights between the levels, whose codes are not settled; call "
+            "askewq.snap_(model) first."
+        )

@@ -3,6 +3,8 @@
 The plan is a pure table: training, evaluation, packing and `askewq inspect` read the same one.
 """
 
+import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from askewq import patterns, probe
+from askewq.activations import RoundedInput
 from askewq.errors import ModelError, PlanError, RecipeError
 from askewq.grid import (
     Grid,
@@ -22,7 +25,14 @@ from askewq.grid import (
     scale_shape,
 )
 from askewq.kinds import kind_of, leaves_of
-from askewq.layers import quantize_layer_, quantized_layers, uncompiled
+from askewq.layers import (
+    QuantizedLayer,
+    QuantizedParts,
+    quantize_layer_,
+    quantized_layers,
+    scale_name,
+    uncompiled,
+)
 from askewq.plan_table import Place, Plan, PlannedLayer, channels
 from askewq.vocabulary import ActBits, Bits, GridKind, GroupSize
 
@@ -223,10 +233,27 @@ def _form(modules: Mapping[str, nn.Module], places: Sequence[Place]) -> tuple[_F
             parts = kind.parts(modules[name], shape) if leaf in kind.leaves else 1
             forms.append(_Form(kind.channel_dim, parts, kind.on_request))
     first = min(forms, default=_Form())
-    reason = next(filter(None, (probe.unsupported(modules[n], leaf) for n, leaf in places)), "")
+    used = [(modules[name], leaf) for name, leaf in places]
+    reason = next(filter(None, (probe.unsupported(*use) or _taken(*use) for use in used)), "")
     if not reason and any(form[:2] != first[:2] for form in forms):
         reason = "shared by layers whose output channels are different dimensions of it"
     return first._replace(on_request=any(form.on_request for form in forms)), reason
+
+
+def _taken(module: nn.Module, leaf: str) -> str:
+    """Return why quantizing a layer would replace something of its own, or an empty string."""
+    names = _names_used(leaf == "weight") | {scale_name(leaf)}
+    found = [name for name in sorted(names) if hasattr(module, name)]
+    return f"it has an attribute {found[0]}, a name that a quantized layer uses" if found else ""
+
+
+@functools.cache
+def _names_used(whole: bool) -> frozenset[str]:
+    """Return the attributes that a quantized layer has and no other."""
+    mixins = (QuantizedLayer, RoundedInput) if whole else (QuantizedParts,)
+    bases = {base for mixin in mixins for base in mixin.__mro__ if base is not nn.Module}
+    names = {n for base in bases for n in (*vars(base), *inspect.get_annotations(base))}
+    return frozenset(names - {*dir(nn.Module), "weight"})
 
 
 def _group(group_size: GroupSize, shape: Sequence[int], form: _Form) -> tuple[GroupSize, str]:

@@ -231,6 +231,33 @@ class TestCalibration:
             askewq.round_inputs(model, 4, lambda: None)
         assert not rounded_layers(model)
 
+    @pytest.mark.parametrize("x", [torch.zeros(3, 12), torch.zeros(0, 12)])
+    def test_a_layer_that_is_given_nothing(self, x):
+        """Zeros alone, or no rows, have no scale and no sign: it stays as it is, too."""
+        model = network()
+        askewq.quantize(model, 2, include=["*"])
+        signed = askewq.round_inputs(model, 4, lambda: (model(torch.arange(8)), model[3](x)))
+        assert signed["3"] is False
+        model = network()
+        askewq.quantize(model, 2, include=["*"])
+        signed = askewq.round_inputs(model, 4, lambda: (model[3](x), model[5](torch.ones(1, 6))))
+        assert signed == {"5": False}
+        model = network()
+        askewq.quantize(model, 2, include=["*"])
+        with pytest.raises(ModelError, match="no quantized layer was called with numbers but 0"):
+            askewq.round_inputs(model, 4, lambda: model[3](x))
+
+    def test_in_inference_mode(self):
+        """The scales can be trained on afterwards."""
+        model = network()
+        askewq.quantize(model, 2, include=["*"])
+        with torch.inference_mode():
+            askewq.round_inputs(model, 4, lambda: model(torch.arange(8)))
+        askewq.follow_inputs_(model, True)
+        before = model[3].input_scale.clone()
+        model.train()(torch.arange(8)).sum().backward()
+        assert not torch.equal(model[3].input_scale, before)
+
     def test_twice(self):
         """A model whose inputs are rounded is refused."""
         model = rounded()

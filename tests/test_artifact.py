@@ -13,6 +13,7 @@ from torch import nn
 import askewq
 from askewq import artifact, checkpoint
 from askewq.errors import DivergenceError, FormatError, ModelError, OutputError
+from askewq.polish import Polisher
 
 LOADABLE = ["timm", "timm-vit", "bert", "bert-pairs", "llama", "vit"]
 
@@ -116,6 +117,7 @@ class TestSave:
         askewq.quantize(network, bits=2)
         optimizer = askewq.AskewSGD(network, lr=0.1)
         network(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.anneal(0.5)
         optimizer.step()
         return network
 
@@ -140,6 +142,17 @@ class TestSave:
         network = self.trained()
         with pytest.raises(ModelError, match=r"2 layers, '2' the first.*askewq\.snap_"):
             askewq.save(network, tmp_path / "own")
+        askewq.snap_(network)
+        polisher = Polisher(network, lr=1e-3)
+        with pytest.raises(ModelError, match=r"are in training: .* finish_\(\) of a Polisher"):
+            askewq.save(network, tmp_path / "own")
+        polisher.finish_()
+        askewq.save(network, tmp_path / "polished")
+        with pytest.raises(FormatError, match=r"the model is quantized \(2\); .* a plain network"):
+            askewq.load(tmp_path / "polished", model=network)
+        with pytest.raises(FormatError, match="in the model; cast the model once it is filled"):
+            askewq.load(tmp_path / "polished", model=builders.own_network("small").bfloat16())
+        shutil.rmtree(tmp_path / "polished")
         with pytest.raises(ModelError, match="no quantized layer"):
             askewq.save(builders.own_network("small"), tmp_path / "own")
         assert not list(tmp_path.iterdir())

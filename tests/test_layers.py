@@ -297,3 +297,24 @@ def test_data_parallel_is_refused():
     askewq.quantize(model, bits=2)
     with pytest.raises(ModelError, match="use DistributedDataParallel"):
         model[1]._replicate_for_data_parallel()
+    attention = nn.MultiheadAttention(4, 2)
+    askewq.quantize(attention, bits=2, include=["*"])
+    with pytest.raises(ModelError, match="use DistributedDataParallel"):
+        attention._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_a_cast_keeps_the_codes(grid, dtype):
+    """Half precision tells the levels apart; bfloat16 not those of 8 bits, which is said."""
+    layer = nn.Linear(512, 64)
+    quantize_layer_(layer, grid, fit_scale(layer.weight, grid))
+    askewq.snap_(layer)
+    codes = layer.codes()
+    layer.to(dtype)
+    if grid.size > 128 and dtype == torch.bfloat16:
+        with pytest.raises(ModelError, match="256 levels became bfloat16"), askewq.snapped(layer):
+            pass
+    else:
+        with askewq.snapped(layer):
+            assert torch.equal(layer.codes(), codes)

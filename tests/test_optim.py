@@ -1215,14 +1215,97 @@ def test_a_model_that_is_compiled_as_a_whole():
     assert torch.equal(whole(x), model(x))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_snap_of_intervals_that_never_closed_is_no_secret(compiled):
+@pytest.mark.parametrize("closing", [LAZY, STAGGERED, SINGLE], ids=lambda c: c.kind)
+def test_a_snap_of_intervals_that_never_closed_is_no_secret(closing):
     """A loop without `anneal` trains nothing but what rounding then throws away."""
     model = spread(nn.Linear(4, 2), make_grid(2))
-    optimizer = AskewSGD(model, lr=0.1, compile=compiled)
+    optimizer = AskewSGD(model, lr=0.1, closing=closing)
     with snapped(model):  # a look at it says nothing
         pass
     with pytest.warns(UserWarning, match=r"never began to close.*call optimizer\.anneal"):
         snap_(copy.deepcopy(model))
     optimizer.anneal(0.1)
     snap_(model)
+
+
+class TestWhatItIsGiven:
+    """What is passed by mistake is named, with what to pass instead."""
+
+    @pytest.mark.parametrize("make", [AskewSGD, AskewAdamW])
+    def test_parameters_in_place_of_the_model(self, make):
+        """As torch's optimizers are made."""
+        layer = spread(nn.Linear(4, 2), make_grid(2))
+        with pytest.raises(ModelError, match="is a generator: pass the quantized model itself"):
+            make(layer.parameters(), lr=0.1)
+
+    @pytest.mark.parametrize("make", [AskewSGD, AskewAdamW])
+    def test_the_name_of_a_closing(self, make):
+        """A Closing has that name, and more."""
+        layer = spread(nn.Linear(4, 2), make_grid(2))
+        with pytest.raises(RecipeError, match=r"pass an askewq\.Closing, such as askewq\.Closing"):
+            make(layer, lr=0.1, closing="staggered")
+
+    @pytest.mark.parametrize("progress", [2, 55.0, -0.1, math.nan, math.inf])
+    @every_closing
+    def test_a_progress_that_is_no_share(self, closing, progress):
+        """A number of steps would close everything at once; NaN would be all weights."""
+        layer = spread(nn.Linear(4, 2), make_grid(2))
+        optimizer = AskewSGD(layer, lr=0.1, closing=closing)
+        with pytest.raises(RecipeError, match=r"is no share of the training steps.*\(i \+ 1\) / n"):
+            optimizer.anneal(progress)
+        optimizer.anneal(1.0)
+
+    @pytest.mark.parametrize("level_lr", [-0.005, math.nan])
+    def test_a_rate_below_zero(self, level_lr):
+        """It would train uphill."""
+        layer = spread(nn.Linear(4, 2), make_grid(2))
+        with pytest.raises(RecipeError, match="must be 0 or more"):
+            AskewAdamW(layer, level_lr=level_lr)
+
+    def test_another_group_beside_those_of_level_lr(self):
+        """It would have no unit, and so move the wrong way: by lr, in the weights' own units."""
+        model = nn.Sequential(spread(nn.Linear(4, 4), make_grid(2)), nn.Linear(4, 2))
+        model[1].requires_grad_(False)
+        optimizer = AskewAdamW(model, level_lr=0.01)
+        with pytest.raises(RecipeError, match="freeze with requires_grad_"):
+            optimizer.add_param_group({"params": list(model[1].parameters())})
+        other = AskewAdamW(model, lr=0.01)
+        other.add_param_group({"params": list(model[1].parameters())})
+
+    def test_a_weight_decay_that_is_not_decoupled(self):
+        """Torch's AdamW knows it, the step of the quantized weights does not."""
+        layer = spread(nn.Linear(4, 2), make_grid(2))
+        group = {"params": [layer.latent], "decoupled_weight_decay": False}
+        with pytest.raises(RecipeError, match="decoupled_weight_decay = False"):
+            AskewAdamW(layer, lr=0.1, params=[group])
+
+    def test_a_model_that_was_snapped(self):
+        """Its intervals are gone, and steps would train rounded weights without them."""
+        layer = spread(nn.Linear(4, 2), make_grid(2))
+        optimizer = AskewSGD(layer, lr=0.1)
+        optimizer.anneal(0.5)
+        snap_(layer)
+        with pytest.raises(ModelError, match=r"snapped for good.*askewq\.snapped\(model\)"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("closing", [LAZY, STAGGERED], ids=lambda c: c.kind)
+def test_a_look_inside_autocast(closing):
+    """Autocast keeps the weights that it has cast; those of before and after are not mixed."""
+    layer = spread(nn.Linear(8, 4), make_grid(2))
+    AskewSGD(layer, lr=0.1, closing=closing).anneal(0.5)
+    x = torch.randn(3, 8)
+
+    def seen():
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return layer(x)
+
+    free = seen()
+    with snapped(layer):
+        snap = seen()
+    assert not torch.equal(free, snap)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), free)
+        with snapped(layer), torch.no_grad():
+            assert torch.equal(layer(x), snap)
+        assert torch.equal(layer(x), free)

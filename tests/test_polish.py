@@ -8,7 +8,7 @@ from torch import nn
 
 import askewq
 from askewq import checkpoint, layers
-from askewq.errors import RecipeError
+from askewq.errors import ModelError, RecipeError
 from askewq.grid import SCALE_DIGITS
 from askewq.polish import POLISH, Polisher
 
@@ -144,6 +144,41 @@ class TestSteps:
         polisher.finish_()
         assert torch.equal(network.bias, before)
         assert not network.bias.requires_grad
+
+    def test_a_frozen_weight_keeps_its_scale(self):
+        """It is not trained by way of its scale, either."""
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        askewq.quantize(network, 2, include=["*"])
+        layers.snap_(network)
+        network[0].requires_grad_(False)
+        before = [layer.latent.clone() for layer in network]
+        polisher = Polisher(network, lr=0.1)
+        network(torch.randn(2, 4)).square().sum().backward()
+        polisher.optimizer.step()
+        assert torch.equal(network[0].weight, before[0])
+        assert not torch.equal(network[1].weight, before[1])
+        polisher.finish_()
+        assert not network[0].latent.requires_grad
+
+    def test_what_it_polishes(self, tmp_path):
+        """A snapped model, before it is distributed."""
+        with pytest.raises(ModelError, match="no quantized layer, and so nothing to polish"):
+            Polisher(nn.Linear(4, 4), lr=0.1)
+        network = snapped("linear")
+        with torch.no_grad():
+            network.latent[0, 0] += 0.01
+        with pytest.raises(ModelError, match=r"between the levels.*askewq\.snap_\(model\) first"):
+            Polisher(network, lr=0.1)
+        assert network.latent.requires_grad
+        layers.snap_(network)
+        store = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
+        try:
+            with pytest.raises(ModelError, match=r"polish model\.module, and wrap it afterwards"):
+                Polisher(nn.parallel.DistributedDataParallel(network), lr=0.1)
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def artifact(folder):

@@ -446,6 +446,33 @@ def test_an_own_forward_that_is_linear_in_the_weight_is_quantized():
     )
 
 
+@pytest.mark.parametrize("name", ["weight_scale", "input_scale", "strength", "grid", "latent"])
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_a_layer_with_an_attribute_of_that_name_stays_float(kind, name):
+    """Its own scale, say, would be replaced by the grid's, and its output be another one."""
+
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            if kind == "buffer":
+                self.register_buffer(name, torch.ones(4))
+            else:
+                setattr(self, name, 2.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * getattr(self, name)
+
+    reason = f"it has an attribute {name}, a name that a quantized layer uses"
+    assert notes(plan(between(Scaled()), 2))["1"] == reason
+    assert notes(plan(nn.Sequential(Scaled(), Scaled(), mlp()), 2))["1"] == reason
+    attention = nn.MultiheadAttention(4, 2)
+    attention.register_buffer("in_proj_weight_scale", torch.ones(4))
+    planned = plan(nn.Sequential(mlp(), attention, mlp()), 2)
+    assert [layer.note for layer in planned.layers if layer.leaves == ("in_proj_weight",)] == [
+        "it has an attribute in_proj_weight_scale, a name that a quantized layer uses"
+    ]
+
+
 def test_timms_same_padding_is_quantized():
     """EfficientNet's Conv2dSame has its own forward, which is linear in the weight."""
     model = timm.create_model("tf_efficientnet_b0")
