@@ -82,7 +82,7 @@ def finetune(
     given: dict[str, Any] = dict(flags)
     values = _with_recipe(recipe, given)
     if given.get("resume") and recipe is None and "output" in given:
-        values = _stored_essentials(Path(given["output"])) | given
+        values = _over_stored(Path(given["output"]), given)
     made = config.build(values, recipe or "the command line")
     from askewq import launch
 
@@ -105,13 +105,13 @@ def _with_recipe(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in stored.items() if key not in useless} | given
 
 
-def _stored_essentials(output: Path) -> dict[str, Any]:
-    """Return model and data set of the run in a folder, so that --resume --output is enough."""
+def _over_stored(output: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the run in a folder, and the flags, so that no flag is needed."""
     path = output / "recipe.yaml"
     if not path.is_file():
         raise OutputError(f"--resume: {output} holds no run (no recipe.yaml).")
-    stored = recipe_files.read_yaml(path)
-    return {key: stored[key] for key in ("model", "dataset") if key in stored}
+    values = _with_recipe(str(path), given)
+    return {key: value for key, value in values.items() if key != "overwrite" or key in given}
 
 
 @app.command(name="eval")

@@ -240,7 +240,9 @@ class Recipe(BaseModel):
 
     output: Path = _key(..., OUTPUT, "folder for the artifact and the checkpoints")
     eval_every: int | None = _key(None, OUTPUT, "steps between evaluations; at the end only", ge=1)
-    save_every: int | None = _key(None, OUTPUT, "steps between checkpoints; ten a phase", ge=1)
+    save_every: int | None = _key(
+        None, OUTPUT, "steps between checkpoints; a tenth of a phase", ge=1
+    )
     keep: int = _key(2, OUTPUT, "newest checkpoints that are kept", ge=1)
     resume: bool = _key(False, OUTPUT, "go on from the newest checkpoint in output")
     overwrite: bool = _key(False, OUTPUT, "replace what is in output")

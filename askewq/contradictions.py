@@ -61,6 +61,7 @@ _BELONGS = {
     "method": ("askewsgd", ("strength", "gradient_bits", "closing", *_INTERVALS)),
     "closing": ("lazy", _INTERVALS),
     "optimizer": (None, ("momentum", "lr", "level_lr")),
+    "teacher": ("self", ("teacher_weights",)),
 }
 # Two ways to say how long a run is: one that is given replaces the other.
 _INSTEAD = {"epochs": "max_steps", "max_steps": "epochs"}

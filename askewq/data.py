@@ -163,6 +163,11 @@ def _call_datasets(recipe: Recipe, split: str | None) -> Any:
                     f"--dataset {recipe.dataset!r}: files of type {path.suffix!r} are not read; "
                     f"use one of {', '.join(_FILE_BUILDERS)}, or a folder."
                 )
+            if recipe.dataset_config is not None:
+                raise DataError(
+                    f"--dataset-config {recipe.dataset_config!r}: the file {recipe.dataset} has no "
+                    "configurations; leave it out."
+                )
             arguments["data_files"] = glob.escape(str(path))
             if path.suffix == ".tsv":  # a quote is a character like any other there
                 arguments |= {"sep": "\t", "quoting": csv.QUOTE_NONE}

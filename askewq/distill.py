@@ -220,6 +220,8 @@ def load_reference(
     original = teacher is None and teacher_weights is None
     name = loaded.spec.name if original else teacher
     named = {"teacher": name, "teacher_weights": teacher_weights, "task": loaded.spec.task}
+    if isinstance(loaded.preprocessing, TextPreprocessing):
+        named["tokenizer"] = recipe.model  # the artifact's, for a teacher that has none
     try:
         if original:
             _check_original(loaded.spec)

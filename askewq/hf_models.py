@@ -94,6 +94,8 @@ def load_transformers(
             labels = tuple(labels[ours.index(label)] for label in theirs)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
+        if config.problem_type is not None:  # it is trained for one of these
+            config.problem_type = "single_label_classification"
     auto = auto_class(task)
     try:
         if pretrained:

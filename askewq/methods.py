@@ -335,8 +335,8 @@ def check_bits(method: Method, bits: Bits, source: str = "") -> None:
     if method in RIVALS and bits not in RIVALS[method].bits:
         allowed = ", ".join(map(str, RIVALS[method].bits))
         raise RecipeError(
-            f"method = {method} trains {allowed} bit, not {source or f'bits = {bits}'}; give other "
-            "bits, or another method."
+            f"method = {method} trains {allowed} bit, not {source or f'bits = {bits}'}; give "
+            f"{'others' if source else 'other bits'}, or another method."
         )
 
 

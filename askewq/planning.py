@@ -80,6 +80,7 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
     some = {"max_train_samples": samples, "max_eval_samples": samples}
     calibration = recipe.model_copy(update=some)
     loaded, data = _open(calibration)
+    settings = replace(settings, samples=len(data.train))
     uniform = wrap.plan(
         loaded.model,
         8,
@@ -123,7 +124,7 @@ def _check(recipe: Recipe, settings: Settings) -> None:
     if len(set(settings.candidates)) < 2:
         raise RecipeError("--candidates must name two widths at least, to choose between.")
     for bits in settings.candidates:
-        check_bits(recipe.method, bits)
+        check_bits(recipe.method, bits, f"the candidate {bits}")
     if recipe.streaming:
         raise RecipeError(
             "streaming does not go with a plan, which measures on a random part of the data: leave "
@@ -196,16 +197,16 @@ def code_budget(model: nn.Module, uniform: Plan, settings: Settings) -> int:
     if settings.average_bits is not None:
         budget = int(sum(counts) * settings.average_bits / 8)
         asked = f"an average of {settings.average_bits:g} bits"
-        nearest = f"{math.ceil(1e4 * 8 * least / sum(counts)) / 1e4:g}"
+        nearest = f"the least is {math.ceil(1e4 * 8 * least / sum(counts)) / 1e4:g}"
     else:
         rest = bytes_beside_codes(model, uniform)
         budget = bytes_of(settings.size or "") - rest
         asked = f"a size of {settings.size}"
-        nearest = f"{math.ceil((rest + least) / 1e3)}kB"
+        nearest = f"{math.ceil((rest + least) / 1e3)}kB can"
     if budget < least:
         raise PlanError(
             f"{asked} cannot be met: with the candidates "
-            f"{', '.join(map(str, settings.candidates))} the least is {nearest}. Allow narrower "
+            f"{', '.join(map(str, settings.candidates))} {nearest}. Allow narrower "
             "candidates, or quantize more layers (--include)."
         )
     return budget

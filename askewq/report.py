@@ -64,6 +64,8 @@ def print_coverage(plan: Plan) -> None:
     for layer in plan.layers:
         if layer.grid is None and layer.note != "no weight matrix":
             say(f"  float: {layer.label or '(model)'} ({layer.kind}): {layer.note}")
+        elif layer.grid is not None and layer.note.startswith("scale per channel"):
+            say(f"  {layer.label} ({layer.kind}): {layer.note}")
 
 
 def print_inputs(plan: Plan, signed: dict[str, bool], act_bits: ActBits) -> None:

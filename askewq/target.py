@@ -13,6 +13,7 @@ from torch import Tensor
 from askewq.checkpoint import Artifact
 from askewq.spec import LoadedModel
 from askewq.vocabulary import DenseType
+from askewq.wording import bits_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,9 @@ def rounded_inputs(source: ExportSource, to: str) -> list[str]:
         return []
     first = next(iter(inputs))
     return [
-        f"the artifact rounds the inputs of {len(inputs)} layers ({first} to "
-        f"{inputs[first].grid.bits} bits), and --to {to} holds weights alone, so that it would be "
-        "another model: use --to onnx, or fine-tune with --act-bits none."
+        f"the artifact rounds the inputs of {len(inputs)} layers ({first!r} to "
+        f"{bits_name(inputs[first].grid.bits)}), and --to {to} holds weights alone, so that it "
+        "would be another model: use --to onnx, or fine-tune with --act-bits none."
     ]
 
 

@@ -142,6 +142,7 @@ class _Run:
                 self._quantize()
                 if phase != POLISH:
                     self._train_low_bit(at[LOW_BIT])
+                layers.snap_(self.model)
                 self._polish(at[POLISH])
                 return self._finish()
             except signals.Stop as stop:
@@ -242,7 +243,9 @@ class _Run:
         recipe = self.recipe
         if self.loop.progress.full_precision is None:
             self.loop.progress.full_precision = self.loop.evaluate().value
-        wrap.apply(self.model, self.plan)
+        # Of a run that goes on from there, weights and scales are in the checkpoint.
+        trained = self.loop.progress.phase in (LOW_BIT, POLISH)
+        wrap.apply(self.model, self.plan, fit=not trained)
         if recipe.act_bits != "none":
             self._round_inputs(recipe.act_bits)
         if self.loop.progress.rounded is None:
@@ -250,7 +253,7 @@ class _Run:
                 self.loop.progress.rounded = self.loop.evaluate().value
 
     def _train_low_bit(self, folder: Path | None) -> None:
-        """Fine-tune under the constraint, evaluate, and snap."""
+        """Fine-tune under the constraint, and evaluate."""
         recipe, start = self.recipe, self.recipe.full_precision_steps
         lr = recipe.lr or 0.0
         optimizer, pacer = choices.low_bit_optimizer(recipe, self.model, lr)
@@ -280,7 +283,6 @@ class _Run:
                 f"smaller --lr than {recipe.lr:g}."
             )
         self.loop.progress.relaxed = relaxed.value
-        layers.snap_(self.model)
 
     def _polish(self, folder: Path | None) -> None:
         """Train scales, biases and norms on, if the recipe asks for it."""
@@ -406,5 +408,6 @@ def load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
 
 
 def _buffer_bytes(model: nn.Module) -> int:
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return sum(t.nbytes for name, t in model.state_dict().items() if name not in parameters)
+    others = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    others |= {f"{name}.input_scale" for name in activations.rounded_layers(model)}
+    return sum(t.nbytes for name, t in model.state_dict().items() if name not in others)

@@ -12,8 +12,10 @@ def bits_name(bits: Any) -> str:
 
 
 def weights_name(settings: Mapping[str, Any]) -> str:
-    """Return '2 bits', or 'mixed bits' with overrides."""
-    return "mixed bits" if settings.get("bits_override") else bits_name(settings["bits"])
+    """Return '2 bits', or 'mixed bits' with overrides that give other bits."""
+    bits = settings["bits"]
+    others = {str(given).rpartition("=")[2] for given in settings.get("bits_override") or ()}
+    return "mixed bits" if others - {str(bits)} else bits_name(bits)
 
 
 def width_name(settings: Mapping[str, Any]) -> str:

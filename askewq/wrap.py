@@ -65,7 +65,8 @@ def plan(
     Raises:
         RecipeError: bits, grid or group size that do not exist.
         PlanError: a pattern without a match, an override that changes nothing or contradicts
-            another, nothing left to quantize, or no input to round.
+            another, nothing left to quantize, no input to round, or a group size that divides
+            no row.
     """
     for key, given in (("include", include), ("exclude", exclude)):
         if isinstance(given, str):
@@ -121,6 +122,8 @@ def plan(
 
     result = Plan(tuple(map(planned, users, _counts(modules, users))))
     _check_some(result, act_bits)
+    if isinstance(group_size, int):
+        _check_groups(result, group_size)
     _check_included(include, result)
     _check_overrides(overrides, result)
     return result
@@ -189,6 +192,17 @@ def _check_some(result: Plan, act_bits: ActBits) -> None:
             f"act_bits = {act_bits}, but none of the {len(result.quantized)} quantized layers is "
             "given one tensor of numbers that could be rounded; include a Linear or Conv layer, or "
             "leave act_bits out."
+        )
+
+
+def _check_groups(result: Plan, group_size: int) -> None:
+    """Refuse a group size that no layer can have."""
+    if all(layer.group_size != group_size for layer in result.quantized):
+        shapes = [channels(layer.shape, layer.channel_dim) for layer in result.quantized]
+        rows = ", ".join(map(str, sorted({shape[1:].numel() for shape in shapes})[:8]))
+        raise PlanError(
+            f"group_size = {group_size} divides the rows of no quantized layer, which have {rows} "
+            "weights; use a divisor of theirs, or 'channel'."
         )
 
 
@@ -315,10 +329,13 @@ def _unselected(
     return f"{end} layer, kept in full precision" if end else ""
 
 
-def apply(model: nn.Module, plan: Plan) -> None:
+def apply(model: nn.Module, plan: Plan, *, fit: bool = True) -> None:
     """Make the planned layers quantization-aware, in place, with scales fitted to their weights.
 
     Inputs are rounded by `round_inputs`, which needs samples.
+
+    Args:
+        fit: without it the scales are 1, for whoever fills weights and scales in afterwards.
 
     Raises:
         PlanError: a plan of another model, or one that was applied already.
@@ -342,13 +359,17 @@ def apply(model: nn.Module, plan: Plan) -> None:
                 f"{name} holds NaN or infinite values; check the file, or exclude this layer with "
                 f"--exclude {layer.names[0]!r}."
             )
-        if weight.numel() and not weight.any():
+        if fit and weight.numel() and not weight.any():
             raise ModelError(
                 f"{name} is all zeros, to which no scale can be fitted, so that it could never "
                 f"move: exclude it with --exclude {layer.names[0]!r}, or train it first."
             )
         first = channels_first(weight, layer.channel_dim)
-        scales.append(fit_scale(first, cast(Grid, layer.grid), layer.group_size))
+        scales.append(
+            fit_scale(first, cast(Grid, layer.grid), layer.group_size)
+            if fit
+            else weight.detach().new_ones(scale_shape(first.shape, layer.group_size))
+        )
     for layer, scale in zip(plan.quantized, scales, strict=True):
         for name, leaf in zip(layer.names, layer.leaves, strict=True):
             quantize_layer_(model.get_submodule(name), cast(Grid, layer.grid), scale, leaf)

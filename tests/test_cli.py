@@ -144,6 +144,21 @@ class TestFinetuneRefuses:
         refused(finetune(folder), "--resume", "--overwrite")
         assert files(folder) == before
 
+    @pytest.mark.parametrize(
+        ("settings", "flags", "other"),
+        [
+            ({"method": "proxquant", "strength": 0.01}, ("--strength", 0.01), "strength"),
+            ({"polish_steps": 2, "polish_lr": 0.01}, ("--polish-lr", 0.01), "polish_lr"),
+        ],
+    )
+    def test_settings_of_the_run_on_resume(self, settings, flags, other, tmp_path):
+        """A flag that repeats what the run has is judged beside what else the run has."""
+        builders.finetune("own", tmp_path / "out", **settings)
+        resumed = ("finetune", "--resume", "--output", tmp_path / "out")
+        outcome = command(*resumed, *flags)
+        assert outcome.code == 0, outcome.err
+        refused(command(*resumed, flags[0], 0.02), f"{other} = 0.02 (the run has 0.01)")
+
     def test_other_settings_on_resume(self, tmp_path):
         """--resume with another setting names it and what the run has."""
         folder = copy_of("own", tmp_path)
@@ -286,6 +301,17 @@ class TestFinetune:
                 {"distill": 0.5, "distill_hidden": 1.0, "teacher": "t"},
                 {"distill": 0.0},
                 ["distill_hidden", "teacher"],
+            ),
+            (
+                {"distill": 0.5, "teacher": "t", "teacher_weights": "w"},
+                {"teacher": "self"},
+                ["distill"],
+            ),
+            ({"distill": 0.5, "teacher_weights": "w"}, {"teacher": "t"}, ["distill"]),
+            (
+                {"distill": 0.5, "teacher": "t", "teacher_weights": "w"},
+                {"teacher": "t"},
+                ["distill", "teacher_weights"],
             ),
             (
                 {"task": "feature-extraction", "teacher": "t"},

@@ -128,6 +128,13 @@ class TestSources:
         with pytest.raises(DataError, match=r"\.parquet, \.csv"):
             opened(tmp_path / "d.xlsx", TEXTS)
 
+    def test_a_configuration_of_a_file(self):
+        """A file has none, so that the name would decide nothing."""
+        with pytest.raises(
+            DataError, match=r"'other': the file .* has no configurations; leave it"
+        ):
+            opened(builders.text_csv() / "train.csv", TEXTS, dataset_config="other")
+
     @pytest.mark.parametrize("suffix", ["parquet", "json", "csv"])
     def test_damaged_files(self, tmp_path, suffix):
         """A file that cannot be parsed is refused with its path."""

@@ -232,6 +232,21 @@ def test_weights_of_a_teacher(tmp_path):
     assert "the embeddings of its teacher" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_an_encoder_without_a_tokenizer(tmp_path, told):
+    """It was trained with one that was named, which the artifact has, and is compared with it."""
+    folder = other_encoder(tmp_path / "t")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for path in folder.glob("*token*"):
+        path.rename(tokenizer / path.name)
+    settings = {"model": str(folder), "tokenizer": str(tokenizer)}
+    made = finetune("encoder", tmp_path / "out", **settings)
+    words = ("eval", tmp_path / "out", "--dataset", unlabelled_csv(), "--batch-size", 8)
+    outcome = command(*words, *(("--teacher", folder) if told else ()))
+    assert json.loads(outcome.out.splitlines()[-1])["similarity"] == made["reloaded"]
+
+
 def test_a_teacher_of_another_width(tmp_path):
     """Both widths are said, before anything is written."""
     teacher = other_encoder(tmp_path / "t", hidden_size=32)

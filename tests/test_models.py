@@ -216,6 +216,15 @@ class TestHuggingFace:
         assert loaded.model.config.id2label == {0: "pos", 1: "neg"}
         assert loaded.notes == ()
 
+    @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+    def test_a_head_for_another_problem(self, tmp_path, kind):
+        """It is trained for one label of several, and who loads it is told so."""
+        folder = shutil.copytree(builders.bert(), tmp_path / "bert")
+        edit_json(folder / "config.json", problem_type=kind)
+        loaded = models.load(str(folder), "text-classification", ("neg", "pos"))
+        assert loaded.spec.arguments["problem_type"] == "single_label_classification"
+        assert loaded.model.config.problem_type == "single_label_classification"
+
     def test_labels_that_differ_in_case_alone(self, tmp_path):
         """They are two labels, not one."""
         folder = shutil.copytree(builders.bert(), tmp_path / "bert")

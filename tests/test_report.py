@@ -229,3 +229,10 @@ def test_peak_memory_is_in_bytes():
     status = Path("/proc/self/status").read_text()
     (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", status)
     assert report.peak_memory() == pytest.approx(1024 * int(kilobytes), rel=0.02)
+
+
+def test_groups_that_do_not_divide_are_said(capsys):
+    """Before a run, not in `askewq inspect` alone."""
+    network = torch.nn.Sequential(*(torch.nn.Linear(n, n + 2) for n in (6, 8, 10, 12, 14)))
+    report.print_coverage(wrap.plan(network, 2, group_size=4))
+    assert "  2 (Linear): scale per channel: 4 does not divide 10\n" in capsys.readouterr().out

@@ -150,6 +150,14 @@ class TestEveryModelAndTask:
         unique = {t.data_ptr(): t.nbytes for t in network.state_dict().values()}
         assert metrics["bytes"]["full_precision"] == sum(unique.values())
 
+    def test_full_precision_has_no_scales_of_inputs(self, tmp_path):
+        """Its size is the same whether inputs are rounded or not."""
+        plain, rounded = (
+            finetune("own", tmp_path / str(bits), act_bits=bits)["bytes"] for bits in ("none", 4)
+        )
+        assert plain["full_precision"] == rounded["full_precision"]
+        assert plain["packed"] < rounded["packed"]
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_packed_weights_sit_on_their_levels(self, kind):
         """Every packed weight is one of four levels times its scale."""
@@ -607,6 +615,18 @@ class TestResume:
         timings = {"seconds", "step_seconds", "peak_memory_bytes"}
         assert all(resumed[key] == value for key, value in whole.items() if key not in timings)
         assert not any("partial" in f for f in files(tmp_path / "cut"))
+
+    def test_a_layer_that_begins_at_zero(self, tmp_path, monkeypatch):
+        """Full precision trained it, so that a resumed run must not look at how it began."""
+        network = builders.own_network("small")
+        torch.nn.init.zeros_(network[2].weight)
+        save_file(network.state_dict(), tmp_path / "zero.safetensors")
+        settings = {**PHASES, "weights": str(tmp_path / "zero.safetensors")}
+        finetune("own", tmp_path / "whole", **settings)
+        with builders.power_cut(monkeypatch, 7), pytest.raises(builders.PowerCutError):
+            finetune("own", tmp_path / "cut", **settings)
+        finetune("own", tmp_path / "cut", **settings, resume=True)
+        assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
     def test_two_cuts(self, tmp_path, monkeypatch):
         """A run may be cut again after it was resumed."""

@@ -19,6 +19,9 @@ def test_bits_name(bits, name):
         ({"bits": 2}, "2 bits"),
         ({"bits": "ternary", "act_bits": 4}, "ternary, inputs 4 bits"),
         ({"bits": 4, "bits_override": ["a=2"], "act_bits": "none"}, "mixed bits"),
+        ({"bits": 2, "bits_override": ["a=2"]}, "2 bits"),
+        ({"bits": 1, "bits_override": ["a=ternary"]}, "mixed bits"),
+        ({"bits": "ternary", "bits_override": ["a=ternary", "b=8"]}, "mixed bits"),
     ],
 )
 def test_width_name(settings, name):
