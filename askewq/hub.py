@@ -8,7 +8,7 @@ from askewq import checkpoint
 from askewq.artifact import ARTIFACT, read_spec, restore
 from askewq.errors import FormatError, HubError
 from askewq.preprocessing import TextPreprocessing
-from askewq.spec import first_line
+from askewq.spec import first_line, path_of
 from askewq.wording import width_name
 
 METRICS, CARD = "metrics.json", "README.md"
@@ -66,8 +66,11 @@ def _message(folder: Path) -> str:
     """Return the commit message: what the model is and what it measures."""
     try:
         metrics: dict[str, Any] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        model = str(metrics["model"])
+        if path_of(model).is_absolute() or path_of(model).exists():  # of this machine or another
+            model = Path(model).name
         return (
-            f"{metrics['model']} at {width_name(metrics)}: {metrics['metric']} "
+            f"{model} at {width_name(metrics)}: {metrics['metric']} "
             f"{metrics['reloaded']:.2f} (full precision {metrics['full_precision']:.2f})"
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -83,6 +83,15 @@ def test_the_message_has_the_figures(fake):
     )
 
 
+def test_the_message_names_no_folder_of_this_machine(fake):
+    """Of a local model it has the name, as the card has."""
+    for kind, name in (("bert", "bert"), ("own", "nets.py:small")):
+        folder, metrics = finished(kind)
+        assert metrics["model"].startswith("/")
+        hub.push(folder, "model")
+        assert fake.commits[-1]["message"].startswith(f"{name} at 2 bits: accuracy")
+
+
 def test_a_dry_run_sends_nothing_and_prints_what_a_push_sends(fake):
     """`--dry-run` needs no network and prints the very files and message of the push."""
     folder, _ = finished("bert")
