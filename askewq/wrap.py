@@ -267,7 +267,7 @@ def _names_used(whole: bool) -> frozenset[str]:
     mixins = (QuantizedLayer, RoundedInput) if whole else (QuantizedParts,)
     bases = {base for mixin in mixins for base in mixin.__mro__ if base is not nn.Module}
     names = {n for base in bases for n in (*vars(base), *inspect.get_annotations(base))}
-    return frozenset(names - {*dir(nn.Module), "weight"})
+    return frozenset(n for n in names - {*dir(nn.Module), "weight"} if not n.startswith("__"))
 
 
 def _group(group_size: GroupSize, shape: Sequence[int], form: _Form) -> tuple[GroupSize, str]:
