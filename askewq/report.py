@@ -77,8 +77,8 @@ def print_inputs(plan: Plan, signed: dict[str, bool], act_bits: ActBits) -> None
     for layer in plan.layers:
         if layer.act_bits != "none" and not signed.keys() & set(layer.names):
             note(
-                f"{layer.names[0]} was not called in calibration, or with zeros alone: its input is "
-                "not rounded"
+                f"{layer.names[0]} was not called in calibration, or with zeros alone: its input "
+                "is not rounded"
             )
 
 
