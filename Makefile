@@ -16,7 +16,8 @@ demo: $(INSTALLED)
 	$(BIN)/askewq demo --output out/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

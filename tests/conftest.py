@@ -27,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", rf"ignore::{category}:{module}(\..*)?")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that fork: autograd refuses to work in a fork once it has threads.
+
+    It gets some from what other tests do. These tests take longest, too.
+    """
+    items.sort(key=lambda item: item.path.name != "test_distributed.py")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Start every test from the same random numbers, whatever ran before it."""
     random.seed(0)

@@ -67,7 +67,7 @@ def test_measured_is_the_loss_of_a_model_with_one_layer_rounded(kind, group_size
     base = loss_of(model)()
     for layer, row in zip(found.layers, found.increase.tolist(), strict=True):
         for bits, increase in zip(WIDTHS, row, strict=True):
-            other = rounded_alone(model, layer.names[0], bits, kind, group_size)
+            other = rounded_alone(model, layer.names[0], bits, kind, layer.group_size)
             assert increase == loss_of(other)() - base
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
