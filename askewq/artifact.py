@@ -304,8 +304,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
         quantized[name].codes()  # raises where a weight is NaN, which snapping does not mend
     if between:
         raise ModelError(
-            f"{len(between)} layers, {between[0]!r} the first, are in training: call "
-            "askewq.snap_(model), or finish_() of a Polisher, evaluate it, and save it then."
+            f"{len(between)} layers, {between[0]!r} the first, are not on their levels for good: "
+            "call askewq.snap_(model), or finish_() of a Polisher, evaluate it, and save it then."
         )
     for name, layer in quantized.items():
         if layer.latent.dtype != torch.float32:

@@ -110,6 +110,7 @@ def _over_stored(output: Path, given: dict[str, Any]) -> dict[str, Any]:
     path = output / "recipe.yaml"
     if not path.is_file():
         raise OutputError(f"--resume: {output} holds no run (no recipe.yaml).")
+    config.build(recipe_files.read_yaml(path), str(path))  # what is wrong with it, it is told
     values = _with_recipe(str(path), given)
     return {key: value for key, value in values.items() if key != "overwrite" or key in given}
 

@@ -38,7 +38,8 @@ class QuantizedWeight:
         channel_dim: the dimension of the weight that counts output channels.
         rule: how the forward pass sees the weight; None: as it is.
         strength: the present coefficient of that rule.
-        untouched: whether an optimizer holds intervals around it that have not begun to close.
+        untouched: its own id where an optimizer holds intervals around it that have not begun to
+            close; a copy has another id, and nobody anneals it.
         seen: the weight that the forward pass sees, where it was made beforehand (`prepared`).
     """
 
@@ -49,7 +50,7 @@ class QuantizedWeight:
     channel_dim: int
     rule: Rule | None = None
     strength: float = 0.0
-    untouched: bool = False
+    untouched: int | None = None
     seen: Tensor | None = None
 
     @property
@@ -306,7 +307,7 @@ def follow_(model: nn.Module, rule: Rule | None) -> None:
     learns = rule is not None and rule.learns_scale
     scales: dict[int, Tensor] = {}  # layers that share a weight share its scale
     for module in quantized_modules(model):
-        module.rule, module.untouched = rule, False
+        module.rule, module.untouched = rule, None
         scale = module.weight_scale.detach()
         scale = scales.setdefault(id(module.latent), nn.Parameter(scale) if learns else scale)
         name = scale_name(module.leaf)
@@ -345,7 +346,7 @@ def snap_(model: nn.Module) -> None:
     Warns where an optimizer was made for the model and its intervals never began to close, for
     then this is plain rounding.
     """
-    if any(module.untouched for module in quantized_modules(model)):
+    if any(module.untouched == id(module) for module in quantized_modules(model)):
         warnings.warn(
             "the intervals of this model never began to close, so its weights are rounded as they "
             "are; call optimizer.anneal(progress) before every optimizer.step().",

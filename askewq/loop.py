@@ -167,7 +167,10 @@ class Loop:
     def _release(self) -> None:
         """Take off what `_prepare` put on the model, so that the next phase can prepare it."""
         if self.hollow is not None:
+            sharded = layers.quantized_modules(self.model)
             self.loaded.model = sharding.fill(self.hollow, self.model, self.accelerator.device)
+            for weight, annealed in zip(layers.quantized_modules(self.model), sharded, strict=True):
+                weight.strength = annealed.strength
             self.hollow = None
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.model.__dict__.pop(name, None)

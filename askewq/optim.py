@@ -144,7 +144,7 @@ class _Skewed(torch.optim.Optimizer):
             group["progress"] = float(progress)
         for module in self._modules:
             module.strength = self.closing.radius(progress)
-            module.untouched = self.closing.closure(progress) == 0
+            module.untouched = id(module) if self.closing.closure(progress) == 0 else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; the intervals are those of its progress.
@@ -158,7 +158,7 @@ class _Skewed(torch.optim.Optimizer):
                 f"{', '.join(sorted({*missing}))}; load what the state_dict() of one gave."
             )
         super().load_state_dict(state_dict)
-        self.anneal(self._progress)
+        self.anneal(min(self._progress, 1.0))
 
     @property
     def _progress(self) -> float:
@@ -169,13 +169,13 @@ class _Skewed(torch.optim.Optimizer):
         """Make one update; call `anneal` with the current progress before it.
 
         Raises:
-            ModelError: the model was snapped, or is another optimizer's by now.
+            ModelError: lazy closing, and the model was snapped or follows another method by now.
         """
         if self.closing.kind == "lazy" and any(m.rule != self._rule for m in self._modules):
             raise ModelError(
-                "the model was snapped for good, or another optimizer was made for it, and this "
-                "one's intervals are gone; look at it inside askewq.snapped(model), or make a new "
-                "optimizer to train on."
+                "the model was snapped for good, or follows another method by now, and the "
+                "intervals of this optimizer are gone; look at the model inside "
+                "askewq.snapped(model), or make a new optimizer to train on."
             )
         loss = None
         if closure is not None:

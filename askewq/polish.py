@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from askewq.errors import ModelError
 from askewq.grid import Grid, shortened
-from askewq.layers import QuantizedWeight, follow_, quantized_layers
+from askewq.layers import QuantizedWeight, follow_, quantized_layers, uncompiled
 from askewq.methods import Rule
 
 
@@ -35,7 +35,8 @@ class Polisher:
         lr: of AdamW; in scales, a share.
 
     Raises:
-        ModelError: weights between the levels, no quantized layer, or DistributedDataParallel.
+        ModelError: weights between the levels, no quantized layer, nothing that requires a
+            gradient, or DistributedDataParallel.
 
     Attributes:
         optimizer: to make the steps with; each takes the codes along.
@@ -90,13 +91,16 @@ class Polisher:
 
 
 def _check(model: nn.Module, layers: list[QuantizedWeight]) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(uncompiled(model), nn.parallel.DistributedDataParallel):
         raise ModelError(
             "the model is in DistributedDataParallel, which does not know the scales that are "
             "trained now; polish model.module, and wrap it afterwards."
         )
     if not layers:
         raise ModelError("the model has no quantized layer, and so nothing to polish.")
+    trained = [layer.latent for layer in layers] + [p for p in model.parameters() if p.dim() < 2]
+    if not any(parameter.requires_grad for parameter in trained):
+        raise ModelError("nothing of the model requires a gradient, so nothing would be polished.")
     if not all(layer.is_snapped() for layer in layers):
         raise ModelError(
             "the model has weights between the levels, whose codes are not settled; call "

@@ -198,8 +198,13 @@ def _check_some(result: Plan, act_bits: ActBits) -> None:
 def _check_groups(result: Plan, group_size: int) -> None:
     """Refuse a group size that no layer can have."""
     if all(layer.group_size != group_size for layer in result.quantized):
-        shapes = [channels(layer.shape, layer.channel_dim) for layer in result.quantized]
-        rows = ", ".join(map(str, sorted({shape[1:].numel() for shape in shapes})[:8]))
+        sizes = {
+            layer.group_size  # where an index of the channel dimension stands for several channels
+            if isinstance(layer.group_size, int)
+            else channels(layer.shape, layer.channel_dim)[1:].numel()
+            for layer in result.quantized
+        }
+        rows = ", ".join(map(str, sorted(sizes)[:8]))
         raise PlanError(
             f"group_size = {group_size} divides the rows of no quantized layer, which have {rows} "
             "weights; use a divisor of theirs, or 'channel'."

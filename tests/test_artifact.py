@@ -144,7 +144,7 @@ class TestSave:
             askewq.save(network, tmp_path / "own")
         askewq.snap_(network)
         polisher = Polisher(network, lr=1e-3)
-        with pytest.raises(ModelError, match=r"are in training: .* finish_\(\) of a Polisher"):
+        with pytest.raises(ModelError, match=r"levels for good: .* finish_\(\) of a Polisher"):
             askewq.save(network, tmp_path / "own")
         polisher.finish_()
         askewq.save(network, tmp_path / "polished")

@@ -144,6 +144,14 @@ class TestFinetuneRefuses:
         refused(finetune(folder), "--resume", "--overwrite")
         assert files(folder) == before
 
+    def test_a_damaged_recipe_on_resume(self, tmp_path):
+        """The file is named, not the command line."""
+        folder = copy_of("own", tmp_path)
+        with (folder / "recipe.yaml").open("a") as file:
+            file.write("nonsense: 1\n")
+        outcome = command("finetune", "--resume", "--output", folder)
+        refused(outcome, f"{folder / 'recipe.yaml'} cannot be used", "nonsense: no such key")
+
     @pytest.mark.parametrize(
         ("settings", "flags", "other"),
         [

@@ -120,6 +120,7 @@ def runs(data: Path) -> dict[str, Path]:
 
         for outcome in together(count, body, data, **environment):
             assert outcome.code == 0, outcome.err[-3000:]
+            assert "never began to close" not in outcome.err
         made |= {f"{n}-{how}{count}": ROOT / f"{n}-{how}{count}" for n in [*names, "gpt2"]}
     return made
 
@@ -143,6 +144,8 @@ class TestEquality:
         Every granularity of the scale, closing and kind of method; uneven and empty pieces.
         """
         assert digest(runs[f"{name}-fsdp2"]) == digest(runs[f"{name}-ddp2"])
+        relaxed = [metrics(runs[f"{name}-{how}"])["relaxed"] for how in ("fsdp2", "ddp2")]
+        assert relaxed[0] == relaxed[1]
 
     @pytest.mark.parametrize("name", [n for n in RUNS if n not in OWN_NOISE])
     def test_as_one_process(self, runs, data, tmp_path, name):

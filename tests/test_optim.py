@@ -1222,8 +1222,10 @@ def test_a_snap_of_intervals_that_never_closed_is_no_secret(closing):
     optimizer = AskewSGD(model, lr=0.1, closing=closing)
     with snapped(model):  # a look at it says nothing
         pass
+    snap_(copy.deepcopy(model))  # a copy that only receives weights, such as their average
     with pytest.warns(UserWarning, match=r"never began to close.*call optimizer\.anneal"):
-        snap_(copy.deepcopy(model))
+        snap_(model)
+    optimizer = AskewSGD(model, lr=0.1, closing=closing)
     optimizer.anneal(0.1)
     snap_(model)
 
@@ -1278,6 +1280,13 @@ class TestWhatItIsGiven:
         group = {"params": [layer.latent], "decoupled_weight_decay": False}
         with pytest.raises(RecipeError, match="decoupled_weight_decay = False"):
             AskewAdamW(layer, lr=0.1, params=[group])
+
+    def test_a_state_from_beyond_the_end(self):
+        """Earlier versions allowed it, and closed means closed."""
+        layer = spread(nn.Linear(4, 2), make_grid(2))
+        optimizer = AskewSGD(layer, lr=0.1)
+        optimizer.param_groups[0]["progress"] = 1.2
+        AskewSGD(layer, lr=0.1).load_state_dict(optimizer.state_dict())
 
     def test_a_model_that_was_snapped(self):
         """Its intervals are gone, and steps would train rounded weights without them."""

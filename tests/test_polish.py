@@ -172,6 +172,10 @@ class TestSteps:
             Polisher(network, lr=0.1)
         assert network.latent.requires_grad
         layers.snap_(network)
+        network.requires_grad_(False)
+        with pytest.raises(ModelError, match="nothing of the model requires a gradient"):
+            Polisher(network, lr=0.1)
+        network.requires_grad_(True)
         store = f"file://{tmp_path}/store"
         torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
         try:

@@ -529,6 +529,9 @@ def test_groups_that_divide_no_row_are_refused():
     ):
         plan(model, 2, group_size=7)
     assert plan(model, 2, group_size=9).quantized[0].group_size == 9
+    attention = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(12, 2), nn.Linear(4, 4))
+    with pytest.raises(PlanError, match=r"which have 12 weights"):
+        plan(attention, 2, group_size=36)
 
 
 def test_applied_without_fitting():
