@@ -22,6 +22,7 @@ from askewq.errors import ModelError, RecipeError
 from askewq.grid import Grid
 from askewq.kernels import DISTANCE_BINS, Interval, adamw_, compiled, distance_bins, sgd_
 from askewq.layers import QuantizedWeight, follow_, quantized_layers, quantized_modules
+from askewq.level_groups import in_units, level_groups, trainable
 from askewq.vocabulary import Pull
 
 # Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
@@ -198,7 +199,7 @@ class _Skewed(torch.optim.Optimizer):
             weight.grad = None  # torch's own step passes over parameters without a gradient
         # torch wraps every step with the optimizer's hooks; ours is wrapped, so its must not be.
         theirs = inspect.unwrap(super().step.__func__)  # type: ignore[attr-defined]  # a bound method
-        with _in_units(self.param_groups):
+        with in_units(self.param_groups):
             theirs(self)
         for weight, grad in updated:
             weight.grad = grad
@@ -427,7 +428,7 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
                 raise RecipeError(f"level_lr = {level_lr} must be 0 or more, in level spacings.")
             if params is not None:
                 raise RecipeError("level_lr makes the parameter groups itself; leave params out.")
-            params = _groups(model, level_lr)
+            params = level_groups(model, level_lr)
         super().__init__(
             trained if params is None else params,
             lr=lr,
@@ -483,38 +484,6 @@ def _as_rows(layer: QuantizedWeight, *tensors: Tensor) -> Iterator[list[Tensor]]
             tensor.copy_(layer.from_rows(part))
 
 
-def _groups(model: nn.Module, level_lr: float) -> list[dict[str, Any]]:
-    """Return the quantized weights, updated in level spacings, and the other parameters.
-
-    Of these, every one with two dimensions and more is a group of its own, updated in its `unit`.
-    """
-    latents = {id(layer.latent) for layer in quantized_layers(model).values()}
-    weights = [p for p in _trainable(model) if id(p) in latents]
-    others = [p for p in _trainable(model) if id(p) not in latents]
-    matrices = [{"params": [p], "unit": _unit(p)} for p in others if p.dim() > 1]
-    vectors = [p for p in others if p.dim() <= 1]
-    return [{"params": weights, "lr": level_lr, "in_levels": True}, *matrices, {"params": vectors}]
-
-
-def _unit(matrix: Tensor) -> float:
-    """Return a matrix' root mean square; of zeros, 1 / sqrt(its columns), as if freshly drawn."""
-    rms = matrix.detach().double().square().mean().sqrt().item()
-    return rms or float(matrix[0].numel() ** -0.5)
-
-
-@contextmanager
-def _in_units(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Within the block, a group with a unit has the lr and the decay of its weights over it."""
-    before = [(group, group["lr"], group["weight_decay"]) for group in groups if "unit" in group]
-    for group, lr, decay in before:
-        group.update(lr=lr * group["unit"], weight_decay=decay / group["unit"])
-    try:
-        yield
-    finally:
-        for group, lr, decay in before:
-            group.update(lr=lr, weight_decay=decay)
-
-
 def _checked(model: nn.Module, closing: Closing) -> list[nn.Parameter]:
     """Return the parameters to train, after a check of what an optimizer is made of."""
     if not isinstance(model, nn.Module):
@@ -527,11 +496,7 @@ def _checked(model: nn.Module, closing: Closing) -> list[nn.Parameter]:
             f"closing = {closing!r} is a {type(closing).__name__}; pass an askewq.Closing, such as "
             "askewq.Closing('staggered')."
         )
-    return _trainable(model)
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return trainable(model)
 
 
 def _knobs(like: Tensor, **numbers: float) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ FLOORS = [
         "activations",
         "kernels",
         "optim",
+        "level_groups",
         "rivals",
         "manifest",
         "patterns",
