@@ -10,6 +10,9 @@ from askewq.grid import Grid, channels_first, scale_shape
 from askewq.pack import packed_size
 from askewq.vocabulary import ActBits, GroupSize
 
+# Begins the note of a layer whose rows the group size does not divide.
+PER_CHANNEL = "scale per channel"
+
 
 class Place(NamedTuple):
     """A module and the name that a weight has in it."""

@@ -17,7 +17,7 @@ from askewq.config import Recipe
 from askewq.evaluate import Evaluation
 from askewq.grid import Grid
 from askewq.manifest import PackedInput
-from askewq.plan_table import Plan, PlannedLayer
+from askewq.plan_table import PER_CHANNEL, Plan, PlannedLayer
 from askewq.sensitivity import Sensitivity
 from askewq.spec import ModelSpec
 from askewq.terminal import console, note, row, say
@@ -64,7 +64,7 @@ def print_coverage(plan: Plan) -> None:
     for layer in plan.layers:
         if layer.grid is None and layer.note != "no weight matrix":
             say(f"  float: {layer.label or '(model)'} ({layer.kind}): {layer.note}")
-        elif layer.grid is not None and layer.note.startswith("scale per channel"):
+        elif layer.grid is not None and layer.note.startswith(PER_CHANNEL):
             say(f"  {layer.label} ({layer.kind}): {layer.note}")
 
 

@@ -33,7 +33,7 @@ from askewq.layers import (
     scale_name,
     uncompiled,
 )
-from askewq.plan_table import Place, Plan, PlannedLayer, channels
+from askewq.plan_table import PER_CHANNEL, Place, Plan, PlannedLayer, channels
 from askewq.vocabulary import ActBits, Bits, GridKind, GroupSize
 
 
@@ -286,7 +286,7 @@ def _group(group_size: GroupSize, shape: Sequence[int], form: _Form) -> tuple[Gr
     if group_size == "channel":
         return whole, special
     if isinstance(group_size, int) and row % group_size:
-        return whole, f"scale per channel: {group_size} does not divide {row}"
+        return whole, f"{PER_CHANNEL}: {group_size} does not divide {row}"
     return group_size, ""
 
 
