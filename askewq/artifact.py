@@ -292,7 +292,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         FormatError: the folder is a whole artifact, with weights that belong to its config.json,
             or has ordinary weights under that name.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), layers.unwrapped(model)
     quantized = layers.quantized_layers(model)
     if not quantized:
         raise ModelError(

@@ -10,7 +10,7 @@ from askewq import config, refine, wrap
 from askewq.anneal import POWER, Closing
 from askewq.config import Recipe
 from askewq.errors import RecipeError
-from askewq.methods import RIVALS, check_bits, check_strength
+from askewq.methods import RIVALS, check_bits, check_strength, strength_for
 from askewq.optim import PULLS, AskewAdamW, AskewSGD
 from askewq.plan_table import Plan
 from askewq.rivals import Follower
@@ -79,7 +79,9 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
     made: dict[str, Any] = {"task": task, "optimizer": optimizer, "lr": lr, "level_lr": level_lr}
     if recipe.full_precision_steps:
         made["full_precision_lr"] = 1e-4 if level_lr is not None else recipe.lr or lr
-    if recipe.method not in RIVALS:
+    if recipe.method in RIVALS:
+        made["strength"] = strength_for(recipe.method, steps)
+    else:
         paper = recipe.method == "askewsgd-paper"
         closing = _PAPER if paper else Closing(recipe.closing or "lazy")
         made |= {"closing": closing.kind, "close_power": POWER[closing.kind]}

@@ -6,7 +6,6 @@ the artifact's model, with 1; a run that SIGTERM or Ctrl-C ended, after saving, 
 
 import json
 import os
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -15,11 +14,16 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-from askewq import config, contradictions, processes, recipe_files
-from askewq.errors import AskewError, OutputError
-from askewq.flags import flags_of, whole
+from askewq import config, contradictions, disk, processes, recipe_files
+from askewq.errors import AskewError, OutputError, RecipeError
+from askewq.flags import flags_of, place, whole
 from askewq.text import printable
 from askewq.vocabulary import Bits, DenseType, Estimate
+
+# A path of which the shell may have left the ~.
+Place = Annotated[Path, Parameter(converter=place)]
+# A number that is whole.
+Whole = Annotated[int, Parameter(converter=whole)]
 
 app = App(
     name="askewq",
@@ -66,11 +70,10 @@ def finetune(
     *,
     recipe: Annotated[str | None, Parameter(help="recipe to start from: a name or a file")] = None,
     num_processes: Annotated[
-        int | str | None,
+        Whole | None,
         Parameter(
             help="train in so many processes of this machine, one a GPU if it has any, by "
-            "Accelerate's launcher",
-            converter=whole,
+            "Accelerate's launcher"
         ),
     ] = None,
     flags: Annotated[_FinetuneFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
@@ -88,9 +91,7 @@ def finetune(
 
     if launch.wanted(num_processes):
         named = {} if recipe is None else {"recipe": recipe}
-        sys.exit(
-            launch.launch(int(num_processes or 1), ["finetune", *launch.words_of(named | given)])
-        )
+        sys.exit(launch.launch(num_processes or 1, ["finetune", *launch.words_of(named | given)]))
     from askewq.train import finetune as run
 
     run(made)
@@ -110,14 +111,25 @@ def _over_stored(output: Path, given: dict[str, Any]) -> dict[str, Any]:
     path = output / "recipe.yaml"
     if not path.is_file():
         raise OutputError(f"--resume: {output} holds no run (no recipe.yaml).")
-    config.build(recipe_files.read_yaml(path), str(path))  # what is wrong with it, it is told
+    stored = config.build(recipe_files.read_yaml(path), str(path))
     values = _with_recipe(str(path), given)
+    lost = [
+        f"{key} = {getattr(stored, key)}"
+        for key in sorted(stored.model_fields_set - values.keys())
+        if getattr(stored, key) != config.Recipe.model_fields[key].default
+    ]
+    if lost:
+        raise RecipeError(
+            f"--resume goes on with the run in {output} as it was, and it has {', '.join(lost)}, "
+            "which does not go with the flags given. Leave them out, or start again with "
+            "--overwrite."
+        )
     return {key: value for key, value in values.items() if key != "overwrite" or key in given}
 
 
 @app.command(name="eval")
 def evaluate(
-    folder: Path,
+    folder: Place,
     *,
     model: Annotated[str | None, Parameter(help="file.py:factory of your own module")] = None,
     teacher: Annotated[
@@ -125,7 +137,7 @@ def evaluate(
         Parameter(help="for embeddings: the model to compare with, if not the original"),
     ] = None,
     teacher_weights: Annotated[
-        Path | None, Parameter(help="state dict of it, by default of a network like the model")
+        Place | None, Parameter(help="state dict of it, by default of a network like the model")
     ] = None,
     json_only: Annotated[bool, Parameter(name="--json", help="print only the JSON line")] = False,
     flags: Annotated[_EvalFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
@@ -191,13 +203,14 @@ def plan(
             help="widths that a layer may get [default: 1 ternary 2 3 4 8]",
             negative_iterable="",
             consume_multiple=True,
+            converter=whole,
         ),
     ] = None,
     sensitivity: Annotated[
         Estimate,
         Parameter(help="measured: round one layer at a time; estimated: from gradients, cheaper"),
     ] = "measured",
-    samples: Annotated[int, Parameter(help="of the training split, to find them with")] = 1024,
+    samples: Annotated[Whole, Parameter(help="of the training split, to find them with")] = 1024,
     recipe: Annotated[str | None, Parameter(help="recipe to start from: a name or a file")] = None,
     flags: Annotated[_PlanFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
 ) -> None:
@@ -217,10 +230,10 @@ def plan(
 
 @app.command
 def export(
-    folder: Path,
+    folder: Place,
     *,
     to: Annotated[str, Parameter(help="dense, compressed-tensors, onnx or gguf")],
-    output: Annotated[Path, Parameter(help="folder to write, new or empty")],
+    output: Annotated[Place, Parameter(help="folder to write, new or empty")],
     dtype: Annotated[
         DenseType | None, Parameter(help="dense: of the floating-point tensors [default: fp32]")
     ] = None,
@@ -233,7 +246,7 @@ def export(
     ] = None,
     model: Annotated[str | None, Parameter(help="file.py:factory of your own module")] = None,
     image_size: Annotated[
-        int | None, Parameter(help="of its images, where the artifact does not say it")
+        Whole | None, Parameter(help="of its images, where the artifact does not say it")
     ] = None,
 ) -> None:
     """Write an artifact in another format, read it back by that format's own loader and compare.
@@ -251,7 +264,7 @@ def export(
 
 @app.command
 def push(
-    folder: Path,
+    folder: Place,
     repo: str,
     *,
     private: Annotated[bool, Parameter(help="if the repository is made by this")] = False,
@@ -285,7 +298,7 @@ def show(name: str) -> None:
 
 
 @recipes.command(name="cp")
-def copy(name: str, destination: Path) -> None:
+def copy(name: str, destination: Place) -> None:
     """Copy a recipe to a file or folder of yours, to change it."""
     from askewq.terminal import say
 
@@ -295,14 +308,17 @@ def copy(name: str, destination: Path) -> None:
         raise OutputError(f"{target} exists; name another file.")
     if not target.parent.is_dir():
         raise OutputError(f"the folder {target.parent} does not exist; make it first.")
-    shutil.copy(source, target)
+    try:
+        disk.write(target, source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error}.") from error
     say(str(target))
 
 
 @app.command
 def demo(
     *,
-    output: Annotated[Path, Parameter(help="folder to write to; replaced")] = Path("out/demo"),
+    output: Annotated[Place, Parameter(help="folder to write to; replaced")] = Path("out/demo"),
 ) -> None:
     """Train, quantize, pack and reload a small network on handwritten digits: three minutes."""
     from askewq.demo import run

@@ -44,9 +44,9 @@ def write(path: Path, text: str) -> None:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Sync a folder of files and rename it to `path`, where nothing may be."""
-    for file in partial.iterdir():
-        sync(file)
+    """Sync a folder with all that is in it and rename it to `path`, where nothing may be."""
+    for inner in partial.rglob("*"):
+        sync(inner)
     sync(partial)
     partial.rename(path)
     sync(path.parent)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from askewq import hidden_states, models, tasks
 from askewq.config import Recipe
-from askewq.errors import CALLING, ModelError
+from askewq.errors import ModelError
 from askewq.hf_models import load_tokenizer
 from askewq.own_models import load_weights
 from askewq.preprocessing import (
@@ -183,13 +183,9 @@ def taught(teacher: Teacher, batch: dict[str, Tensor]) -> tasks.Outputs:
     Raises:
         ModelError: it fails.
     """
-    try:
+    advice = "It must take the same images or tokens; pass another --teacher."
+    with tasks.calling(batch, "the teacher fails on the model's own inputs,", advice):
         return teacher.outputs(batch)
-    except CALLING as error:
-        raise ModelError(
-            f"the teacher fails on the model's own inputs: {type(error).__name__}: {error}\nIt "
-            "must take the same images or tokens; pass another --teacher."
-        ) from error
 
 
 def _check_original(spec: ModelSpec) -> None:

@@ -17,7 +17,7 @@ from askewq.distill import Teacher
 from askewq.errors import DivergenceError, ExactnessError, RecipeError
 from askewq.preprocessing import Preprocessing
 from askewq.spec import ModelSpec
-from askewq.tasks import check_logits, logits_and_labels, metric_of, score
+from askewq.tasks import calling, check_logits, logits_and_labels, metric_of, score
 from askewq.vocabulary import EMBEDDING_TASKS
 
 
@@ -49,7 +49,7 @@ def evaluate(
     Raises:
         signals.Stop: a signal came, to any of the processes.
         ExactnessError: logits of another model that differ from the first one's in any bit.
-        ModelError: logits of a shape that does not fit the labels.
+        ModelError: a batch that the network cannot take, logits that do not fit the labels.
     """
     first, *others = [models] if isinstance(models, nn.Module) else models
     modes = [(model, model.training) for model in (first, *others)]
@@ -64,7 +64,8 @@ def evaluate(
             batch = prepare_batch(raw, preprocessing)
             if teacher is not None and spec.task in EMBEDDING_TASKS:
                 batch = distill.labelled(batch, spec, distill.taught(teacher, batch))
-            logits, labels = logits_and_labels(first, spec, batch)
+            with calling(batch, "the model fails in evaluation"):
+                logits, labels = logits_and_labels(first, spec, batch)
             check_logits(logits, spec)
             if spec.task in EMBEDDING_TASKS:
                 distill.check_width(labels.shape, logits)

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from askewq import __version__, checkpoint, disk, report
 from askewq.artifact import ARTIFACT, load_artifact
-from askewq.errors import CALLING, AskewError, ExportError, VerificationError, near
-from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
+from askewq.errors import AskewError, ExportError, VerificationError, near
+from askewq.preprocessing import ImagePreprocessing
+from askewq.samples import SAMPLES, expected_of
 from askewq.spec import LoadedModel, first_line
 from askewq.target import ExportSource, Options, Target
-from askewq.tasks import logits_of
 
 # The file of every format, and the options that decide something in it.
 TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -41,11 +41,6 @@ TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gguf": ("askewq.export_gguf", ("dense_rest", "allow_lossy")),
 }
 REPORT = "export.json"
-SAMPLES = 4
-# Tokens of a sample: enough for every position to have neighbours, few enough to be quick.
-TOKENS = 32
-# Image sizes tried on a module of the user's own whose artifact does not say one.
-USUAL_SIZES = (224, 32, 28, 64, 96, 128, 256, 384)
 
 _READER_START = """
 from __future__ import annotations
@@ -111,7 +106,7 @@ def export(
         raise ExportError(f"{folder} cannot be exported to {to}:{reasons}")
     notes = target.notes(source, options)
     report.print_export_notes(notes, to)
-    inputs, expected = _expected(source.loaded)
+    inputs, expected = expected_of(source.loaded)
     with _appearing(output.resolve()) as partial:
         target.write(source, options, partial)
         logits = _read_back(target, partial, inputs, factory)
@@ -197,94 +192,6 @@ def _set_size(loaded: LoadedModel, side: int) -> None:
     if side < 1:
         raise ExportError(f"--image-size {side}: it must be at least 1.")
     loaded.preprocessing = replace(preprocessing, size=(side, side))
-
-
-def sample_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Return `SAMPLES` random inputs that fit a model, the same ones every time.
-
-    Returns:
-        ``pixel_values`` [samples, channels, height, width], random pixels through the model's own
-        normalisation; or ``input_ids`` and ``attention_mask`` [samples, tokens], of different
-        lengths, and ``token_type_ids`` where tokenizer and model have them.
-
-    Raises:
-        ExportError: a module of the user's own that takes none of the usual image sizes.
-    """
-    random = torch.Generator().manual_seed(0)
-    preprocessing = loaded.preprocessing
-    if isinstance(preprocessing, TextPreprocessing):
-        return _random_texts(loaded, preprocessing, random)
-    if isinstance(preprocessing, ProcessorPreprocessing):
-        return {"pixel_values": _random_pictures(preprocessing, random)}
-    if not isinstance(preprocessing, ImagePreprocessing):
-        raise ExportError(f"askewq has no sample inputs for {type(preprocessing).__name__}.")
-    sizes = [preprocessing.size] if preprocessing.size else [(n, n) for n in USUAL_SIZES]
-    for height, width in sizes:
-        shape = (SAMPLES, len(preprocessing.mean), height, width)
-        pixels = torch.randint(256, shape, generator=random, dtype=torch.uint8)
-        inputs = {"pixel_values": preprocessing.batch(pixels)}
-        if preprocessing.size or _accepts(loaded, inputs):
-            return inputs
-    raise ExportError(
-        "the export cannot be verified: the artifact says no image size, and the module takes none "
-        f"of {', '.join(map(str, USUAL_SIZES))}; say which with --image-size."
-    )
-
-
-def _random_texts(
-    loaded: LoadedModel, preprocessing: TextPreprocessing, random: torch.Generator
-) -> dict[str, Tensor]:
-    model = cast(Any, loaded.model)
-    shape = SAMPLES, min(preprocessing.max_length, TOKENS)
-    tokens = torch.randint(model.get_input_embeddings().num_embeddings, shape, generator=random)
-    lengths = shape[1] - torch.arange(SAMPLES) * shape[1] // (2 * SAMPLES)
-    mask = torch.arange(shape[1]) < lengths.view(-1, 1)
-    padding = getattr(model.config, "pad_token_id", None) or 0
-    if getattr(model.config, "is_encoder_decoder", False):  # such a text ends once
-        end = model.config.eos_token_id
-        tokens %= model.get_input_embeddings().num_embeddings - 1
-        tokens += tokens >= end
-        tokens[torch.arange(SAMPLES), lengths - 1] = end
-    inputs = {"input_ids": torch.where(mask, tokens, padding), "attention_mask": mask.long()}
-    listed, taken = preprocessing.tokenizer.model_input_names, inspect.signature(model.forward)
-    if "token_type_ids" in listed and "token_type_ids" in taken.parameters:
-        last = min(1, getattr(model.config, "type_vocab_size", 1) - 1)
-        inputs["token_type_ids"] = (torch.arange(shape[1]) >= shape[1] // 2).long() * last * mask
-    return inputs
-
-
-def _random_pictures(preprocessing: ProcessorPreprocessing, random: torch.Generator) -> Tensor:
-    from PIL import Image
-
-    shape = (SAMPLES, 256, 256, 3)
-    pixels = torch.randint(256, shape, generator=random, dtype=torch.uint8)
-    return torch.stack([preprocessing.image(Image.fromarray(p.numpy())) for p in pixels])
-
-
-def _accepts(loaded: LoadedModel, inputs: dict[str, Tensor]) -> bool:
-    try:
-        with torch.no_grad():
-            logits_of(loaded.model, loaded.spec, inputs)
-    except (RuntimeError, ValueError, AssertionError):
-        return False
-    return True
-
-
-def _expected(loaded: LoadedModel) -> tuple[dict[str, Tensor], Tensor]:
-    """Return sample inputs and the artifact's logits for them.
-
-    Raises:
-        ExportError: a network that fails on them.
-    """
-    inputs = sample_inputs(loaded)
-    try:
-        with torch.no_grad():
-            return inputs, logits_of(loaded.model, loaded.spec, inputs)
-    except CALLING as error:
-        raise ExportError(
-            f"the export cannot be verified: the network fails on random inputs "
-            f"({type(error).__name__}: {first_line(error)})."
-        ) from error
 
 
 @contextmanager

@@ -1,19 +1,56 @@
 """Command-line flags made from the recipe: one for each key, of its type, with its help line."""
 
-from typing import Annotated, Any, TypedDict, get_args
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypedDict, get_args, get_origin
 
 from cyclopts import Group, Parameter
 
 from askewq import config
+from askewq.errors import near
 
 
-def whole(kind: Any, tokens: Any) -> int | str:
-    """Return a flag's whole number, or its text for the recipe to accept or refuse."""
-    text = str(tokens[0].value)
-    try:
-        return int(text)
-    except ValueError:
-        return text
+def whole(kind: Any, tokens: Sequence[Any]) -> Any:
+    """Return a flag's whole number, or a word that it may have in its place; several for a tuple.
+
+    cyclopts would read 2.5 as the whole number 2.
+
+    Raises:
+        ValueError: neither; cyclopts tells the user.
+    """
+    parts = [*_parts(kind)]
+    any_number = int in parts
+    choices = [part for part in parts if isinstance(part, int | str)]
+    found: list[int | str] = []
+    for text in (str(token.value) for token in tokens):
+        number = text.removeprefix("-").isdecimal()
+        value = int(text) if number else text
+        if value not in choices and not (number and any_number):
+            words = [*map(str, choices)]
+            listed = [f"one of {', '.join(words)}"] if words else []
+            allowed = " or ".join(["a whole number"] * any_number + listed)
+            raise ValueError(f'"{text}" must be {allowed}{near(text, words)}.')
+        found.append(value)
+    return tuple(found) if _is_tuple(kind) else found[0]
+
+
+def place(kind: Any, tokens: Sequence[Any]) -> Path:
+    """Return a path with its ~, which a shell leaves alone in --output=~/run."""
+    return Path(tokens[0].value).expanduser()
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """Yield the types, and of Literals the values, that a type is made of."""
+    inner = get_args(kind)
+    if inner:
+        for part in inner:
+            yield from _parts(part)
+    else:
+        yield kind
+
+
+def _is_tuple(kind: Any) -> bool:
+    return tuple in (get_origin(kind), *map(get_origin, get_args(kind)))
 
 
 def flags_of(name: str, keys: tuple[str, ...]) -> Any:
@@ -28,18 +65,16 @@ def flags_of(name: str, keys: tuple[str, ...]) -> Any:
         help = field.description or ""
         if not field.is_required() and field.default not in (None, (), False, True):
             help += f" [default: {field.default}]"
-        kind = str(field.annotation)
-        repeated = "tuple" in kind
-        # cyclopts would read 2.5 as the whole number 2; the recipe's own check refuses it.
-        number = int in (field.annotation, *get_args(field.annotation))
+        parts = [*_parts(field.annotation)]
+        number = any(part is int or type(part) is int for part in parts)
         annotations[key] = Annotated[
             field.annotation,  # type: ignore[name-defined]  # a type made at run time
             Parameter(
                 help=help,
                 group=group,
                 negative_iterable="",
-                consume_multiple=repeated or None,
-                converter=whole if number else None,
+                consume_multiple=_is_tuple(field.annotation) or None,
+                converter=whole if number else place if Path in parts else None,
             ),
         ]
     return TypedDict(name, annotations, total=False)  # type: ignore[operator]  # likewise

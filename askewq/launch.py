@@ -14,7 +14,7 @@ from askewq.errors import RecipeError, StoppedError
 from askewq.processes import STARTED, is_on
 
 
-def wanted(count: int | str | None) -> bool:
+def wanted(count: int | None) -> bool:
     """Tell whether a launcher must be started.
 
     Raises:
@@ -22,10 +22,8 @@ def wanted(count: int | str | None) -> bool:
     """
     if count is None or os.environ.get(STARTED):
         return False
-    if not isinstance(count, int) or count < 1:
-        raise RecipeError(
-            f"--num-processes {count}: it must be a whole number from 1; leave it out for one."
-        )
+    if count < 1:
+        raise RecipeError(f"--num-processes {count}: it must be at least 1; leave it out for one.")
     if "LOCAL_RANK" in os.environ:
         raise RecipeError(
             f"--num-processes {count} starts processes, and a launcher has started this one "

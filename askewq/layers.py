@@ -278,6 +278,14 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return cast(nn.Module, model._modules.get("_orig_mod", model))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return a network itself, also where torch.compile or DistributedDataParallel wraps it."""
+    inner = uncompiled(model)
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        return uncompiled(inner.module)
+    return inner
+
+
 def _weights_of(module: nn.Module, name: str) -> Iterator[tuple[str, QuantizedWeight]]:
     if isinstance(module, QuantizedLayer):
         yield name, module

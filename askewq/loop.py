@@ -33,15 +33,20 @@ from askewq import (
 )
 from askewq.batches import prepare_batch
 from askewq.config import Recipe
-from askewq.errors import CALLING, DivergenceError, ModelError, RecipeError
+from askewq.errors import DivergenceError, RecipeError
 from askewq.evaluate import Evaluation, evaluate
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
-from askewq.tasks import aligned, logits_of, outputs_of, score
+from askewq.tasks import aligned, calling, logits_of, outputs_of, score
 from askewq.training_state import Progress
 
 # By which the signs and the first scales of rounded inputs are decided, in every process.
 CALIBRATION_SAMPLES = 512
+
+_SMALLER = (
+    "Where memory is short, a smaller --batch-size with --grad-accumulation helps; batch norm may "
+    "need a larger one than 1."
+)
 
 
 class Loop:
@@ -72,6 +77,7 @@ class Loop:
         self.step_seconds: list[float] = []
         self.taught_by: distill.Teacher | None = None
         self.hollow: nn.Module | None = None
+        self._own_forward: Any = None
 
     @property
     def model(self) -> nn.Module:
@@ -143,6 +149,7 @@ class Loop:
         """Return model and optimizer as Accelerate distributes them."""
         if processes.is_sharded(self.accelerator):
             self.hollow = sharding.hollow(self.model)
+        self._own_forward = self.model.__dict__.get("forward")
         try:
             model, prepared = self.accelerator.prepare(self.model, optimizer)
         except (ValueError, TypeError) as error:
@@ -174,6 +181,8 @@ class Loop:
             self.hollow = None
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.model.__dict__.pop(name, None)
+        if self._own_forward is not None:  # a module's own, set on it and not on its class
+            self.model.__dict__["forward"] = self._own_forward
         self.accelerator.free_memory()
 
     def _step(
@@ -189,11 +198,12 @@ class Loop:
         for raw in micro:
             with self.accelerator.accumulate(model):
                 batch = prepare_batch(raw, self.loaded.preprocessing, self.recipe.augment)
-                loss = self._loss_in_training(model, batch)
+                with calling(batch, "the model fails in training", _SMALLER):
+                    loss = self._loss(model, batch)
+                    self.accelerator.backward(loss)
                 losses.append(float(loss.detach()))
                 if not suspect or not math.isfinite(losses[-1]):
                     suspect = batch
-                self.accelerator.backward(loss)
         total = sum(losses) / len(losses)
         fine = math.isfinite(total) and divergence.gradients_finite(self.model)
         if processes.anyone(self.accelerator, int(not fine)):
@@ -204,24 +214,6 @@ class Loop:
             optimizer.step()
         optimizer.zero_grad()
         return total
-
-    def _loss_in_training(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Return the loss.
-
-        Raises:
-            ModelError: a batch that the network cannot take, though it took one in evaluation.
-        """
-        try:
-            return self._loss(model, batch)
-        except CALLING as error:
-            if processes.lost_another(error):
-                raise
-            shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
-            raise ModelError(
-                f"the model fails in training on a batch of {shapes}: {type(error).__name__}: "
-                f"{error}\nWhere memory is short, a smaller --batch-size with --grad-accumulation "
-                "helps; batch norm may need a larger one than 1."
-            ) from error
 
     def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         spec = self.loaded.spec
@@ -260,22 +252,24 @@ class Loop:
         if self.accelerator.is_main_process:
             terminal.note(f"{what}: {where}; skipped, {self.progress.skipped} of {most}")
 
+    def rates(self) -> str:
+        """Return the learning rates of the present phase, to be followed: --lr than 0.1."""
+        return " or ".join(
+            f"--{key.replace('_', '-')} than {rate:g}"
+            for key in training_state.RATES[self.progress.phase]
+            if (rate := getattr(self.recipe, key)) is not None
+        )
+
     def _diverged(self, what: str, broken: bool) -> None:
         """Say what can be done: with another lr another run, in this one to pass over the step."""
-        rates = {"low-bit": ("lr", "level_lr"), "polish": ("polish_lr",)}
-        told = [
-            f"--{flag.replace('_', '-')} than {rate:g}"
-            for flag in rates.get(self.progress.phase, ("full_precision_lr",))
-            if (rate := getattr(self.recipe, flag)) is not None
-        ]
         others = " or --mixed-precision no" if self.recipe.mixed_precision != "no" else ""
         last, used = snapshots.newest(self.out), self.progress.skipped
         if not broken:
-            goes_on = f"--resume goes on from {last} " if last else "and "
-            others += f"; --nan-policy skip:N passes over N such steps, {goes_on}with it"
+            others += "; --nan-policy skip:N passes over N such steps"
+            others += f", --resume goes on from {last} with it" if last else ""
         raise DivergenceError(
             f"{what}{f'; {used} steps were skipped before' if used else ''}. Start again with a "
-            f"smaller {' or '.join(told)}{others}."
+            f"smaller {self.rates()}{others}."
         )
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
@@ -343,7 +337,8 @@ class Loop:
         with torch.no_grad(), self.accelerator.autocast():
             for raw in itertools.islice(self._batches(0), count):
                 batch = prepare_batch(raw, self.loaded.preprocessing)
-                logits_of(self.model, self.loaded.spec, batch)
+                with calling(batch, "the model fails on training samples"):
+                    logits_of(self.model, self.loaded.spec, batch)
         if place is not None:
             loader.load(place)
 
@@ -360,7 +355,7 @@ class Loop:
                 yield prepare_batch(batch, self.loaded.preprocessing, self.recipe.augment)
 
         def forward(batch: dict[str, Tensor]) -> None:
-            with self.accelerator.autocast():
+            with calling(batch, "the model fails in training mode"), self.accelerator.autocast():
                 logits_of(self.model, self.loaded.spec, batch)
 
         refine.recalibrate_(self.model, batches(), forward, self.accelerator)

@@ -38,6 +38,7 @@ class Rule:
         settle: what becomes of the weight after an update of the base optimizer; None: nothing.
         bits: the widths that it can do.
         strength: the final value of its coefficient; None where it has none.
+        strength_steps: how many updates that is for, where it adds up over them; 0: it does not.
         least, most: which final values lead to the grid, and stay numbers on the way.
         course: the coefficient at a progress in [0, 1], from its final value.
         learns_scale: whether the scale is trained with the weights.
@@ -48,6 +49,7 @@ class Rule:
     settle: Settle | None = None
     bits: tuple[Bits, ...] = BITS
     strength: float | None = None
+    strength_steps: int = 0
     least: float = 0.0
     most: float = 0.0
     course: Callable[[float, float], float] = _constant
@@ -312,7 +314,7 @@ LAZY = Rule(lazy_projection, clip)
 RIVALS: dict[Method, Rule] = {
     "binaryconnect": Rule(binaryconnect, clip),
     "lsq": Rule(lsq, learns_scale=True),
-    "proxquant": Rule(None, proxquant, strength=0.003, most=0.5, course=_ramp),
+    "proxquant": Rule(None, proxquant, strength=0.003, strength_steps=600, most=0.5, course=_ramp),
     "binaryrelax": Rule(binaryrelax, strength=500.0, least=1.0, most=1e9, course=_growth),
     "luq": Rule(binaryconnect, bits=(1, "ternary", 2, 3, 4), rescale=sawb),
     "adaste": Rule(adaste, bits=(1,), course=_well),
@@ -338,6 +340,14 @@ def check_bits(method: Method, bits: Bits, source: str = "") -> None:
             f"method = {method} trains {allowed} bit, not {source or f'bits = {bits}'}; give "
             f"{'others' if source else 'other bits'}, or another method."
         )
+
+
+def strength_for(method: Method, steps: int) -> float | None:
+    """Return the strength by default of a method in a run of so many steps; None: it has none."""
+    rule = RIVALS[method]
+    if rule.strength is None or not rule.strength_steps:
+        return rule.strength
+    return min(rule.strength * (rule.strength_steps / steps), rule.most)
 
 
 def check_strength(method: Method, strength: float | None) -> None:

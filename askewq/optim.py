@@ -9,6 +9,7 @@ torch's own step.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -424,7 +425,7 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
     ) -> None:
         trained = _checked(model, closing)
         if level_lr is not None:
-            if not level_lr >= 0:
+            if not 0 <= level_lr < math.inf:
                 raise RecipeError(f"level_lr = {level_lr} must be 0 or more, in level spacings.")
             if params is not None:
                 raise RecipeError("level_lr makes the parameter groups itself; leave params out.")

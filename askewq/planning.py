@@ -33,7 +33,7 @@ from askewq.processes import without_float64
 from askewq.recipe_files import RECIPE
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel
-from askewq.tasks import logits_and_labels, score
+from askewq.tasks import calling, logits_and_labels, score
 from askewq.train import load
 from askewq.vocabulary import EMBEDDING_TASKS, Bits, Estimate, GridKind
 
@@ -241,8 +241,8 @@ def _find(
 
     def losses() -> Iterator[tuple[Tensor, int]]:
         for batch in raw:
-            with accelerator.autocast():
-                inputs = prepare_batch(batch, loaded.preprocessing)
+            inputs = prepare_batch(batch, loaded.preprocessing)
+            with calling(inputs, "the model fails"), accelerator.autocast():
                 logits, labels = logits_and_labels(model, loaded.spec, inputs)
             scores = score(logits, labels)
             yield scores.loss.sum() / scores.count.sum(), len(scores.loss)

@@ -21,6 +21,7 @@ from askewq.plan_table import PER_CHANNEL, Plan, PlannedLayer
 from askewq.sensitivity import Sensitivity
 from askewq.spec import ModelSpec
 from askewq.terminal import console, note, row, say
+from askewq.training_state import LOW_BIT
 from askewq.vocabulary import ActBits, Bits
 from askewq.wording import bits_name, size_text, width_name
 
@@ -164,7 +165,7 @@ def advance(bar: Any, shown: dict[str, float]) -> None:
 
 def print_evaluation(phase: str, step: int, result: Evaluation) -> None:
     """Print an evaluation in the course of training; low-bit weights are snapped for it."""
-    how = "snapped" if phase == "low-bit" else phase
+    how = "snapped" if phase == LOW_BIT else phase
     say(f"step {step}: {result.metric} {result.value:.2f} ({how})")
 
 

@@ -4,13 +4,15 @@ Classes and tokens share one loss, cross entropy over rows of logits; a label of
 count. Without labels the logits are embeddings, and a teacher's stand for labels (embeddings.py).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from askewq import embeddings
+from askewq import embeddings, processes
 from askewq.errors import CALLING, ModelError
 from askewq.spec import ModelSpec, first_line
 from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, Task
@@ -39,6 +41,28 @@ class Outputs:
 
     logits: Tensor
     hidden: tuple[Tensor, ...] = ()
+
+
+@contextmanager
+def calling(batch: dict[str, Tensor], what: str, advice: str = "") -> Iterator[None]:
+    """Within the block, networks are called with a batch: what they raise is a ModelError.
+
+    Args:
+        what: the network, and when: ``"the model fails in training"``.
+        advice: what to do.
+
+    Raises:
+        ModelError: the network fails; the message names the batch's shapes.
+    """
+    try:
+        yield
+    except CALLING as error:
+        if processes.lost_another(error):
+            raise
+        shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
+        raise ModelError(
+            f"{what} on a batch of {shapes}: {type(error).__name__}: {error}\n{advice}".rstrip()
+        ) from error
 
 
 def metric_of(task: Task) -> str:

@@ -40,7 +40,7 @@ from askewq import (
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData, open_data
-from askewq.errors import CALLING, DivergenceError, ModelError, RecipeError, StoppedError
+from askewq.errors import DivergenceError, RecipeError, StoppedError
 from askewq.evaluate import Evaluation
 from askewq.kernels import can_compile
 from askewq.loop import Loop
@@ -48,12 +48,17 @@ from askewq.preprocessing import TextPreprocessing
 from askewq.rivals import check_gradients
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
-from askewq.tasks import check_causal, check_length, check_logits, logits_of
+from askewq.tasks import calling, check_causal, check_length, check_logits, logits_of
+from askewq.training_state import FULL_PRECISION, LOW_BIT, POLISH
 from askewq.vocabulary import ActBits
 
-FULL_PRECISION, LOW_BIT, POLISH = "full precision", "low-bit", "polish"
 # Progress at which the scales of rounded inputs stay, unless the intervals are closed before.
 INPUTS_FOLLOW_UNTIL = 0.9
+
+_SIZES = (
+    "For images, --image-size sets the size and the number of values of --mean and --std the "
+    "channels (1 or 3)."
+)
 
 
 def finetune(recipe: Recipe) -> dict[str, Any]:
@@ -196,16 +201,8 @@ class _Run:
         batch = prepare_batch(next(iter(self.eval_loader)), self.loaded.preprocessing)
         self.model.eval()
         several = self.accelerator.num_processes > 1
-        try:
-            with torch.set_grad_enabled(several):
-                logits = logits_of(self.model, spec, batch)
-        except CALLING as error:
-            shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
-            raise ModelError(
-                f"the model fails on a first batch of {shapes}: {type(error).__name__}: {error}\n"
-                "For images, --image-size sets the size and the number of values of --mean and "
-                "--std the channels (1 or 3)."
-            ) from error
+        with calling(batch, "the model fails", _SIZES), torch.set_grad_enabled(several):
+            logits = logits_of(self.model, spec, batch)
         check_logits(logits, spec)
         check_causal(self.model, spec, batch, logits)
         texts = self.loaded.preprocessing
@@ -280,7 +277,7 @@ class _Run:
         if not math.isfinite(relaxed.loss):
             raise DivergenceError(
                 f"the loss is {relaxed.loss} after the last step; nothing was packed. Try a "
-                f"smaller --lr than {recipe.lr:g}."
+                f"smaller {self.loop.rates()}."
             )
         self.loop.progress.relaxed = relaxed.value
 
@@ -409,5 +406,5 @@ def load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:
 
 def _buffer_bytes(model: nn.Module) -> int:
     others = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    others |= {f"{name}.input_scale" for name in activations.rounded_layers(model)}
+    others |= checkpoint.input_scales(model)
     return sum(t.nbytes for name, t in model.state_dict().items() if name not in others)

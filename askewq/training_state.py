@@ -25,6 +25,13 @@ from askewq.errors import OutputError
 STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
 RANDOM, STREAM = "random-{:05d}.safetensors", "stream-{:05d}.json"
 VERSION = 1
+# The loops of a run, in their order, and the learning rates that each has.
+FULL_PRECISION, LOW_BIT, POLISH = "full precision", "low-bit", "polish"
+RATES = {
+    FULL_PRECISION: ("full_precision_lr",),
+    LOW_BIT: ("lr", "level_lr"),
+    POLISH: ("polish_lr",),
+}
 
 
 @dataclass(slots=True)

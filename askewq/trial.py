@@ -29,7 +29,8 @@ def inputs_of(
     """Return a random batch of two for a network; None where the shape of its input is unknown."""
     if task not in IMAGE_TASKS:
         config: Any = network.config
-        ids = torch.randint(config.get_text_config().vocab_size, (2, 8))
+        # Where a config names none, as CANINE's, tokens are characters.
+        ids = torch.randint(getattr(config.get_text_config(), "vocab_size", 128), (2, 8))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     shape = None
     if source == "timm":

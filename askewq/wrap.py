@@ -71,6 +71,10 @@ def plan(
     for key, given in (("include", include), ("exclude", exclude)):
         if isinstance(given, str):
             raise RecipeError(f"{key} = {given!r} must be a list of patterns: [{given!r}].")
+    if bits_override and not isinstance(bits_override, Mapping):
+        raise RecipeError(
+            f"bits_override = {bits_override!r} must name the bits of patterns: {{'layer4.*': 4}}."
+        )
     chosen = make_grid(bits, grid)
     if act_bits != "none":
         input_grid(act_bits, signed=True)
@@ -141,7 +145,7 @@ def _counts(modules: Mapping[str, nn.Module], users: Mapping[int, list[Place]]) 
 
 def _heads(model: nn.Module, matrices: Sequence[str]) -> list[str]:
     """Return the last of a model's layers with a matrix; all of its heads where timm names some."""
-    named: Any = getattr(model, "pretrained_cfg", {}).get("classifier")
+    named: Any = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     heads = [name for name in matrices if not isinstance(named, str) and name in (named or ())]
     return heads or [*matrices[-1:]]
 

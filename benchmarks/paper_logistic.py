@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import askewq
+from askewq.methods import RIVALS, strength_for
 from askewq.rivals import Follower
 
 LR, EPOCHS, BATCH, SIZE, DIMENSION = 1.0, 25, 1000, 6000, 10
@@ -27,16 +28,7 @@ FORMS = {
     "askewsgd, staggered": askewq.Closing("staggered"),
     "askewsgd-paper": PAPER,
 }
-METHODS = [
-    "full precision",
-    *FORMS,
-    "binaryconnect",
-    "adaste",
-    "mirror-descent",
-    "proxquant",
-    "binaryrelax",
-    "projected-gradient",
-]
+METHODS = ["full precision", *FORMS, *RIVALS]
 
 
 def problem(seed: int) -> tuple[Tensor, Tensor]:
@@ -64,15 +56,18 @@ def train(method: str, seed: int, x: Tensor, y: Tensor) -> tuple[nn.Module, list
     torch.manual_seed(seed)
     model = nn.Linear(DIMENSION, 1, bias=False)
     pacer = None
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), LR)
-    if method != "full precision":
+    optimizer: torch.optim.Optimizer
+    if method == "full precision":
+        optimizer = torch.optim.SGD(model.parameters(), LR)
+    else:
         askewq.quantize(model, 1, group_size="tensor", include=["*"])
         model.weight_scale.fill_(1)  # the paper has no scale
         if closing := FORMS.get(method):
             pull = {"pull": "coupled", "alpha": 0.5, "clip": 5.0} if closing is PAPER else {}
             pacer = optimizer = askewq.AskewSGD(model, LR, closing=closing, **pull)
         else:
-            pacer = Follower(model, method)
+            pacer = Follower(model, method, strength_for(method, EPOCHS * SIZE // BATCH))
+            optimizer = torch.optim.SGD(model.parameters(), LR)
             pacer.attach(optimizer)
     generator = torch.Generator().manual_seed(seed)
     order = [

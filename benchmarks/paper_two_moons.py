@@ -21,19 +21,12 @@ from sklearn.datasets import make_moons
 from torch import Tensor, nn
 
 import askewq
+from askewq.methods import RIVALS, strength_for
 from askewq.rivals import Follower
 
 LR, EPOCHS, BATCH = 0.1, 50, 100
 PUBLISHED = {"full precision": 2.045, "askewsgd-paper": 2.11, "binaryconnect": 2.32, "adaste": 2.24}
-METHODS = [
-    *PUBLISHED,
-    "askewsgd",
-    "askewsgd, staggered",
-    "mirror-descent",
-    "proxquant",
-    "binaryrelax",
-    "lsq",
-]
+METHODS = ["full precision", *FORMS, *RIVALS]
 
 Points = tuple[Tensor, Tensor]
 
@@ -102,7 +95,7 @@ def train(method: str, seed: int, points: Points) -> nn.Module:
             optimizer = askewq.AskewAdamW(model, LR, weight_decay=0.0, closing=closing, **pull)
             pacer = optimizer
         else:
-            pacer = Follower(model, method)
+            pacer = Follower(model, method, strength_for(method, steps))
             optimizer = torch.optim.Adam(model.parameters(), LR)
             pacer.attach(optimizer)
     for step, batch in enumerate(batches(points, seed)):

@@ -15,8 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from askewq.methods import RIVALS
-
 MODEL = str(Path(__file__).parent / "vgg_small.py") + ":vgg_small"
 FULL = "full precision"
 PUBLISHED = {
@@ -45,9 +43,6 @@ def accuracy(method: str, seed: int, arguments: argparse.Namespace) -> float:
         else:
             flags += ["--method", method, "--max-steps", str(arguments.steps)]
             flags += ["--lr", str(arguments.lr)]
-            if method == "proxquant":  # its default is for 600 steps (docs/methods.md)
-                strength = RIVALS["proxquant"].strength or 0.0
-                flags += ["--strength", f"{strength * 600 / arguments.steps:g}"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
         command = [sys.executable, "-m", "askewq", "finetune", *flags]
         subprocess.run(command, check=True, stdout=sys.stderr, env=environment)

@@ -47,6 +47,7 @@ FLOORS = [
             "hidden_states",
             "distill",
             "artifact",
+            "samples",
             "evaluate",
             "target",
             "sensitivity",

@@ -168,6 +168,22 @@ class TestSave:
             askewq.save(network, tmp_path / "own")
         assert not list(tmp_path.iterdir())
 
+    def test_from_distributed_data_parallel(self, tmp_path):
+        """The names in the file are the network's own, whatever wraps it."""
+        network = builders.own_network("small")
+        askewq.quantize(network, 2)
+        askewq.snap_(network)
+        askewq.save(network, tmp_path / "plain")
+        store = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
+        try:
+            wrapped = torch.nn.parallel.DistributedDataParallel(network)
+            askewq.save(torch.compile(wrapped), tmp_path / "wrapped")
+        finally:
+            torch.distributed.destroy_process_group()
+        plain, other = (tmp_path / name / "model.safetensors" for name in ("plain", "wrapped"))
+        assert plain.read_bytes() == other.read_bytes()
+
     def test_what_cannot_be_saved(self, tmp_path):
         """NaN is not between the levels, and a file is no folder."""
         network = self.trained()

@@ -47,11 +47,15 @@ WRONG_FLAGS = {
     "bits 9": (["--bits", 9], ["--bits", "ternary"]),
     "bits x": (["--bits", "x"], ["--bits", "ternary"]),
     "bits -2": (["--bits", -2], ["--bits"]),
+    "bits 2.9": (["--bits", 2.9], ["--bits", '"2.9" must be one of 1, 2,', "ternary"]),
+    "act bits 3.6": (["--act-bits", 3.6], ["--act-bits", '"3.6" must be one of 1, 2,', "none"]),
+    "near bits": (["--bits", "tenary"], ["--bits", "did you mean ternary?"]),
+    "group size 2.5": (["--group-size", 2.5], ['"2.5" must be a whole number or one of channel']),
     "unknown flag": (["--bitz", 2], ["--bitz", "--bits"]),
     "unknown word": (["nonsense"], ["nonsense"]),
     "lr not a number": (["--lr", "fast"], ["--lr", "fast"]),
     "lr negative": (["--lr", -1], ["lr", "greater than 0"]),
-    "steps not whole": (["--max-steps", 1.5], ["--max-steps", "1.5"]),
+    "steps not whole": (["--max-steps", 1.5], ["--max-steps", '"1.5" must be a whole number.']),
     "batch size 0": (["--batch-size", 0], ["batch_size"]),
     "flag without value": (["--label-column"], ["--label-column"]),
     "unknown choice": (["--optimizer", "lion"], ["--optimizer", "adamw"]),
@@ -166,6 +170,23 @@ class TestFinetuneRefuses:
         outcome = command(*resumed, *flags)
         assert outcome.code == 0, outcome.err
         refused(command(*resumed, flags[0], 0.02), f"{other} = 0.02 (the run has 0.01)")
+
+    def test_epochs_of_a_run_of_steps_on_resume(self, tmp_path):
+        """They would have to replace its steps, and are refused."""
+        folder = copy_of("own", tmp_path)
+        outcome = command("finetune", "--resume", "--epochs", 5, "--output", folder)
+        refused(outcome, "it has max_steps = ", "does not go with the flags given")
+
+    def test_a_home_that_the_shell_left(self, tmp_path, monkeypatch):
+        """A ~ behind an equals sign is the user's home, whatever reads it."""
+        folder = copy_of("own", tmp_path / "run")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        name = folder.relative_to(tmp_path)
+        outcome = command("finetune", "--resume", f"--output=~/{name}")
+        assert outcome.code == 0, outcome.err
+        words = ("export", folder, "--to", "dense", "--model", builders.own("small"))
+        assert command(*words, "--output=~/dense").code == 0
+        assert "model.safetensors" in files(tmp_path / "dense")
 
     def test_other_settings_on_resume(self, tmp_path):
         """--resume with another setting names it and what the run has."""
@@ -695,3 +716,30 @@ class TestProcess:
         import askewq
 
         assert command("--version").out.strip() == askewq.__version__
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("inspect", "m", "--bits", 3.7), "--bits"),
+        (("plan", "--candidates", 2.9, 4), '"2.9"'),
+        (("plan", "--samples", 2.9), "--samples"),
+        (("export", "m", "--to", "onnx", "--output", "o", "--image-size", 32.9), "--image-size"),
+        (("finetune", "--num-processes", 2.5), "--num-processes"),
+    ],
+)
+def test_numbers_that_are_not_whole(words, told):
+    """No command rounds them."""
+    refused(command(*words), told, "must be")
+
+
+class TestRecipesCopy:
+    def test_where_nothing_can_be_written(self, monkeypatch, tmp_path):
+        """The message names the place, and nothing is left there."""
+
+        def write(path, text):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(cli.disk, "write", write)
+        outcome = command("recipes", "cp", "minilm-sst2-2bit", tmp_path / "x.yaml")
+        refused(outcome, f"{tmp_path / 'x.yaml'} cannot be written", "Permission denied")

@@ -83,6 +83,11 @@ class TestAppearing:
         (tmp_path / "b.partial" / "c").write_text("x")
         disk.publish(tmp_path / "b.partial", tmp_path / "b")
         assert calls == ["/b.partial/c", "/b.partial", "rename", ""]
+        calls.clear()
+        (tmp_path / "d.partial" / "e").mkdir(parents=True)
+        (tmp_path / "d.partial" / "e" / "f").write_text("x")
+        disk.publish(tmp_path / "d.partial", tmp_path / "d")
+        assert {*calls[:-2]} == {"/d.partial/e/f", "/d.partial/e", "/d.partial"}
 
     def test_a_deleted_folder_is_gone_at_once(self, tmp_path, monkeypatch):
         """A deletion that is cut short leaves nothing under the folder's own name."""

@@ -195,3 +195,19 @@ class TestArtifacts:
         folder, _ = builders.finished("own")
         with pytest.raises(ModelError, match=r"--model path/to/file\.py:factory"):
             evaluation.evaluate_artifact(folder, builders.recipe("own", folder))
+
+
+def test_a_later_batch_that_the_network_cannot_take(tmp_path):
+    """It is an error in words, and names the batch."""
+    evaluator = Evaluator("own", tmp_path)
+    whole = evaluator.loaded.model
+
+    class Picky(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return whole(x) if self.calls < 2 else whole(x.flatten())
+
+    with pytest.raises(ModelError, match=r"fails in evaluation on a batch of .*pixel_values"):
+        evaluator(model=Picky())

@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import askewq
-from askewq import disk, export_dense
+from askewq import disk, export_dense, samples
 from askewq import export as formats
 from askewq.artifact import load_artifact
 from askewq.errors import AskewError, ExportError, ModelError, VerificationError
-from askewq.export import TARGETS, check_settings, export, find_target, sample_inputs
+from askewq.export import TARGETS, check_settings, export, find_target
+from askewq.samples import sample_inputs
 from askewq.target import Options
 from askewq.tasks import logits_of
 
@@ -422,9 +423,36 @@ class TestSampleInputs:
     def test_a_module_that_takes_no_usual_size(self, monkeypatch):
         """The message says where the size belongs."""
         loaded = builders.untrained("tied")
-        monkeypatch.setattr(formats, "_accepts", lambda loaded, inputs: False)
+        monkeypatch.setattr(samples, "_accepts", lambda loaded, inputs: False)
         with pytest.raises(ExportError, match=r"image size.*--image-size"):
             sample_inputs(loaded)
+
+    def test_a_size_that_the_module_has_no_index_for(self):
+        """Whatever a module raises for a size, the next one is tried."""
+
+        class Placed(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.places = torch.nn.Embedding(32, 3)
+
+            def forward(self, x):
+                return x.mean(2).transpose(1, 2).add(self.places(torch.arange(x.shape[3]))).mean(1)
+
+        loaded = builders.untrained("tied")
+        loaded.preprocessing = replace(loaded.preprocessing, size=None)
+        loaded.model = Placed()
+        assert sample_inputs(loaded)["pixel_values"].shape[2:] == (32, 32)
+
+    def test_a_model_that_does_not_say_how_many_tokens_it_knows(self, monkeypatch):
+        """It gets those of its tokenizer."""
+        loaded = builders.untrained("bert")
+        known = len(loaded.preprocessing.tokenizer)
+
+        def none(self):
+            raise NotImplementedError
+
+        monkeypatch.setattr(type(loaded.model), "get_input_embeddings", none)
+        assert 0 < sample_inputs(loaded)["input_ids"].max() < known
 
 
 def test_every_format_has_a_name_and_known_options():

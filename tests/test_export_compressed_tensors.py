@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 import askewq
 from askewq import export_compressed_tensors as exporter
 from askewq.errors import ExportError
-from askewq.export import _expected, _open, export
+from askewq.export import _open, export
 from askewq.export_compressed_tensors import TARGET, coding, packed_tensors
 from askewq.grid import fit_scale, make_grid
 from askewq.manifest import PackedWeight
 from askewq.pack import pack
+from askewq.samples import expected_of
 from askewq.target import Options
 
 NINE_BITS = make_grid(8, "half-integer")
@@ -47,7 +48,7 @@ def write(source, folder, **options):
 
 def assert_same_logits(source, folder):
     """Check transformers' logits, through compressed-tensors, against the artifact's."""
-    inputs, expected = _expected(source.loaded)
+    inputs, expected = expected_of(source.loaded)
     with torch.no_grad():
         assert torch.equal(TARGET.read_back(str(folder), inputs), expected)
 
@@ -190,7 +191,7 @@ class TestLoading:
 
         source = source_of("llama", tmp_path, lambda m: askewq.quantize(m, 2))
         folder = write(source, tmp_path / "out")
-        inputs, expected = _expected(source.loaded)
+        inputs, expected = expected_of(source.loaded)
         whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
         assert hasattr(whole.get_submodule(Q_PROJ), "weight_packed")  # until it is used
         base, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)

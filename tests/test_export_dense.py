@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 import askewq
 from askewq import checkpoint, models
-from askewq.export import _expected, _open, export
+from askewq.export import _open, export
 from askewq.export_dense import BOUNDS, DTYPES, TARGET
 from askewq.preprocessing import ImagePreprocessing
+from askewq.samples import expected_of
 from askewq.spec import LoadedModel, ModelSpec
 from askewq.target import Options
 from askewq.tasks import logits_of
@@ -70,7 +71,7 @@ class TestFp32:
         """Every grid goes over exactly, through timm's loader and through transformers'."""
         name = "half-integer" if grid.first % 1 else "integer"
         source = source_of(kind, tmp_path, quantize(kind, grid.bits, name))
-        inputs, expected = _expected(source.loaded)
+        inputs, expected = expected_of(source.loaded)
         folder = write(source, tmp_path / "out")
         assert torch.equal(read_back(folder, kind, inputs, monkeypatch), expected)
         assert TARGET.bound(Options()) == 0
@@ -84,7 +85,7 @@ class TestFp32:
         assert stored.keys() == dense.keys()
         assert all(torch.equal(tensor, dense[name]) for name, tensor in stored.items())
         assert all(tensor.dtype == dense[name].dtype for name, tensor in stored.items())
-        inputs, expected = _expected(source.loaded)
+        inputs, expected = expected_of(source.loaded)
         assert torch.equal(read_back(folder, kind, inputs, monkeypatch), expected)
 
     @pytest.mark.parametrize("kind", ["timm-vit", "vit"])
@@ -111,7 +112,7 @@ class TestLoading:
         monkeypatch.chdir(folder)
         exec(code.replace("FOLDER", os.curdir), names)
         model = names["model"].eval()
-        inputs, expected = _expected(source.loaded)
+        inputs, expected = expected_of(source.loaded)
         with torch.no_grad():
             assert torch.equal(logits_of(model, source.loaded.spec, inputs), expected)
         assert all(label in text for label in source.loaded.spec.labels)
@@ -125,7 +126,7 @@ class TestLoading:
         source = source_of(kind, tmp_path, quantize(kind, 2))
         folder = write(source, tmp_path / "out")
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        inputs, expected = _expected(source.loaded)
+        inputs, expected = expected_of(source.loaded)
         with torch.no_grad():
             assert torch.equal(model(inputs["pixel_values"]), expected)
         data = timm.data.resolve_model_data_config(model)
@@ -142,7 +143,7 @@ class TestLoading:
         loaded = LoadedModel(models.build(spec), spec, grey)
         source = _open(packed(loaded, tmp_path / "artifact", quantize("timm", 2)), None)
         folder = write(source, tmp_path / "out")
-        inputs, expected = _expected(source.loaded)
+        inputs, expected = expected_of(source.loaded)
         assert inputs["pixel_values"].shape == (4, 1, 32, 32)
         assert expected.shape == (4, 5)
         assert torch.equal(read_back(folder, "timm", inputs, monkeypatch), expected)
@@ -206,7 +207,7 @@ class TestHalfPrecision:
             torch.equal(tensor, before[name])
             for name, tensor in source.loaded.model.state_dict().items()
         )
-        inputs, expected = _expected(source.loaded)
+        inputs, expected = expected_of(source.loaded)
         logits = read_back(folder, kind, inputs, monkeypatch)
         relative = (logits - expected).abs().max() / expected.abs().max()
         assert 0 < relative < BOUNDS[dtype] / 4, "the bound leaves room for deeper networks"

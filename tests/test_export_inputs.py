@@ -15,10 +15,11 @@ import askewq
 from askewq import checkpoint, export_compressed_tensors, export_onnx
 from askewq.activations import attach_
 from askewq.checkpoint import inputs_of
-from askewq.export import _expected, _open, sample_inputs
+from askewq.export import _open
 from askewq.grid import input_grid
 from askewq.manifest import PackedInput
 from askewq.onnx_inputs import fill_inputs, type_name
+from askewq.samples import expected_of, sample_inputs
 from askewq.target import ExportSource, Options
 
 
@@ -40,7 +41,7 @@ def difference(source: ExportSource, folder) -> list[float]:
     """Return how far each sample's logits in onnxruntime are from ours, of the largest."""
     folder.mkdir()
     export_onnx.TARGET.write(source, Options(), folder)
-    inputs, expected = _expected(source.loaded)
+    inputs, expected = expected_of(source.loaded)
     logits = export_onnx.TARGET.read_back(str(folder), inputs)
     apart = (logits - expected).abs().flatten(1).amax(1) / expected.abs().max()
     return sorted(apart.tolist())
@@ -145,9 +146,9 @@ class TestONNX:
     def test_the_network_rounds_again_afterwards(self, tmp_path):
         """The exporter's marks are gone after it."""
         source = opened("timm", tmp_path, 4, 4)
-        _, before = _expected(source.loaded)
+        _, before = expected_of(source.loaded)
         difference(source, tmp_path / "out")
-        assert torch.equal(_expected(source.loaded)[1], before)
+        assert torch.equal(expected_of(source.loaded)[1], before)
 
 
 class TestCompressedTensors:
@@ -160,7 +161,7 @@ class TestCompressedTensors:
         assert target.refusals(source, Options()) == []
         (tmp_path / "out").mkdir()
         target.write(source, Options(), tmp_path / "out")
-        inputs, expected = _expected(source.loaded)
+        inputs, expected = expected_of(source.loaded)
         assert torch.equal(target.read_back(str(tmp_path / "out"), inputs), expected)
         config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
         [group] = config["config_groups"].values()

@@ -1257,7 +1257,7 @@ class TestWhatItIsGiven:
             optimizer.anneal(progress)
         optimizer.anneal(1.0)
 
-    @pytest.mark.parametrize("level_lr", [-0.005, math.nan])
+    @pytest.mark.parametrize("level_lr", [-0.005, math.nan, math.inf])
     def test_a_rate_below_zero(self, level_lr):
         """It would train uphill."""
         layer = spread(nn.Linear(4, 2), make_grid(2))

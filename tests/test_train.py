@@ -754,6 +754,38 @@ class TestResume:
         assert digest(tmp_path) == digest(finished(kind)[0])
 
 
+BACKWARD = """
+import torch
+from torch import nn
+
+class Inplace(nn.Module):
+    def forward(self, x):
+        y = torch.sigmoid(x)
+        return y.mul_(2) if torch.is_grad_enabled() else 2 * y
+
+def make():
+    size = (nn.Flatten(), nn.Linear(768, 8), Inplace(), nn.Linear(8, 8), nn.Linear(8, 3))
+    return nn.Sequential(*size)
+"""
+
+OWN_FORWARD = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        sizes = ((768, 8), (8, 8), (8, 3))
+        self.layers = nn.Sequential(nn.Flatten(), *(nn.Linear(*size) for size in sizes))
+        self.forward = self.special
+
+    def special(self, x):
+        return self.layers(x)
+
+def make():
+    return Net()
+"""
+
+
 class TestStart:
     def test_batches_smaller_than_asked_for(self, tmp_path, capsys):
         """A training split of fewer samples than a batch: the batches that there are, in words."""
@@ -766,6 +798,20 @@ class TestStart:
         """Batch norm takes one sample in evaluation; the error names the batch."""
         with pytest.raises(ModelError, match=r"fails in training on a batch of .*\[1, 3, 32, 32\]"):
             finetune("timm", tmp_path, batch_size=1, max_steps=1)
+
+    def test_a_backward_pass_that_fails(self, tmp_path):
+        """It is an error in words, too, with the advice about memory."""
+        (tmp_path / "net.py").write_text(BACKWARD)
+        model = f"{tmp_path / 'net.py'}:make"
+        with pytest.raises(ModelError, match=r"fails in training on .*inplace[^$]*--batch-size"):
+            finetune("own", tmp_path / "out", model=model, max_steps=1)
+
+    def test_a_forward_of_the_module_itself(self, tmp_path):
+        """One that is set on the module, and not on its class, stays through all phases."""
+        (tmp_path / "net.py").write_text(OWN_FORWARD)
+        model = f"{tmp_path / 'net.py'}:make"
+        metrics = finetune("own", tmp_path / "out", model=model, **PHASES)
+        assert metrics["snapped"] == metrics["reloaded"]
 
     def test_judged_on_what_is_trained_on(self, tmp_path, capsys):
         """The note about rows that are in both splits is printed."""
@@ -857,7 +903,9 @@ class TestDivergence:
         """A loss that is NaN stops the run, naming the step, the lr and what to try."""
         with pytest.raises(DivergenceError, match=r"nan at step 1\b") as caught:
             finetune("own", tmp_path, lr=1e30)
-        assert "smaller --lr than 1e+30; " in str(caught.value)
+        assert str(caught.value).endswith(
+            "smaller --lr than 1e+30; --nan-policy skip:N passes over N such steps."
+        )
         assert not {"model.safetensors", "metrics.json"} & files(tmp_path)
 
     def test_every_rate_of_the_phase_is_named(self, tmp_path):

@@ -106,6 +106,18 @@ class TestCommand:
         """Text and images, by the shapes that their config says."""
         assert WORKS in command("inspect", getattr(builders, kind)()).out
 
+    def test_characters(self, tmp_path):
+        """A config without a vocabulary: its tokens are characters."""
+        import transformers
+
+        size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_hash_buckets": 64, "local_transformer_stride": 4}
+        made = transformers.CanineConfig(**size, **heads, downsampling_rate=2)
+        transformers.CanineForSequenceClassification(made).save_pretrained(tmp_path)
+        outcome = command("inspect", tmp_path)
+        assert outcome.code == 0
+        assert WORKS in outcome.out or "not tried: the plain network fails" in outcome.out
+
     def test_timm(self):
         """At the size of the weights, or at another."""
         assert WORKS in command("inspect", "test_resnet").out

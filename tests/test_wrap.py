@@ -758,6 +758,11 @@ def test_half_integers_are_for_the_widths_that_have_them():
 @pytest.mark.parametrize(
     ("settings", "kind", "fragment"),
     [
+        (
+            {"bits_override": ["2=8"]},
+            RecipeError,
+            "must name the bits of patterns: {'layer4.*': 4}",
+        ),
         ({"bits_override": {"4": 8}}, PlanError, "the pattern '4' matches no layer"),
         (
             {"bits_override": {"3": 8}},
@@ -911,3 +916,14 @@ def test_a_forward_that_asserts():
 
     model = nn.Sequential(nn.Linear(4, 4), Sequences(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     assert "2" in {layer.label for layer in plan(model, 2).quantized}
+
+
+def test_a_network_whose_timm_configuration_is_none():
+    """As of a module that was taken out of timm's: its head is the last layer."""
+    model = mlp()
+    model.pretrained_cfg = None
+    assert grids_of(plan(model, 2)) == grids_of(plan(mlp(), 2))
+
+
+def grids_of(result):
+    return {layer.label: layer.grid for layer in result.layers}
