@@ -118,10 +118,9 @@ def plain_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.
     return torch.optim.AdamW(parameters, lr, weight_decay=decay)
 
 
-def low_bit_optimizer(
-    recipe: Recipe, model: nn.Module, lr: float
-) -> tuple[torch.optim.Optimizer, Pacer]:
+def low_bit_optimizer(recipe: Recipe, model: nn.Module) -> tuple[torch.optim.Optimizer, Pacer]:
     """Return the optimizer of a resolved recipe's method, and what paces it."""
+    lr = recipe.lr or 0.0
     if recipe.method in RIVALS:
         follower = Follower(model, recipe.method, recipe.strength, recipe.gradient_bits)
         optimizer = plain_optimizer(recipe, model, lr)

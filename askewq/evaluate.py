@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from askewq import artifact, config, distill, processes, recipe_files, signals
+from askewq import artifact, config, distill, processes, recipe_files
 from askewq.batches import loaders, prepare_batch
 from askewq.config import Recipe
 from askewq.data import open_eval
@@ -59,8 +59,7 @@ def evaluate(
     samples = 0
     with torch.no_grad(), accelerator.autocast():
         for raw in loader:
-            if number := processes.anyone(accelerator, signals.received()):
-                raise signals.Stop(number)
+            processes.check_signals(accelerator)
             batch = prepare_batch(raw, preprocessing)
             if teacher is not None and spec.task in EMBEDDING_TASKS:
                 batch = distill.labelled(batch, spec, distill.taught(teacher, batch))

@@ -138,7 +138,7 @@ class Loop:
                     if progress.step % save_every == 0 or progress.step == end:
                         self._save(optimizer)
                         saved = progress.step
-                    self._check_signals()
+                    processes.check_signals(self.accelerator)
         except signals.Stop:
             if saved != progress.step:
                 self._save(optimizer)
@@ -374,10 +374,6 @@ class Loop:
             )
         finally:
             self._reshard()
-
-    def _check_signals(self) -> None:
-        if number := processes.anyone(self.accelerator, signals.received()):
-            raise signals.Stop(number)
 
 
 def _mix(*numbers: int) -> int:

@@ -11,6 +11,7 @@ import os
 from datetime import timedelta
 from typing import Any
 
+from askewq import signals
 from askewq.config import Recipe
 from askewq.errors import RecipeError
 
@@ -205,6 +206,16 @@ def anyone(accelerator: Any, number: int) -> int:
         return number
     mine = torch.tensor([number], device=accelerator.device)
     return int(accelerator.gather(mine).max())
+
+
+def check_signals(accelerator: Any) -> None:
+    """Stop here if a signal came to any of the processes; all of them stop.
+
+    Raises:
+        signals.Stop: naming it.
+    """
+    if number := anyone(accelerator, signals.received()):
+        raise signals.Stop(number)
 
 
 def gather(accelerator: Any, mine: Any) -> list[Any]:

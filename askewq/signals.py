@@ -2,8 +2,8 @@
 
 A scheduler that ends a job and a person at the keyboard want the same thing: what was computed on
 the disk, soon, and the process gone. So the first signal is only noted, and the run stops at its
-next safe point (`check`). A second one, more than `ECHO` seconds later, ends the process at once;
-what is on the disk is whole at any moment.
+next safe point (`processes.check_signals`). A second one, more than `ECHO` seconds later, ends the
+process at once; what is on the disk is whole at any moment.
 """
 
 import multiprocessing
@@ -83,13 +83,3 @@ def _note(number: int, _: FrameType | None) -> None:
 def received() -> int:
     """Return the number of the signal that was noted, 0 for none."""
     return 0 if _noted is None else _noted[0]
-
-
-def check() -> None:
-    """Stop here if a signal was noted.
-
-    Raises:
-        Stop: naming it.
-    """
-    if number := received():
-        raise Stop(number)

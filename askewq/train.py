@@ -252,8 +252,7 @@ class _Run:
     def _train_low_bit(self, folder: Path | None) -> None:
         """Fine-tune under the constraint, and evaluate."""
         recipe, start = self.recipe, self.recipe.full_precision_steps
-        lr = recipe.lr or 0.0
-        optimizer, pacer = choices.low_bit_optimizer(recipe, self.model, lr)
+        optimizer, pacer = choices.low_bit_optimizer(recipe, self.model)
         average = None
         if recipe.average:
             average = refine.FloatAverage(self.model, optimizer, recipe.average)

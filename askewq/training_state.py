@@ -101,16 +101,6 @@ def save(
     (folder / STATE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, process: int) -> None:
-    """Fill a model and its optimizer, in place, and set this process' random numbers.
-
-    Raises:
-        OutputError: state that belongs to another model or optimizer.
-    """
-    load_weights(folder, model)
-    load_optimizer(folder, optimizer, process)
-
-
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Fill a model, in place; before it is sharded.
 

@@ -35,6 +35,8 @@ from contest_runs import (
     ADAMW_LRS,
     BESIDE_LEVELS,
     FULL,
+    HALF_INTEGER,
+    INTEGER,
     LEVEL_LRS,
     MEASURED,
     METHODS,
@@ -88,6 +90,8 @@ def entries(arguments: argparse.Namespace) -> Iterator[Run]:
                 for method in (m for m in arguments.methods if m != FULL):
                     entry = Run(task, bits, steps, method, 0.0, 0, True, arguments.distill)
                     if method in RIVALS and width not in RIVALS[method].bits:
+                        continue
+                    if method == INTEGER and bits not in HALF_INTEGER:
                         continue
                     if method in BESIDE_LEVELS and bits not in TASKS[task].level_bits:
                         continue

@@ -11,6 +11,7 @@ from run_recipe import RESNET20, minilm_folder
 from askewq.methods import RIVALS
 
 FULL = "full precision"
+INTEGER = "askewsgd, integer"
 START = "start"  # the network, new to its task, from which all methods start
 PARQ = "parq"  # torchao's, through its own package: pip install torchao
 # Forms of AskewSGD beside its default: the flags that make them.
@@ -20,6 +21,8 @@ FORMS = {
     "askewsgd-paper": ("--method", "askewsgd-paper"),
     # With the steps of the task's own base optimizer, where its default are those in levels.
     "askewsgd, sgd": ("--method", "askewsgd", "--optimizer", "sgd"),
+    # On the integer grid, the default of askewq, where the contest has the half-integer one.
+    INTEGER: ("--method", "askewsgd", "--grid", "integer"),
     # Intervals that close within a thousandth of the steps: straight-through, with the steps of
     # askewsgd; where these are those of the base optimizer it is binaryconnect.
     "askewsgd, closed at once": ("--method", "askewsgd", "--close-end", "0.001"),
@@ -35,6 +38,7 @@ BESIDE_LEVELS = (
     "binaryrelax, adamw",
 )
 WIDTHS = ("1", "ternary", "2", "4")
+HALF_INTEGER = ("2", "4")  # where the contest has that grid
 METHODS = [FULL, *FORMS, *RIVALS, PARQ]
 
 PARQ_SCRIPT = str(Path(__file__).parent / "parq.py")
@@ -119,7 +123,7 @@ class Run:
     @property
     def in_levels(self) -> bool:
         """Whether `lr` is that of the quantized weights in level spacings."""
-        lazy = self.method in ("askewsgd", "askewsgd, closed at once")
+        lazy = self.method in ("askewsgd", INTEGER, "askewsgd, closed at once")
         return lazy and self.bits in TASKS[self.task].level_bits
 
     def folder(self, output: Path) -> Path:
@@ -165,7 +169,8 @@ class Run:
             parq = self.method == PARQ
             form = ("--optimizer", task.optimizer) if parq else ("--method", self.method)
             flags += FORMS.get(self.method, form)
-            flags += ["--grid", "half-integer"] if self.bits in ("2", "4") else []
+            if self.bits in HALF_INTEGER and "--grid" not in flags:
+                flags += ["--grid", "half-integer"]
         if teacher is not None:
             flags += ["--distill", str(self.distill), "--teacher-weights", str(teacher)]
         askewq = [PARQ_SCRIPT] if self.method == PARQ else ["-m", "askewq"]
@@ -174,6 +179,8 @@ class Run:
     def measured(self, output: Path) -> dict[str, float]:
         """Return accuracy, relaxed accuracy and cost of the finished run."""
         metrics = json.loads((self.folder(output) / "metrics.json").read_text())
+        if self.method == PARQ and metrics["inside_interval"] < 1:
+            sys.exit(f"{self.folder(output)}: not all weights are on a level of PARQ's")
         own = "full_precision" if self.full else "relaxed" if self.method == PARQ else None
         metrics["accuracy"] = metrics[own or "snapped"]
         metrics["relaxed"] = metrics[own or "relaxed"]

@@ -48,12 +48,12 @@ def parq_optimizer(
 class Parq:
     """PARQ's optimizer with the pacer's interface."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, lr: float) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
         if recipe.max_steps is None:
             raise SystemExit("PARQ's annealing counts steps: give --max-steps")
 
         def base(groups: Any) -> torch.optim.Optimizer:
-            decay = recipe.weight_decay
+            lr, decay = recipe.lr or 0.0, recipe.weight_decay
             if recipe.optimizer == "sgd":
                 return torch.optim.SGD(groups, lr, recipe.momentum, weight_decay=decay)
             return torch.optim.AdamW(groups, lr, weight_decay=decay)
@@ -80,11 +80,9 @@ class Parq:
         return on / total
 
 
-def low_bit_optimizer(
-    recipe: Recipe, model: nn.Module, lr: float
-) -> tuple[torch.optim.Optimizer, Any]:
+def low_bit_optimizer(recipe: Recipe, model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
     """Return PARQ's optimizer and its pacer."""
-    parq = Parq(recipe, model, lr)
+    parq = Parq(recipe, model)
     return parq.optimizer, parq
 
 

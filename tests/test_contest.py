@@ -9,6 +9,9 @@ from pathlib import Path
 
 import builders
 import pytest
+from torch import nn
+
+from askewq import choices, recipe_files, train
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +152,35 @@ def test_a_run_that_diverges_counts(contest, tmp_path, monkeypatch, ended, count
     arguments = contest.argparse.Namespace(output=tmp_path, data=tmp_path, threads=1)
     contest.make(run, results, arguments)
     assert results.of(run) == (dict.fromkeys(contest.MEASURED, 0.0) if counts else None)
+
+
+def test_parq_counts_where_its_weights_are_on_levels(contest, tmp_path):
+    """Its accuracy is that of the network before askewq's own snap, so its levels must be real."""
+    run = contest.Run("resnet20", "2", 600, "parq", 0.01, 0, False, 0.0)
+    metrics = dict.fromkeys(contest.MEASURED, 80.0) | {"snapped": 10.0, "inside_interval": 1.0}
+    run.folder(tmp_path).mkdir(parents=True)
+    path = run.folder(tmp_path) / "metrics.json"
+    path.write_text(json.dumps(metrics))
+    assert run.measured(tmp_path)["accuracy"] == 80.0
+    path.write_text(json.dumps({**metrics, "inside_interval": 0.999}))
+    with pytest.raises(SystemExit, match="not all weights are on a level"):
+        run.measured(tmp_path)
+
+
+def test_the_integer_grid_beside_the_half_integer_one(contest, tmp_path):
+    """It is a form of its own at 2 and 4 bits, and no form where there is one grid."""
+    run = contest.Run("resnet20", "2", 600, contest.INTEGER, 0.005, 0, False, 0.0)
+    grids = {}
+    for method in (contest.INTEGER, "askewsgd"):
+        command = contest.replace(run, method=method).command(tmp_path, tmp_path, None)
+        (at,) = (i for i, word in enumerate(command) if word == "--grid")
+        grids[method] = command[at + 1]
+        assert command[command.index("--level-lr") + 1] == "0.005"
+    assert grids == {contest.INTEGER: "integer", "askewsgd": "half-integer"}
+    arguments = contest.argparse.Namespace(
+        tasks=["resnet20"], steps=[600], bits=contest.WIDTHS, methods=[contest.INTEGER], distill=0.0
+    )
+    assert [entry.bits for entry in contest.entries(arguments)] == ["2", "4"]
 
 
 def test_full_precision_has_the_optimizer_of_its_trials(contest, tmp_path):
@@ -307,3 +339,32 @@ class TestThePages:
         said = re.findall(r"\d\d\.\d\d ± \d\.\d\d", text)
         assert said
         assert set(said) <= measured
+
+    # The published ones that are runs of the contest: bits, steps and the rate of the weights.
+    RECIPES = {  # noqa: RUF012  # a table
+        "resnet20-cifar10-1bit": ("1", 600, 0.01),
+        "resnet20-cifar10-ternary": ("ternary", 3900, 0.005),
+        "resnet20-cifar10-2bit": ("2", 3900, 0.005),
+        "resnet20-cifar10-4bit": ("4", 3900, 0.005),
+    }
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_the_figure_of_each_recipe(self, contest, accuracies, name, tmp_path, monkeypatch):
+        """Its settings are those of runs of the log, its first line has what they ended with."""
+        bits, steps, lr = self.RECIPES[name]
+        run = contest.Run("resnet20", bits, steps, "askewsgd", lr, 0, False, 0.0)
+        built = []
+        monkeypatch.setattr(train, "finetune", built.append)
+        assert builders.command(*run.command(tmp_path, tmp_path, None)[3:]).code == 0
+        assert builders.command("finetune", "--recipe", name, "--output", tmp_path).code == 0
+        settings = [
+            choices.resolve(recipe, "image-classification", nn.BatchNorm2d(3), steps).model_dump()
+            for recipe in built
+        ]
+        differing = {key for key in settings[0] if settings[0][key] != settings[1][key]}
+        files = {"model", "weights", "dataset", "output", "train_split", "eval_split"}
+        assert differing <= files | {"save_every", "compile"}
+        first = recipe_files.shipped_recipes()[name].read_text(encoding="utf-8").splitlines()[0]
+        assert first.endswith(
+            f": {self.shown([accuracies[run][s] for s in range(3)])} (seeds 0, 1, 2)"
+        )
