@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -41,6 +41,31 @@ def write(path: Path, text: str) -> None:
     """Write a text file that appears whole or not at all."""
     with appearing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def appearing_folder(path: Path) -> Iterator[Path]:
+    """Within the block, write to the folder it gives; after it, that folder is `path`.
+
+    If the block fails, nothing of it is left, and a `path` that was there is as it was.
+
+    Args:
+        path: absolute; an empty folder, or nothing.
+    """
+    new_parents = [parent for parent in path.parents if not parent.exists()]
+    partial = path.with_name(f"{path.name}{PARTIAL}-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if path.is_dir():
+            path.rmdir()  # empty, or it fails
+        publish(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # not ours any more if something else is in it
+            for parent in new_parents:
+                parent.rmdir()
+        raise
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -95,9 +120,10 @@ def room_for(needed: int, folder: Path, advice: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if not is_full(error):
             raise
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         raise DiskFullError(
             f"the disk is full ({error}): {needed:,} bytes are needed in {folder}, and "
-            f"{shutil.disk_usage(folder).free:,} are free there. {advice}"
+            f"{shutil.disk_usage(there).free:,} are free there. {advice}"
         ) from error
 
 

@@ -9,12 +9,11 @@ import inspect
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -198,26 +197,15 @@ def _set_size(loaded: LoadedModel, side: int) -> None:
 def _appearing(output: Path) -> Iterator[Path]:
     """Within the block, write to the folder it gives; after it, that folder is `output`.
 
-    If the block fails, nothing of it is left, and an `output` that was there is as it was.
-
     Raises:
         ExportError: for whatever a library raises; a full disk has another name in each.
     """
-    new_parents = [parent for parent in output.parents if not parent.exists()]
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if output.is_dir():
-            output.rmdir()  # empty, or it fails
-        disk.publish(partial, output)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # not ours any more if something else is in it
-            for parent in new_parents:
-                parent.rmdir()
-        if isinstance(error, AskewError) or not isinstance(error, Exception):
-            raise
+        with disk.appearing_folder(output) as partial:
+            yield partial
+    except AskewError:
+        raise
+    except Exception as error:
         raise ExportError(
             f"the export to {output} failed and left nothing behind ({type(error).__name__}: "
             f"{first_line(error)})."

@@ -29,7 +29,9 @@ def whole(kind: Any, tokens: Sequence[Any]) -> Any:
             words = [*map(str, choices)]
             listed = [f"one of {', '.join(words)}"] if words else []
             allowed = " or ".join(["a whole number"] * any_number + listed)
-            raise ValueError(f'"{text}" must be {allowed}{near(text, words)}.')
+            # Of one value cyclopts says itself whose it is.
+            whose = f"{tokens[0].keyword}: " if _is_tuple(kind) else ""
+            raise ValueError(f'{whose}"{text}" must be {allowed}{near(text, words)}.')
         found.append(value)
     return tuple(found) if _is_tuple(kind) else found[0]
 

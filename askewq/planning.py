@@ -8,7 +8,6 @@ import glob
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -272,19 +271,11 @@ def _write(
 ) -> None:
     """Write the folder; it appears whole or not at all."""
     out = recipe.output.absolute()  # "." has no name
-    partial = out.with_name(out.name + disk.PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with disk.room_for(10**6, out.parent, "Make room and run the command again."):
-            partial.mkdir(parents=True)
-            (partial / RECIPE).write_text(recipe_text(recipe, given, settings, found, widths))
-            (partial / FIGURES).write_text(json.dumps(_figures(settings, found, widths), indent=2))
-            draw(found, widths).savefig(partial / PICTURE, dpi=150)
-            if out.exists():
-                out.rmdir()  # an empty one
-            disk.publish(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    advice = "Make room and run the command again."
+    with disk.room_for(10**6, out.parent, advice), disk.appearing_folder(out) as partial:
+        (partial / RECIPE).write_text(recipe_text(recipe, given, settings, found, widths))
+        (partial / FIGURES).write_text(json.dumps(_figures(settings, found, widths), indent=2))
+        draw(found, widths).savefig(partial / PICTURE, dpi=150)
 
 
 def recipe_text(

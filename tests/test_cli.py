@@ -722,7 +722,7 @@ class TestProcess:
     ("words", "told"),
     [
         (("inspect", "m", "--bits", 3.7), "--bits"),
-        (("plan", "--candidates", 2.9, 4), '"2.9"'),
+        (("plan", "--candidates", 2.9, 4), '--candidates: "2.9"'),
         (("plan", "--samples", 2.9), "--samples"),
         (("export", "m", "--to", "onnx", "--output", "o", "--image-size", 32.9), "--image-size"),
         (("finetune", "--num-processes", 2.5), "--num-processes"),

@@ -167,7 +167,7 @@ def test_bad_input(words, tmp_path, name):
     assert outcome.code == 2
     assert re.search(pattern, outcome.err), outcome.err
     assert not (tmp_path / "plan").exists()
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_the_nearest_budget_can_be_met(words):
