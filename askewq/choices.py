@@ -79,9 +79,7 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
     made: dict[str, Any] = {"task": task, "optimizer": optimizer, "lr": lr, "level_lr": level_lr}
     if recipe.full_precision_steps:
         made["full_precision_lr"] = 1e-4 if level_lr is not None else recipe.lr or lr
-    if recipe.method in RIVALS:
-        made["strength"] = strength_for(recipe.method, steps)
-    else:
+    if recipe.method not in RIVALS:
         paper = recipe.method == "askewsgd-paper"
         closing = _PAPER if paper else Closing(recipe.closing or "lazy")
         made |= {"closing": closing.kind, "close_power": POWER[closing.kind]}
@@ -118,11 +116,18 @@ def plain_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.
     return torch.optim.AdamW(parameters, lr, weight_decay=decay)
 
 
-def low_bit_optimizer(recipe: Recipe, model: nn.Module) -> tuple[torch.optim.Optimizer, Pacer]:
-    """Return the optimizer of a resolved recipe's method, and what paces it."""
+def low_bit_optimizer(
+    recipe: Recipe, model: nn.Module, steps: int
+) -> tuple[torch.optim.Optimizer, Pacer]:
+    """Return the optimizer of a resolved recipe's method, and what paces it.
+
+    Args:
+        steps: low-bit steps of the run.
+    """
     lr = recipe.lr or 0.0
     if recipe.method in RIVALS:
-        follower = Follower(model, recipe.method, recipe.strength, recipe.gradient_bits)
+        strength = recipe.strength or strength_for(recipe.method, steps)
+        follower = Follower(model, recipe.method, strength, recipe.gradient_bits)
         optimizer = plain_optimizer(recipe, model, lr)
         follower.attach(optimizer)
         return optimizer, follower

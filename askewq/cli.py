@@ -6,6 +6,7 @@ the artifact's model, with 1; a run that SIGTERM or Ctrl-C ended, after saving, 
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -16,12 +17,15 @@ from cyclopts import App, Parameter
 
 from askewq import config, contradictions, disk, processes, recipe_files
 from askewq.errors import AskewError, OutputError, RecipeError
-from askewq.flags import flags_of, place, whole
+from askewq.flags import flags_of, name_or_place, place, whole
 from askewq.text import printable
 from askewq.vocabulary import Bits, DenseType, Estimate
 
 # A path of which the shell may have left the ~.
 Place = Annotated[Path, Parameter(converter=place)]
+NameOrPlace = Annotated[str, Parameter(converter=name_or_place)]
+StartFrom = Annotated[NameOrPlace | None, Parameter(help="recipe to start from: a name or a file")]
+Factory = Annotated[NameOrPlace | None, Parameter(help="file.py:factory of your own module")]
 # A number that is whole.
 Whole = Annotated[int, Parameter(converter=whole)]
 
@@ -68,7 +72,7 @@ _EvalFlags = flags_of("EvalFlags", _DATA_KEYS)
 @app.command
 def finetune(
     *,
-    recipe: Annotated[str | None, Parameter(help="recipe to start from: a name or a file")] = None,
+    recipe: StartFrom = None,
     num_processes: Annotated[
         Whole | None,
         Parameter(
@@ -112,28 +116,29 @@ def _over_stored(output: Path, given: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise OutputError(f"--resume: {output} holds no run (no recipe.yaml).")
     stored = config.build(recipe_files.read_yaml(path), str(path))
-    values = _with_recipe(str(path), given)
-    lost = [
-        f"{key} = {getattr(stored, key)}"
-        for key in sorted(stored.model_fields_set - values.keys())
-        if getattr(stored, key) != config.Recipe.model_fields[key].default
-    ]
-    if lost:
-        raise RecipeError(
-            f"--resume goes on with the run in {output} as it was, and it has {', '.join(lost)}, "
-            "which does not go with the flags given. Leave them out, or start again with "
-            "--overwrite."
-        )
+    for flag, other in contradictions.INSTEAD.items():
+        if flag in given and (has := getattr(stored, other)) != _default(other):
+            raise RecipeError(
+                f"--resume goes on with the run in {output} as it was, of {other} = {has}, and "
+                f"--{flag.replace('_', '-')} would replace that; leave it out, or start again with "
+                "--overwrite."
+            )
+    others = {key: value for key, value in given.items() if value != getattr(stored, key)}
+    values = _with_recipe(str(path), others) | given
     return {key: value for key, value in values.items() if key != "overwrite" or key in given}
+
+
+def _default(key: str) -> Any:
+    return config.Recipe.model_fields[key].default
 
 
 @app.command(name="eval")
 def evaluate(
     folder: Place,
     *,
-    model: Annotated[str | None, Parameter(help="file.py:factory of your own module")] = None,
+    model: Factory = None,
     teacher: Annotated[
-        str | None,
+        NameOrPlace | None,
         Parameter(help="for embeddings: the model to compare with, if not the original"),
     ] = None,
     teacher_weights: Annotated[
@@ -163,7 +168,7 @@ def evaluate(
 
 @app.command
 def inspect(
-    model_or_folder: str,
+    model_or_folder: NameOrPlace,
     *,
     verify: Annotated[
         bool, Parameter(help="of an artifact: check its digests, and that it fits its network")
@@ -211,7 +216,7 @@ def plan(
         Parameter(help="measured: round one layer at a time; estimated: from gradients, cheaper"),
     ] = "measured",
     samples: Annotated[Whole, Parameter(help="of the training split, to find them with")] = 1024,
-    recipe: Annotated[str | None, Parameter(help="recipe to start from: a name or a file")] = None,
+    recipe: StartFrom = None,
     flags: Annotated[_PlanFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
 ) -> None:
     """Find how many bits each layer should get within a budget, and write it as a recipe.
@@ -244,7 +249,7 @@ def export(
     allow_lossy: Annotated[
         bool | None, Parameter(help="write what the format holds only approximately")
     ] = None,
-    model: Annotated[str | None, Parameter(help="file.py:factory of your own module")] = None,
+    model: Factory = None,
     image_size: Annotated[
         Whole | None, Parameter(help="of its images, where the artifact does not say it")
     ] = None,
@@ -290,7 +295,7 @@ def list_recipes() -> None:
 
 
 @recipes.command
-def show(name: str) -> None:
+def show(name: NameOrPlace) -> None:
     """Print a recipe."""
     from askewq.terminal import say
 
@@ -298,7 +303,7 @@ def show(name: str) -> None:
 
 
 @recipes.command(name="cp")
-def copy(name: str, destination: Place) -> None:
+def copy(name: NameOrPlace, destination: Place) -> None:
     """Copy a recipe to a file or folder of yours, to change it."""
     from askewq.terminal import say
 
@@ -309,7 +314,8 @@ def copy(name: str, destination: Place) -> None:
     if not target.parent.is_dir():
         raise OutputError(f"the folder {target.parent} does not exist; make it first.")
     try:
-        disk.write(target, source.read_text(encoding="utf-8"))
+        with disk.appearing(target) as partial:
+            shutil.copyfile(source, partial)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error}.") from error
     say(str(target))

@@ -51,11 +51,15 @@ def _key(default: Any, group: str, help: str, **limits: Any) -> Any:
     return Field(default, description=help, json_schema_extra=extra, **limits)  # type: ignore[arg-type]  # pydantic's dict type is wider
 
 
-def _at_home(path: str | Path) -> Path:
-    """Return a path whose ~ is resolved, as a shell does where it has no quotes around it."""
+def at_home(path: str | Path) -> Path:
+    """Return a path whose ~ is resolved, as a shell does where it has no quotes around it.
+
+    Raises:
+        ValueError: ~NAME of nobody.
+    """
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:  # ~NAME of nobody
+    except RuntimeError as error:
         raise ValueError(f"starts at a home that is not known ({error})") from error
 
 
@@ -289,12 +293,12 @@ class Recipe(BaseModel):
     @field_validator("model", "teacher", "tokenizer", "dataset")
     @classmethod
     def _expand_name(cls, value: str | None) -> str | None:
-        return str(_at_home(value)) if value and value[0] == "~" else value
+        return str(at_home(value)) if value and value[0] == "~" else value
 
     @field_validator("weights", "teacher_weights", "output")
     @classmethod
     def _expand_path(cls, value: Path | None) -> Path | None:
-        return value and _at_home(value)
+        return value and at_home(value)
 
     @field_validator("nan_policy")
     @classmethod

@@ -64,7 +64,7 @@ _BELONGS = {
     "teacher": ("self", ("teacher_weights",)),
 }
 # Two ways to say how long a run is: one that is given replaces the other.
-_INSTEAD = {"epochs": "max_steps", "max_steps": "epochs"}
+INSTEAD = {"epochs": "max_steps", "max_steps": "epochs"}
 # What does not work on shards, and why.
 _UNSHARDABLE = {
     "compile": "a compiled network takes weights made before its forward pass, not shards",
@@ -136,9 +136,9 @@ def overruled(stored: dict[str, Any], given: dict[str, Any]) -> set[str]:
         before = stored.get(choice, default)
         if before is not None and given.get(choice, before) != before:
             useless |= {*keys}
-    if "level_lr" in useless & stored.keys():  # the three are one choice
+    if "level_lr" in useless and stored.get("level_lr") is not None:  # the three are one choice
         useless |= {"optimizer", "lr"}
-    useless |= {other for key, other in _INSTEAD.items() if key in given}
+    useless |= {other for key, other in INSTEAD.items() if key in given}
     if given.get("streaming"):
         useless |= {"epochs", "max_train_samples"}
     both, shares = stored | given, ("distill", "distill_hidden")

@@ -55,10 +55,9 @@ def appearing_folder(path: Path) -> Iterator[Path]:
     new_parents = [parent for parent in path.parents if not parent.exists()]
     partial = path.with_name(f"{path.name}{PARTIAL}-{os.getpid()}")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process with the same number
         partial.mkdir(parents=True)
         yield partial
-        if path.is_dir():
-            path.rmdir()  # empty, or it fails
         publish(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -69,10 +68,12 @@ def appearing_folder(path: Path) -> Iterator[Path]:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Sync a folder with all that is in it and rename it to `path`, where nothing may be."""
+    """Sync a folder with all that is in it and rename it to `path`, an empty one or nothing."""
     for inner in partial.rglob("*"):
         sync(inner)
     sync(partial)
+    if path.is_dir():
+        path.rmdir()
     partial.rename(path)
     sync(path.parent)
 

@@ -177,15 +177,17 @@ def check_width(taught: torch.Size, embedding: Tensor) -> None:
         )
 
 
-def taught(teacher: Teacher, batch: dict[str, Tensor]) -> tasks.Outputs:
+def taught(
+    teacher: Teacher, batch: dict[str, Tensor], *, hidden_states: bool = False
+) -> tasks.Outputs:
     """Return what a teacher makes of a batch that was prepared for another network.
 
     Raises:
         ModelError: it fails.
     """
     advice = "It must take the same images or tokens; pass another --teacher."
-    with tasks.calling(batch, "the teacher fails on the model's own inputs,", advice):
-        return teacher.outputs(batch)
+    with tasks.calling(batch, "the teacher fails", advice):
+        return teacher.outputs(batch, hidden_states=hidden_states)
 
 
 def _check_original(spec: ModelSpec) -> None:

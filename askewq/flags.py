@@ -1,5 +1,6 @@
 """Command-line flags made from the recipe: one for each key, of its type, with its help line."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_args, get_origin
@@ -23,22 +24,29 @@ def whole(kind: Any, tokens: Sequence[Any]) -> Any:
     choices = [part for part in parts if isinstance(part, int | str)]
     found: list[int | str] = []
     for text in (str(token.value) for token in tokens):
-        number = text.removeprefix("-").isdecimal()
+        number = re.fullmatch(r"[+-]?\d+", text)
         value = int(text) if number else text
         if value not in choices and not (number and any_number):
             words = [*map(str, choices)]
             listed = [f"one of {', '.join(words)}"] if words else []
             allowed = " or ".join(["a whole number"] * any_number + listed)
-            # Of one value cyclopts says itself whose it is.
-            whose = f"{tokens[0].keyword}: " if _is_tuple(kind) else ""
-            raise ValueError(f'{whose}"{text}" must be {allowed}{near(text, words)}.')
+            meant = "" if number else near(text, filter(str.isalpha, words))
+            # Of a single value cyclopts says itself whose it is.
+            whose = f"{tokens[0].keyword}: " if len(tokens) > 1 else ""
+            raise ValueError(f'{whose}"{text}" must be {allowed}{meant}.')
         found.append(value)
     return tuple(found) if _is_tuple(kind) else found[0]
 
 
 def place(kind: Any, tokens: Sequence[Any]) -> Path:
-    """Return a path with its ~, which a shell leaves alone in --output=~/run."""
-    return Path(tokens[0].value).expanduser()
+    """Return a path with its ~ resolved, which a shell leaves alone in --output=~/run."""
+    return config.at_home(tokens[0].value)
+
+
+def name_or_place(kind: Any, tokens: Sequence[Any]) -> str:
+    """Return a name as it is, or a path with its ~ resolved."""
+    text = str(tokens[0].value)
+    return str(config.at_home(text)) if text.startswith("~") else text
 
 
 def _parts(kind: Any) -> Iterator[Any]:

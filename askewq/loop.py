@@ -179,10 +179,11 @@ class Loop:
             for weight, annealed in zip(layers.quantized_modules(self.model), sharded, strict=True):
                 weight.strength = annealed.strength
             self.hollow = None
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-            self.model.__dict__.pop(name, None)
-        if self._own_forward is not None:  # a module's own, set on it and not on its class
-            self.model.__dict__["forward"] = self._own_forward
+        else:
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                self.model.__dict__.pop(name, None)
+            if self._own_forward is not None:  # a module's own, set on it and not on its class
+                self.model.__dict__["forward"] = self._own_forward
         self.accelerator.free_memory()
 
     def _step(
@@ -222,7 +223,7 @@ class Loop:
         taught = None
         if self.taught_by is not None:
             with self.accelerator.autocast():
-                taught = self.taught_by.outputs(batch, hidden_states=hidden)
+                taught = distill.taught(self.taught_by, batch, hidden_states=hidden)
             batch = distill.labelled(batch, spec, taught)
         with self.accelerator.autocast(), prepared:
             made = outputs_of(model, spec, batch, hidden_states=hidden)
@@ -252,13 +253,14 @@ class Loop:
         if self.accelerator.is_main_process:
             terminal.note(f"{what}: {where}; skipped, {self.progress.skipped} of {most}")
 
-    def rates(self) -> str:
-        """Return the learning rates of the present phase, to be followed: --lr than 0.1."""
-        return " or ".join(
+    def smaller_rates(self) -> str:
+        """Return what to try in the place of the present phase's learning rates, in words."""
+        told = [
             f"--{key.replace('_', '-')} than {rate:g}"
             for key in training_state.RATES[self.progress.phase]
             if (rate := getattr(self.recipe, key)) is not None
-        )
+        ]
+        return f"a smaller {' or '.join(told)}"
 
     def _diverged(self, what: str, broken: bool) -> None:
         """Say what can be done: with another lr another run, in this one to pass over the step."""
@@ -268,8 +270,8 @@ class Loop:
             others += "; --nan-policy skip:N passes over N such steps"
             others += f", --resume goes on from {last} with it" if last else ""
         raise DivergenceError(
-            f"{what}{f'; {used} steps were skipped before' if used else ''}. Start again with a "
-            f"smaller {self.rates()}{others}."
+            f"{what}{f'; {used} steps were skipped before' if used else ''}. Start again with "
+            f"{self.smaller_rates()}{others}."
         )
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
@@ -337,7 +339,7 @@ class Loop:
         with torch.no_grad(), self.accelerator.autocast():
             for raw in itertools.islice(self._batches(0), count):
                 batch = prepare_batch(raw, self.loaded.preprocessing)
-                with calling(batch, "the model fails on training samples"):
+                with calling(batch, "the model fails in calibration"):
                     logits_of(self.model, self.loaded.spec, batch)
         if place is not None:
             loader.load(place)

@@ -364,5 +364,5 @@ def check_strength(method: Method, strength: float | None) -> None:
     if not rule.least <= strength <= rule.most or not strength:
         raise RecipeError(
             f"method = {method} ends on the grid with a strength from {rule.least:g} to "
-            f"{rule.most:g}, and {strength:g} does not; by default it is {rule.strength:g}."
+            f"{rule.most:g}, and {strength:g} does not; left out, it is the method's own."
         )

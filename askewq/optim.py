@@ -426,7 +426,7 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
         trained = _checked(model, closing)
         if level_lr is not None:
             if not 0 <= level_lr < math.inf:
-                raise RecipeError(f"level_lr = {level_lr} must be 0 or more, in level spacings.")
+                raise RecipeError(f"level_lr = {level_lr} must be a finite number from 0.")
             if params is not None:
                 raise RecipeError("level_lr makes the parameter groups itself; leave params out.")
             params = level_groups(model, level_lr)

@@ -22,8 +22,8 @@ class Follower:
     Args:
         model: a model with quantization-aware layers (`askewq.quantize`).
         method: one of `methods.RIVALS`.
-        strength: the final value of the method's coefficient; its own by default, which of
-            proxquant is for a run of 600 steps (`methods.strength_for` another).
+        strength: the final value of the method's coefficient; by default its own, which for
+            proxquant is that of 600 steps: of other runs `methods.strength_for` gives it.
         gradient_bits: width of the layers' neural gradients (luq); None: full precision.
 
     Raises:

@@ -21,6 +21,7 @@ TOKENS = 32
 USUAL_SIZES = (224, 32, 28, 64, 96, 128, 256, 384)
 
 
+@torch.no_grad()
 def sample_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
     """Return `SAMPLES` random inputs that fit a model, the same ones every time.
 
@@ -45,11 +46,18 @@ def sample_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
         shape = (SAMPLES, len(preprocessing.mean), height, width)
         pixels = torch.randint(256, shape, generator=random, dtype=torch.uint8)
         inputs = {"pixel_values": preprocessing.batch(pixels)}
-        if preprocessing.size or _accepts(loaded, inputs):
+        if preprocessing.size:
+            return inputs
+        try:
+            logits_of(loaded.model, loaded.spec, inputs)
+        except CALLING as error:
+            said = f"{type(error).__name__}: {first_line(error)}"
+        else:
             return inputs
     raise ExportError(
         "the export cannot be verified: the artifact says no image size, and the module takes none "
-        f"of {', '.join(map(str, USUAL_SIZES))}; say which with --image-size."
+        f"of {', '.join(map(str, USUAL_SIZES))} (of the last it says {said}); say which with "
+        "--image-size."
     )
 
 
@@ -90,15 +98,6 @@ def _random_pictures(preprocessing: ProcessorPreprocessing, random: torch.Genera
     shape = (SAMPLES, 256, 256, 3)
     pixels = torch.randint(256, shape, generator=random, dtype=torch.uint8)
     return torch.stack([preprocessing.image(Image.fromarray(p.numpy())) for p in pixels])
-
-
-def _accepts(loaded: LoadedModel, inputs: dict[str, Tensor]) -> bool:
-    try:
-        with torch.no_grad():
-            logits_of(loaded.model, loaded.spec, inputs)
-    except CALLING:
-        return False
-    return True
 
 
 def expected_of(loaded: LoadedModel) -> tuple[dict[str, Tensor], Tensor]:

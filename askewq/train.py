@@ -252,7 +252,7 @@ class _Run:
     def _train_low_bit(self, folder: Path | None) -> None:
         """Fine-tune under the constraint, and evaluate."""
         recipe, start = self.recipe, self.recipe.full_precision_steps
-        optimizer, pacer = choices.low_bit_optimizer(recipe, self.model)
+        optimizer, pacer = choices.low_bit_optimizer(recipe, self.model, self.steps)
         average = None
         if recipe.average:
             average = refine.FloatAverage(self.model, optimizer, recipe.average)
@@ -275,8 +275,8 @@ class _Run:
         relaxed = self.loop.evaluate()
         if not math.isfinite(relaxed.loss):
             raise DivergenceError(
-                f"the loss is {relaxed.loss} after the last step; nothing was packed. Try a "
-                f"smaller {self.loop.rates()}."
+                f"the loss is {relaxed.loss} after the last step; nothing was packed. Try "
+                f"{self.loop.smaller_rates()}."
             )
         self.loop.progress.relaxed = relaxed.value
 

@@ -48,17 +48,14 @@ def parq_optimizer(
 class Parq:
     """PARQ's optimizer with the pacer's interface."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
-        if recipe.max_steps is None:
-            raise SystemExit("PARQ's annealing counts steps: give --max-steps")
-
+    def __init__(self, recipe: Recipe, model: nn.Module, steps: int) -> None:
         def base(groups: Any) -> torch.optim.Optimizer:
             lr, decay = recipe.lr or 0.0, recipe.weight_decay
             if recipe.optimizer == "sgd":
                 return torch.optim.SGD(groups, lr, recipe.momentum, weight_decay=decay)
             return torch.optim.AdamW(groups, lr, weight_decay=decay)
 
-        self.optimizer = parq_optimizer(model, recipe.bits, recipe.max_steps, base)
+        self.optimizer = parq_optimizer(model, recipe.bits, steps, base)
         self._weights = [layer.latent for layer in quantized_layers(model).values()]
 
     def anneal(self, progress: float) -> None:
@@ -80,9 +77,11 @@ class Parq:
         return on / total
 
 
-def low_bit_optimizer(recipe: Recipe, model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+def low_bit_optimizer(
+    recipe: Recipe, model: nn.Module, steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
     """Return PARQ's optimizer and its pacer."""
-    parq = Parq(recipe, model)
+    parq = Parq(recipe, model, steps)
     return parq.optimizer, parq
 
 

@@ -166,23 +166,3 @@ def test_the_papers_method_has_the_papers_intervals():
     with pytest.raises(RecipeError, match=r"closing = lazy goes with method = askewsgd"):
         resolve(method="askewsgd-paper", closing="lazy")
     assert resolve(method="askewsgd-paper", closing="single").close_start == 0.5
-
-
-@pytest.mark.parametrize(
-    ("method", "steps", "strength"),
-    [
-        ("proxquant", 600, 0.003),
-        ("proxquant", 3000, 0.0006),  # the pulls of a run add up to the same
-        ("proxquant", 1, 0.5),  # the longest that ends on the grid
-        ("binaryrelax", 3000, 500.0),
-        ("lsq", 3000, None),
-    ],
-)
-def test_the_strength_of_a_method(method, steps, strength):
-    """By default it is the method's, and where it adds up over the steps the budget's."""
-    recipe = config.build({**ESSENTIALS, "method": method})
-    resolved = choices.resolve(recipe, "image-classification", LINEAR, steps)
-    assert resolved.strength == (strength if strength is None else pytest.approx(strength))
-    given = recipe.model_copy(update={"strength": 0.1 if method == "proxquant" else None})
-    if given.strength:
-        assert choices.resolve(given, "image-classification", LINEAR, steps).strength == 0.1

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,8 @@ class TestFinetuneRefuses:
         [
             ({"method": "proxquant", "strength": 0.01}, ("--strength", 0.01), "strength"),
             ({"polish_steps": 2, "polish_lr": 0.01}, ("--polish-lr", 0.01), "polish_lr"),
+            ({"lr": 0.01, "method": "lsq"}, ("--method", "lsq", "--lr", 0.01), "lr"),
+            ({"lr": 0.01}, ("--optimizer", "sgd", "--lr", 0.01), "lr"),
         ],
     )
     def test_settings_of_the_run_on_resume(self, settings, flags, other, tmp_path):
@@ -169,24 +172,43 @@ class TestFinetuneRefuses:
         resumed = ("finetune", "--resume", "--output", tmp_path / "out")
         outcome = command(*resumed, *flags)
         assert outcome.code == 0, outcome.err
-        refused(command(*resumed, flags[0], 0.02), f"{other} = 0.02 (the run has 0.01)")
+        outcome = command(*resumed, *flags[:-1], 0.02)
+        refused(outcome, f"{other} = 0.02 (the run has 0.01)")
 
     def test_epochs_of_a_run_of_steps_on_resume(self, tmp_path):
         """They would have to replace its steps, and are refused."""
         folder = copy_of("own", tmp_path)
         outcome = command("finetune", "--resume", "--epochs", 5, "--output", folder)
-        refused(outcome, "it has max_steps = ", "does not go with the flags given")
+        refused(outcome, "of max_steps = ", "--epochs would replace that; leave it out")
+
+    @pytest.mark.parametrize(
+        ("flags", "told"),
+        [
+            (("--method", "lsq"), "method = 'lsq' (the run has 'askewsgd')"),
+            (("--optimizer", "adamw"), "optimizer = 'adamw' (the run has 'sgd')"),
+            (("--full-precision-steps", 0), "full_precision_steps = 0 (the run has 1)"),
+        ],
+    )
+    def test_another_choice_on_resume(self, flags, told, tmp_path):
+        """It is named itself, and not what would have to leave with it."""
+        builders.finetune("own", tmp_path / "out", full_precision_steps=1, full_precision_lr=0.1)
+        refused(command("finetune", "--resume", "--output", tmp_path / "out", *flags), told)
 
     def test_a_home_that_the_shell_left(self, tmp_path, monkeypatch):
         """A ~ behind an equals sign is the user's home, whatever reads it."""
         folder = copy_of("own", tmp_path / "run")
+        shutil.copy(builders.own_module() / "nets.py", tmp_path / "nets.py")
         monkeypatch.setenv("HOME", str(tmp_path))
         name = folder.relative_to(tmp_path)
         outcome = command("finetune", "--resume", f"--output=~/{name}")
         assert outcome.code == 0, outcome.err
-        words = ("export", folder, "--to", "dense", "--model", builders.own("small"))
-        assert command(*words, "--output=~/dense").code == 0
+        words = ("export", folder, "--to", "dense", "--model=~/nets.py:small")
+        outcome = command(*words, "--output=~/dense")
+        assert outcome.code == 0, outcome.err
         assert "model.safetensors" in files(tmp_path / "dense")
+        outcome = command("recipes", "show", "~/run/recipe.yaml")
+        assert outcome.code == 0, outcome.err
+        refused(command("finetune", "--resume", "--output=~nobody-x/run"), "home that is not known")
 
     def test_other_settings_on_resume(self, tmp_path):
         """--resume with another setting names it and what the run has."""
@@ -733,13 +755,14 @@ def test_numbers_that_are_not_whole(words, told):
     refused(command(*words), told, "must be")
 
 
-class TestRecipesCopy:
-    def test_where_nothing_can_be_written(self, monkeypatch, tmp_path):
-        """The message names the place, and nothing is left there."""
+def test_a_recipe_that_cannot_be_copied(monkeypatch, tmp_path):
+    """The message names the place, and nothing is left there."""
 
-        def write(path, text):
-            raise PermissionError(13, "Permission denied", str(path))
+    def copyfile(source, target):
+        Path(target).write_text("half")
+        raise PermissionError(13, "Permission denied", str(target))
 
-        monkeypatch.setattr(cli.disk, "write", write)
-        outcome = command("recipes", "cp", "minilm-sst2-2bit", tmp_path / "x.yaml")
-        refused(outcome, f"{tmp_path / 'x.yaml'} cannot be written", "Permission denied")
+    monkeypatch.setattr(cli.shutil, "copyfile", copyfile)
+    outcome = command("recipes", "cp", "minilm-sst2-2bit", tmp_path / "x.yaml")
+    refused(outcome, f"{tmp_path / 'x.yaml'} cannot be written", "Permission denied")
+    assert files(tmp_path) == set()

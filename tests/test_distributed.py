@@ -49,6 +49,20 @@ class Idle(nn.Module):  # has a layer that no output depends on
 
 def idle():
     return Idle()
+
+
+class Patched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = network()
+        self.forward = self.special
+
+    def special(self, x):
+        return self.layers(x)
+
+
+def patched():
+    return Patched()
 """
 TRANSFORMER = {**FSDP2, "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 
@@ -87,6 +101,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16": {"mixed_precision": "bf16"},
     "distilled": {"distill": 0.5, "max_steps": 6},
     "idle": {"factory": "idle", "max_steps": 6},
+    "patched": {"factory": "patched", "full_precision_steps": 2, "max_steps": 6},
     "norm": {"factory": "norm", "max_steps": 6, "eval_every": 2},
     "polished": {"max_steps": 6, "polish_steps": 4, "polish_lr": 0.01},
 }

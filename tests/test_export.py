@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import askewq
-from askewq import disk, export_dense, samples
+from askewq import disk, export_dense
 from askewq import export as formats
 from askewq.artifact import load_artifact
 from askewq.errors import AskewError, ExportError, ModelError, VerificationError
@@ -420,11 +420,17 @@ class TestSampleInputs:
         else:
             assert inputs["pixel_values"].dtype == torch.float32
 
-    def test_a_module_that_takes_no_usual_size(self, monkeypatch):
-        """The message says where the size belongs."""
+    def test_a_module_that_takes_no_usual_size(self):
+        """The message says what the module says, and where the size belongs."""
+
+        class Shy(torch.nn.Module):
+            def forward(self, x, mask):
+                return x
+
         loaded = builders.untrained("tied")
-        monkeypatch.setattr(samples, "_accepts", lambda loaded, inputs: False)
-        with pytest.raises(ExportError, match=r"image size.*--image-size"):
+        loaded.preprocessing = replace(loaded.preprocessing, size=None)
+        loaded.model = Shy()
+        with pytest.raises(ExportError, match=r"no image size.*TypeError: .*mask.*--image-size"):
             sample_inputs(loaded)
 
     def test_a_size_that_the_module_has_no_index_for(self):

@@ -7,13 +7,14 @@ import pickle
 import builders
 import pytest
 import torch
+import yaml
 from builders import finetune
 from conftest import grid_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import askewq
-from askewq import config, kernels, layers, methods, recipe_files, rivals
+from askewq import choices, config, kernels, layers, methods, recipe_files, rivals
 from askewq.errors import ModelError, RecipeError
 from askewq.grid import fit_scale, make_grid
 from askewq.methods import RIVALS
@@ -506,7 +507,7 @@ class TestFollower:
         """A course that opens, never closes, or leaves the numbers is no schedule."""
         model = small()
         askewq.quantize(model, 1)
-        with pytest.raises(RecipeError, match=f"{allowed}.*by default"):
+        with pytest.raises(RecipeError, match=f"{allowed}.*left out, it is the"):
             rivals.Follower(model, method, strength)
 
 
@@ -548,3 +549,36 @@ class TestFinetune:
         finetune("own", tmp_path / "cut", **arguments, resume=True)
         packed = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
         assert packed[0] == packed[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "strength"),
+    [
+        ("proxquant", 600, 0.003),
+        ("proxquant", 3000, 0.0006),  # the pulls of a run add up to the same
+        ("proxquant", 1, 0.5),  # the longest that ends on the grid
+        ("binaryrelax", 3000, 500.0),
+        ("lsq", 3000, None),
+    ],
+)
+def test_the_strength_that_a_run_of_so_many_steps_has(method, steps, strength):
+    """It is the method's own, and where it adds up over the steps in inverse proportion to them."""
+    expected = strength if strength is None else pytest.approx(strength)
+    assert methods.strength_for(method, steps) == expected
+
+
+def test_a_run_has_the_strength_of_its_steps(monkeypatch, tmp_path):
+    """By default, and not in its recipe, so that a run of other steps chooses its own."""
+    given = []
+    follower = rivals.Follower
+
+    def follow(model, method, strength, gradient_bits):
+        given.append(strength)
+        return follower(model, method, strength, gradient_bits)
+
+    monkeypatch.setattr(choices, "Follower", follow)
+    builders.finetune("own", tmp_path / "a", method="proxquant", max_steps=6)
+    builders.finetune("own", tmp_path / "b", method="proxquant", max_steps=6, strength=0.1)
+    assert given == [pytest.approx(0.3), 0.1]
+    stored = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
+    assert stored.get("strength") is None

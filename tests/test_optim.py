@@ -1261,7 +1261,7 @@ class TestWhatItIsGiven:
     def test_a_rate_below_zero(self, level_lr):
         """It would train uphill."""
         layer = spread(nn.Linear(4, 2), make_grid(2))
-        with pytest.raises(RecipeError, match="must be 0 or more"):
+        with pytest.raises(RecipeError, match="must be a finite number from 0"):
             AskewAdamW(layer, level_lr=level_lr)
 
     def test_another_group_beside_those_of_level_lr(self):

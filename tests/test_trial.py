@@ -115,8 +115,7 @@ class TestCommand:
         made = transformers.CanineConfig(**size, **heads, downsampling_rate=2)
         transformers.CanineForSequenceClassification(made).save_pretrained(tmp_path)
         outcome = command("inspect", tmp_path)
-        assert outcome.code == 0
-        assert WORKS in outcome.out or "not tried: the plain network fails" in outcome.out
+        assert WORKS in outcome.out
 
     def test_timm(self):
         """At the size of the weights, or at another."""
