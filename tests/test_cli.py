@@ -206,7 +206,7 @@ class TestFinetuneRefuses:
         outcome = command(*words, "--output=~/dense")
         assert outcome.code == 0, outcome.err
         assert "model.safetensors" in files(tmp_path / "dense")
-        outcome = command("recipes", "show", "~/run/recipe.yaml")
+        outcome = command("recipes", "show", f"~/{name}/recipe.yaml")
         assert outcome.code == 0, outcome.err
         refused(command("finetune", "--resume", "--output=~nobody-x/run"), "home that is not known")
 
