@@ -2,7 +2,8 @@
 
 6,000 points uniform in [-1, 1]^10, labels Bernoulli(sigmoid(x . w*)), w* on the hypercube, SGD with
 lr 1, batches of 1,000, 25 epochs. The published notebook never closes the intervals; here they
-close, and the weights are -1 or +1 at the end. Printed for every method, over the seeds: the loss
+close, and the weights are -1 or +1 at the end (of lsq and luq times a scale that follows them).
+Printed for every method, over the seeds: the loss
 of the binary weights at the end, how far it is above the best binary weights' (all 1,024 are
 tried), how often a weight of the forward pass changed its sign in the second half of the steps,
 and how much the training loss moved from step to step in that half.

@@ -1,7 +1,7 @@
 """Table 4 of the AskewSGD paper: a 2-3-1 network of nine binary weights on two moons.
 
 2,000 training and 200 test points (noise 0.1, seed 0, standardised), ReLU, no biases, batch norm
-without affine after each layer, weights in {-1, +1} (LSQ: times its learned scale), batch 100, 50
+without affine after each layer, weights in {-1, +1} (LSQ and LUQ: times a scale), batch 100, 50
 epochs, Adam with lr 0.1, 50 seeds. The paper's figures are the mean logistic loss divided by the
 200 test points, so is this table. All 512 binary networks are tried too, with the batch-norm
 statistics of the training set. Here the constraint really closes: every method's weights are on
