@@ -281,6 +281,7 @@ class TestThePages:
     NAMES = {  # noqa: RUF012  # a table
         "full precision, the same steps": "full precision",
         "**askewsgd**": "askewsgd",
+        "on the integer grid, the default of `--grid`": "askewsgd, integer",
         "its intervals with SGD (`--optimizer sgd`)": "askewsgd, sgd",
         "its intervals closing weight by weight (`--closing staggered`)": "askewsgd, staggered",
         "its steps, intervals closed from the start": "askewsgd, closed at once",
