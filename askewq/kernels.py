@@ -65,7 +65,7 @@ def constrain(
 def sgd_(
     weight: Tensor,
     grad: Tensor,
-    buffer: Tensor | None,
+    buffers: list[Tensor],
     scale: Tensor,
     interval: Interval,
     knobs: dict[str, Tensor],
@@ -75,7 +75,7 @@ def sgd_(
 ) -> None:
     """Update weight and momentum buffer, all [rows, columns], in place: torch's SGD, skewed."""
     grad = grad + knobs["weight_decay"] * weight
-    if buffer is not None:
+    for buffer in buffers:  # one with momentum, none without
         buffer.copy_(knobs["momentum"] * buffer + grad)
         grad = grad + knobs["momentum"] * buffer if nesterov else buffer
     plain = weight - knobs["lr"] * grad
@@ -85,8 +85,7 @@ def sgd_(
 def adamw_(
     weight: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    buffers: list[Tensor],
     scale: Tensor,
     interval: Interval,
     knobs: dict[str, Tensor],
@@ -98,6 +97,7 @@ def adamw_(
 
     `in_levels`: the step size is in level spacings instead of the weights' own units.
     """
+    exp_avg, exp_avg_sq = buffers
     exp_avg.copy_(exp_avg + knobs["mix1"] * (grad - exp_avg))
     exp_avg_sq.copy_(knobs["beta2"] * exp_avg_sq + knobs["mix2"] * grad * grad)
     denominator = exp_avg_sq.sqrt() / knobs["bias2_sqrt"] + knobs["eps"]

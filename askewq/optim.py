@@ -28,6 +28,8 @@ from askewq.vocabulary import Pull
 
 # Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
 COMPILE_FROM = 1_000_000
+# A kernel, its numbers and its flags.
+_Call = tuple[Callable[..., None], dict[str, float], dict[str, bool]]
 # The strength of a pull where it is left open.
 PULLS: dict[Pull, dict[str, float]] = {
     "decoupled": {"alpha": 0.5, "clip": 0.1},
@@ -215,7 +217,9 @@ class _Skewed(torch.optim.Optimizer):
         buffers = self._buffers(weight, group)
         with _as_rows(layer, weight.detach(), *buffers) as (rows, *buffer_rows):
             interval = self._interval(weight, rows, scale, layer.grid, group)
-            self._update(weight, rows, grad, buffer_rows, scale, interval, group)
+            kernel, numbers, flags = self._kernel(weight, group)
+            given = rows, grad, buffer_rows, scale, interval, _knobs(rows, **numbers)
+            self._run(kernel, *given, closing=self.closing.kind, **flags)
 
     def _interval(
         self, weight: Tensor, rows: Tensor, scale: Tensor, grid: Grid, group: dict[str, Any]
@@ -254,17 +258,8 @@ class _Skewed(torch.optim.Optimizer):
         """Return the state of a weight that has its shape, made on first use."""
         raise NotImplementedError
 
-    def _update(
-        self,
-        weight: nn.Parameter,
-        rows: Tensor,
-        grad: Tensor,
-        buffers: list[Tensor],
-        scale: Tensor,
-        interval: Interval,
-        group: dict[str, Any],
-    ) -> None:
-        """Update rows and buffers in place; `weight` is the key of the optimizer's state."""
+    def _kernel(self, weight: nn.Parameter, group: dict[str, Any]) -> _Call:
+        """Return the kernel of the weight's next update, its numbers and its flags."""
         raise NotImplementedError
 
     def _run(self, function: Callable[..., Any], *args: Any, **flags: Any) -> Any:
@@ -376,22 +371,9 @@ class AskewSGD(_Skewed, torch.optim.SGD):
             self.state[weight]["momentum_buffer"] = buffer
         return [buffer]
 
-    def _update(
-        self,
-        weight: nn.Parameter,
-        rows: Tensor,
-        grad: Tensor,
-        buffers: list[Tensor],
-        scale: Tensor,
-        interval: Interval,
-        group: dict[str, Any],
-    ) -> None:
-        buffer = buffers[0] if buffers else None
-        knobs = _knobs(
-            rows, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"]
-        )
-        how = {"nesterov": bool(group["nesterov"]), "closing": self.closing.kind}
-        self._run(sgd_, rows, grad, buffer, scale, interval, knobs, **how)
+    def _kernel(self, weight: nn.Parameter, group: dict[str, Any]) -> _Call:
+        numbers = {name: group[name] for name in ("lr", "momentum", "weight_decay")}
+        return sgd_, numbers, {"nesterov": bool(group["nesterov"])}
 
 
 class AskewAdamW(_Skewed, torch.optim.AdamW):
@@ -447,32 +429,21 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
                 state[name] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         return [state["exp_avg"], state["exp_avg_sq"]]
 
-    def _update(
-        self,
-        weight: nn.Parameter,
-        rows: Tensor,
-        grad: Tensor,
-        buffers: list[Tensor],
-        scale: Tensor,
-        interval: Interval,
-        group: dict[str, Any],
-    ) -> None:
+    def _kernel(self, weight: nn.Parameter, group: dict[str, Any]) -> _Call:
         state = self.state[weight]
         state["step"] += 1
         step = state["step"].item()
         beta1, beta2 = group["betas"]
-        knobs = _knobs(
-            rows,
-            mix1=1 - beta1,
-            beta2=beta2,
-            mix2=1 - beta2,
-            bias2_sqrt=(1 - beta2**step) ** 0.5,
-            eps=group["eps"],
-            keep=1 - group["lr"] * group["weight_decay"],
-            step_size=group["lr"] / (1 - beta1**step),
-        )
-        how = {"in_levels": group["in_levels"], "closing": self.closing.kind}
-        self._run(adamw_, rows, grad, *buffers, scale, interval, knobs, **how)
+        numbers = {
+            "mix1": 1 - beta1,
+            "beta2": beta2,
+            "mix2": 1 - beta2,
+            "bias2_sqrt": (1 - beta2**step) ** 0.5,
+            "eps": group["eps"],
+            "keep": 1 - group["lr"] * group["weight_decay"],
+            "step_size": group["lr"] / (1 - beta1**step),
+        }
+        return adamw_, numbers, {"in_levels": group["in_levels"]}
 
 
 @contextmanager
