@@ -277,19 +277,14 @@ class TestThePages:
             told = [(", ".join(f"{v:.2f}" for v in run), self.shown(run)) for run in of_three]
             assert (seeds, mean) in told, row
 
-    # The rows of README.md's table by their methods in the log.
+    # The rows of README.md's tables by their methods in the log.
     NAMES = {  # noqa: RUF012  # a table
         "full precision, the same steps": "full precision",
         "**askewsgd**": "askewsgd",
-        "on the integer grid, the default of `--grid`": "askewsgd, integer",
-        "its intervals with SGD (`--optimizer sgd`)": "askewsgd, sgd",
-        "its intervals closing weight by weight (`--closing staggered`)": "askewsgd, staggered",
         "its steps, intervals closed from the start": "askewsgd, closed at once",
         "BinaryRelax": "binaryrelax",
-        "BinaryRelax on AdamW": "binaryrelax, adamw",
         "PARQ (torchao)": "parq",
         "mirror descent": "mirror-descent",
-        "straight-through on AdamW": "binaryconnect, adamw",
         "LUQ's weights (SAWB)": "luq",
         "straight-through (BinaryConnect)": "binaryconnect",
         "LSQ": "lsq",
@@ -297,38 +292,40 @@ class TestThePages:
         "the paper's AskewSGD": "askewsgd-paper",
         "ProxQuant": "proxquant",
         "projected gradient": "projected-gradient",
-        "*taught by full precision* (`--distill 0.5`): askewsgd": "askewsgd",
-        "BinaryRelax, taught alike": "binaryrelax",
-        "LSQ, taught alike": "lsq",
-        "straight-through, taught alike": "binaryconnect",
+        "*taught by full precision*: askewsgd": "askewsgd",
+        "*taught*: BinaryRelax": "binaryrelax",
+        "*taught*: LSQ": "lsq",
+        "*taught*: straight-through": "binaryconnect",
     }
+    TABLE = re.compile(r"^\| (ResNet-20|all-MiniLM)[^|]*, ([\d,]+) steps \| 1 bit.*\n(\|.*\n)+", re.M)
 
     def test_each_cell_of_the_readme_was_measured(self, contest, accuracies):
         """The first three seeds of its method, width, task and budget, at one of the rates."""
-        text = (self.ROOT / "README.md").read_text()
-        table = text.split("## How the methods compare")[1].split("\n\n| | ")[1].split("\n\n")[0]
-        head, _, *rows = (
-            [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-        )
-        for label, *cells in rows:
-            for column, cell in zip(head, cells, strict=True):
-                bits = re.search("1 bit|ternary|2 bits|4 bits", column)[0].split()[0]
-                steps = int(re.search(r"(\d,)?\d00", column)[0].replace(",", ""))
-                task = "minilm" if "text" in column else "resnet20"
-                name, taught = self.NAMES[label], 0.5 if "taught" in label else 0.0
-                if "(with SGD)" in cell:
-                    name = "askewsgd, sgd"
-                width = "" if name == "full precision" else bits
-                entry = contest.Run(task, width, steps, name, 0.0, 0, False, taught)
-                of_three = {
-                    self.shown([by_seed[seed] for seed in range(3)])
-                    for run, by_seed in accuracies.items()
-                    if contest.replace(run, lr=0.0) == entry and len(by_seed) > 2
-                }
-                if cell:
-                    assert cell.removesuffix(" (with SGD)") in of_three, (label, column)
-                else:
-                    assert not of_three, (label, column)
+        tables = list(self.TABLE.finditer((self.ROOT / "README.md").read_text()))
+        assert len(tables) == 3
+        for table in tables:
+            task = {"ResNet-20": "resnet20", "all-MiniLM": "minilm"}[table[1]]
+            steps = int(table[2].replace(",", ""))
+            (_, *widths), _, *rows = (
+                [cell.strip() for cell in line.strip("|").split("|")]
+                for line in table[0].splitlines()
+            )
+            for label, *cells in rows:
+                for width, cell in zip(widths, cells, strict=True):
+                    name, taught = self.NAMES[label], 0.5 if "taught" in label else 0.0
+                    if "(with SGD)" in cell:
+                        name = "askewsgd, sgd"
+                    bits = "" if name == "full precision" else width.split()[0]
+                    entry = contest.Run(task, bits, steps, name, 0.0, 0, False, taught)
+                    of_three = {
+                        self.shown([by_seed[seed] for seed in range(3)])
+                        for run, by_seed in accuracies.items()
+                        if contest.replace(run, lr=0.0) == entry and len(by_seed) > 2
+                    }
+                    if cell:
+                        assert cell.removesuffix(" (with SGD)") in of_three, (label, width)
+                    else:
+                        assert not of_three, (label, width)
 
     def test_each_mean_of_the_readmes_words_was_measured(self, accuracies):
         """Of three seeds or of all of an entry."""
