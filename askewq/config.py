@@ -101,12 +101,12 @@ class Recipe(BaseModel):
     )
     shuffle_buffer: int = _key(1000, DATA, "samples shuffled at a time (streaming)", ge=1)
 
-    bits: Bits = _key(2, BITS, "1: {-1,1}; ternary: {-1,0,1}; 2: {-2,-1,0,1}; ... 8")
+    bits: Bits = _key(2, BITS, "1: {-1,1}; ternary: {-1,0,1}; 2: four levels; ... 8")
     grid: GridKind = _key(
-        "integer",
+        "auto",
         BITS,
-        "half-integer (2 bits: {-1.5,-0.5,0.5,1.5}) often trains better at 2 bits, but fewer "
-        "serving formats can hold it",
+        "integer (2 bits: {-2,-1,0,1}), half-integer (2 bits: {-1.5,-0.5,0.5,1.5}: more accurate, "
+        "but compressed-tensors needs a bit more for it), or auto: half-integer at 2 bits alone",
     )
     group_size: GroupSize = _key(
         "channel", BITS, "weights that share a scale: a number, an output channel, or all"

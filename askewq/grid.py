@@ -11,6 +11,7 @@ channels first.
 """
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -101,11 +102,12 @@ def pieces(tensor: Tensor, size: int) -> tuple[Tensor, ...]:
     return tensor.split(size if tensor.device.type == "cpu" else max(1, len(tensor)))
 
 
-def make_grid(bits: Bits, kind: GridKind = "integer") -> Grid:
+def make_grid(bits: Bits, kind: GridKind = "auto") -> Grid:
     """Return the grid of a bit width.
 
     1 bit is {-1, +1}, ternary {-1, 0, +1}; b >= 2 bits are the integers -2^(b-1) .. 2^(b-1) - 1,
-    or the 2^b half-integers symmetric about 0 (2 bits: -1.5, -0.5, 0.5, 1.5).
+    or the 2^b half-integers symmetric about 0 (2 bits: -1.5, -0.5, 0.5, 1.5). "auto" is
+    half-integer at 2 bits, where it was found to be more accurate (recipes/README.md).
 
     Raises:
         RecipeError: bits that are none of `BITS`, or half-integers where there is only one grid.
@@ -113,8 +115,8 @@ def make_grid(bits: Bits, kind: GridKind = "integer") -> Grid:
     if type(bits) not in (int, str) or bits not in BITS:
         allowed = ", ".join(map(str, BITS))
         raise RecipeError(f"bits = {bits!r} is not a width that askewq can train; use {allowed}.")
-    if kind not in ("integer", "half-integer"):
-        raise RecipeError(f"grid = {kind!r} is unknown; use 'integer' or 'half-integer'.")
+    if kind not in get_args(GridKind):
+        raise RecipeError(f"grid = {kind!r} is unknown; use 'auto', 'integer' or 'half-integer'.")
     if bits in (1, "ternary"):
         only = "{-1, +1}" if bits == 1 else "{-1, 0, +1}"
         if kind == "half-integer":
@@ -124,21 +126,22 @@ def make_grid(bits: Bits, kind: GridKind = "integer") -> Grid:
             )
         return Grid(1, -1.0, 2.0, 2) if bits == 1 else Grid("ternary", -1.0, 1.0, 3)
     size = 2 ** int(bits)
-    first = -size / 2 if kind == "integer" else -(size - 1) / 2
+    half = kind == "half-integer" or (kind == "auto" and bits == 2)
+    first = -(size - 1) / 2 if half else -size / 2
     return Grid(bits, first, 1.0, size)
 
 
 def input_grid(bits: ActBits, *, signed: bool) -> Grid:
     """Return the levels of a layer's inputs: integers, 0 among them but for the signs of 1 bit.
 
-    Unsigned they are 0 .. 2^b - 1; signed those of `make_grid`.
+    Unsigned they are 0 .. 2^b - 1; signed the integer ones of `make_grid`.
 
     Raises:
         RecipeError: bits that are none of 1 to 8.
     """
     if type(bits) is not int or not 1 <= bits <= 8:
         raise RecipeError(f"act_bits = {bits!r} is no width of inputs; use 1 to 8, or 'none'.")
-    return make_grid(bits) if signed else Grid(bits, 0.0, 1.0, 2**bits)
+    return make_grid(bits, "integer") if signed else Grid(bits, 0.0, 1.0, 2**bits)
 
 
 def mixed_grid(bits: Bits, kind: GridKind) -> Grid:

@@ -2,7 +2,7 @@
 
 A rule is a pair of functions on rows [rows, columns] that share a scale [rows, 1]. `LAZY` is that
 of AskewSGD's lazy closing; `RIVALS` are the methods beside AskewSGD, which share grid, scale,
-layers, base optimizer and loop with it, so that a comparison compares the methods alone.
+layers and loop with it.
 `docs/methods.md` states their equations and sources.
 """
 

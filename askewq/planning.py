@@ -287,7 +287,7 @@ def recipe_text(
 ) -> str:
     """Return the recipe: what the user set, the width of most layers, and that of the others."""
     # Half-integers are refused beside a width that has only one grid, but for overrides.
-    able = [bits for bits in widths if recipe.grid == "integer" or bits not in (1, "ternary")]
+    able = [b for b in widths if recipe.grid != "half-integer" or b not in (1, "ternary")]
     most = Counter(able or widths).most_common(1)[0][0]
     others = [
         f"{glob.escape(layer.label)}={bits}"

@@ -7,7 +7,7 @@ MODEL_TYPE = "askewq"
 
 Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, "ternary"]
 ActBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, "none"]
-GridKind = Literal["integer", "half-integer"]
+GridKind = Literal["auto", "integer", "half-integer"]
 GroupSize = int | Literal["channel", "tensor"]
 Closing = Literal["lazy", "staggered", "single"]
 Method = Literal[

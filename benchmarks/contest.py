@@ -1,4 +1,4 @@
-"""The contest: every method with the same start, layers, grid, data order, budget and tuning.
+"""The contest: every method with the same start, layers, grid, data order, budget and trials.
 
 For each task, width and budget every method gets four learning rates to try, with seed 0 on nine
 tenths of the training set, judged on the last tenth: the task's three, then one beyond the best of
@@ -244,6 +244,26 @@ def table(results: Results, arguments: argparse.Namespace) -> None:
         )
 
 
+def resolution(results: Results, arguments: argparse.Namespace) -> dict[tuple[str, str], float]:
+    """Return for each task and width which difference of two means of three seeds is no chance.
+
+    That is two standard errors, from the variances within the entries that have three seeds or
+    more; the paper's form, which ends anywhere, is left out.
+    """
+    variances: dict[tuple[str, str], list[float]] = {}
+    for entry in entries(arguments):
+        found = [results.of(run) for run in judged(entry, results, arguments)]
+        values = [result["accuracy"] for result in found if result]
+        if len(values) > 2 and entry.method != "askewsgd-paper":
+            kind = entry.task, entry.bits or "full precision"
+            variances.setdefault(kind, []).append(statistics.variance(values))
+    return {
+        kind: 2 * math.sqrt(2 / 3 * statistics.mean(some))
+        for kind, some in variances.items()
+        if len(some) > 1
+    }
+
+
 def main() -> None:
     """Run what is missing and print the table."""
     here = Path(__file__).parent
@@ -276,6 +296,8 @@ def main() -> None:
             for some in (full, low_bit):  # what full precision chooses is the teacher's rate
                 list(pool.map(lambda entry: compete(entry, results, arguments), some))
     table(results, arguments)
+    for (task, bits), points in resolution(results, arguments).items():
+        print(f"\n{task}, {bits}: two means of three seeds differ by chance up to {points:.2f}")
 
 
 if __name__ == "__main__":

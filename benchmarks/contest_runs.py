@@ -21,7 +21,7 @@ FORMS = {
     "askewsgd-paper": ("--method", "askewsgd-paper"),
     # With the steps of the task's own base optimizer, where its default are those in levels.
     "askewsgd, sgd": ("--method", "askewsgd", "--optimizer", "sgd"),
-    # On the integer grid, the default of askewq, where the contest has the half-integer one.
+    # On the integer grid, where the contest has the half-integer one.
     INTEGER: ("--method", "askewsgd", "--grid", "integer"),
     # Intervals that close within a thousandth of the steps: straight-through, with the steps of
     # askewsgd; where these are those of the base optimizer it is binaryconnect.

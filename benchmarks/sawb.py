@@ -60,7 +60,7 @@ def squared_error(rows: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.
 
 def main() -> None:
     """Print one line for every grid."""
-    grids = [make_grid(bits) for bits in BITS]
+    grids = [make_grid(bits, "integer") for bits in BITS]
     grids += [make_grid(bits, "half-integer") for bits in BITS[2:5]]
     grids += [input_grid(bits, signed=False) for bits in range(1, 9)]
     for grid in grids:

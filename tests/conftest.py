@@ -42,7 +42,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 ONE_GRID_ONLY = (1, "ternary")
-GRIDS: list[Grid] = [make_grid(bits) for bits in BITS] + [
+GRIDS: list[Grid] = [make_grid(bits, "integer") for bits in BITS] + [
     make_grid(bits, "half-integer") for bits in BITS if bits not in ONE_GRID_ONLY
 ]
 

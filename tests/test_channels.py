@@ -45,7 +45,9 @@ def assert_transposed(linear, conv):
 
 @every_group
 @pytest.mark.parametrize("kind", ["lazy", "staggered", "single"])
-@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[1], make_grid(2), make_grid(4)], ids=grid_name)
+@pytest.mark.parametrize(
+    "grid", [GRIDS[0], GRIDS[1], make_grid(2, "integer"), make_grid(4)], ids=grid_name
+)
 @pytest.mark.parametrize("base", ["sgd", "momentum", "adamw", "levels"])
 def test_askewsgd(grid, kind, base, group_size):
     """Weights, scales and the optimizer's state stay each other's transpose, to the bit."""

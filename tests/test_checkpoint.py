@@ -159,7 +159,7 @@ class TestBytes:
     def test_golden_manifest(self, tmp_path):
         """The header's manifest lists version, weights and shared names, as compact JSON."""
         path = tmp_path / "m.safetensors"
-        checkpoint.save(Golden(make_grid(2)), path)
+        checkpoint.save(Golden(make_grid(2, "integer")), path)
         assert manifest(path) == {
             "version": 2,
             "digest": "f0c176d4ad5c9581fd62429976f22b9cb8d5d3468397cbfba3f9d8216038f600",
@@ -187,7 +187,7 @@ class TestBytes:
     def test_golden_channels_last(self, tmp_path):
         """Codes of a weight [in, out] are written output by output, in a file of version 2."""
         layer = Conv1D(3, 2)
-        quantize_layer_(layer, make_grid(2), torch.ones(3, 1))
+        quantize_layer_(layer, make_grid(2, "integer"), torch.ones(3, 1))
         with torch.no_grad():
             layer.weight.copy_(torch.tensor([[-2.0, -1.0, 0.0], [1.0, 0.0, -1.0]]))
         path = tmp_path / "m.safetensors"

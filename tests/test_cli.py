@@ -547,14 +547,14 @@ class TestInspect:
         """A local folder is inspected without its weights."""
         outcome = command("inspect", getattr(builders, kind)())
         assert outcome.code == 0
-        assert "2 bits -2..1" in outcome.out
+        assert "2 bits -1.5..1.5" in outcome.out
 
     def test_an_own_module(self):
         """The user's own network is inspected, with patterns applied."""
         outcome = command("inspect", builders.own("small"), "--exclude", "2", "--group-size", 4)
         rows = {line.split()[0]: line for line in outcome.out.splitlines() if line.strip()}
         assert "excluded by '2'" in rows["2"]
-        assert "2 bits -2..1 per group 4" in rows["6"]
+        assert "2 bits -1.5..1.5 per group 4" in rows["6"]
 
     def test_other_bits(self):
         """Overrides may be repeated, and the table shows what comes of them."""
@@ -563,7 +563,7 @@ class TestInspect:
         rows = {line.split()[0]: line for line in outcome.out.splitlines() if line.strip()}
         assert "8 bits -128..127" in rows["layer1.0.conv1"]
         assert "ternary -1..1" in rows["layer2.0.conv1"]
-        assert "2 bits -2..1" in rows["layer3.0.conv1"]
+        assert "2 bits -1.5..1.5" in rows["layer3.0.conv1"]
 
     def test_what_will_not_work(self):
         """Before any training: the layers that stay float with their reason, and the share."""
@@ -584,7 +584,7 @@ class TestInspect:
         outcome = command("inspect", builders.bert())
         name = "bert.encoder.layer.1.attention.output.dense"
         (line,) = [line for line in outcome.out.splitlines() if line.startswith(name + " ")]
-        assert "2 bits -2..1 per channel" in line
+        assert "2 bits -1.5..1.5 per channel" in line
 
     @pytest.mark.parametrize("kind", ["own", "timm", "llama"])
     def test_an_artifact(self, kind):

@@ -77,6 +77,28 @@ def test_the_lead_is_paired_over_seeds(contest, tmp_path, monkeypatch, capsys):
     assert {row[3]: row[column] for row in rows} == {"askewsgd": "", "lsq": "+0.05 (+0.50, -0.40)"}
 
 
+def test_what_three_seeds_can_tell(contest, tmp_path, monkeypatch, capsys):
+    """Two standard errors of a difference of means, from the variances within entries."""
+    path = tmp_path / "results.jsonl"
+    results = contest.Results(path)
+    accuracies = {
+        "lsq": (80.0, 81.0, 82.0),  # a variance of 1
+        "luq": (70.0, 72.0, 74.0, 76.0),  # 20/3
+        "adaste": (1.0, 99.0),  # too few
+        "askewsgd-paper": (1.0, 50.0, 99.0),
+    }
+    for method, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            run = contest.Run("resnet20", "1", 600, method, 0.01, seed, False, 0.0)
+            results.add(run, {**dict.fromkeys(contest.MEASURED, 0.0), "accuracy": accuracy})
+    flags = f"--tasks resnet20 --bits 1 --seeds 4 --lr 0.01 --results {path} --table-only"
+    monkeypatch.setattr(sys, "argv", ["contest.py", *flags.split()])
+    contest.main()
+    expected = 2 * ((1 + 20 / 3) / 2 * (1 / 3 + 1 / 3)) ** 0.5
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"resnet20, 1: two means of three seeds differ by chance up to {expected:.2f}"
+
+
 def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeypatch, capsys):
     """A teacher without weights is trained again where a run needs it; nothing else finished is."""
     results = contest.Results(tmp_path / "results.jsonl")
@@ -297,7 +319,9 @@ class TestThePages:
         "*taught*: LSQ": "lsq",
         "*taught*: straight-through": "binaryconnect",
     }
-    TABLE = re.compile(r"^\| (ResNet-20|all-MiniLM)[^|]*, ([\d,]+) steps \| 1 bit.*\n(\|.*\n)+", re.M)
+    TABLE = re.compile(
+        r"^\| (ResNet-20|all-MiniLM)[^|]*, ([\d,]+) steps \| 1 bit.*\n(\|.*\n)+", re.M
+    )
 
     def test_each_cell_of_the_readme_was_measured(self, contest, accuracies):
         """The first three seeds of its method, width, task and budget, at one of the rates."""
@@ -337,6 +361,20 @@ class TestThePages:
         said = re.findall(r"\d\d\.\d\d ± \d\.\d\d", text)
         assert said
         assert set(said) <= measured
+
+    def test_what_three_seeds_can_tell_is_that_of_the_runs(self, contest):
+        """For each task and width, as the contest prints it below its tables."""
+        text = (self.ROOT / "recipes" / "README.md").read_text()
+        said = text.split("**What three seeds can tell**")[1].split("That is")[0]
+        for task, told in zip(("resnet20", "minilm"), said.split("on text"), strict=True):
+            arguments = contest.argparse.Namespace(
+                tasks=[task], bits=contest.WIDTHS, steps=[600, 3900], trial_steps=600, lr=None,
+                methods=contest.METHODS, seeds=3, distill=0.0,
+            )  # fmt: skip
+            results = contest.Results(self.ROOT / "benchmarks" / "contest.jsonl")
+            found = contest.resolution(results, arguments)
+            expected = [f"{found[task, bits]:.2f}" for bits in contest.WIDTHS]
+            assert re.findall(r"\d\.\d\d", told) == expected
 
     # The published ones that are runs of the contest: bits, steps and the rate of the weights.
     RECIPES = {  # noqa: RUF012  # a table

@@ -196,7 +196,7 @@ torch.save(read_back({str(tmp_path)!r}, torch.load({str(tmp_path / "inputs.pt")!
 class TestFitted:
     @pytest.mark.parametrize(
         ("kind", "grid"),
-        [("llama", make_grid(2)), ("tied", make_grid(1)), ("tied", make_grid("ternary")),
+        [("llama", make_grid(2, "integer")), ("tied", make_grid(1)), ("tied", make_grid("ternary")),
          ("tied", make_grid(2, "half-integer")), ("tied", make_grid(8))],
     )  # fmt: skip
     def test_scales_that_askewq_fits_are_exact(self, kind, grid, tmp_path):

@@ -29,6 +29,11 @@ every_grid = pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
         (4, "integer", list(range(-8, 8))),
         (8, "integer", list(range(-128, 128))),
         (8, "half-integer", [i - 127.5 for i in range(256)]),
+        (1, "auto", [-1, 1]),
+        ("ternary", "auto", [-1, 0, 1]),
+        (2, "auto", [-1.5, -0.5, 0.5, 1.5]),
+        (3, "auto", list(range(-4, 4))),
+        (8, "auto", list(range(-128, 128))),
     ],
 )
 def test_levels_are_those_documented(bits, kind, levels):
@@ -70,7 +75,7 @@ def test_every_width_has_a_grid_and_is_a_value():
         ("binary", "integer", "bits = 'binary' is not"),
         (True, "integer", "bits = True is not"),
         (None, "integer", "bits = None is not"),
-        (2, "float", "grid = 'float' is unknown; use 'integer' or 'half-integer'"),
+        (2, "float", "grid = 'float' is unknown; use 'auto', 'integer' or 'half-integer'"),
         (1, "half-integer", "whose one grid is {-1, +1}; leave out the grid"),
         ("ternary", "half-integer", "whose one grid is {-1, 0, +1}; leave out the grid"),
     ],
@@ -146,7 +151,7 @@ def test_values_are_one_multiplication(grid):
 
 def test_rows_of_groups_are_consecutive_weights():
     """With groups every scale covers consecutive weights of one output channel."""
-    grid = make_grid(2)
+    grid = make_grid(2, "integer")
     scale = torch.tensor([[1.0, 10.0], [100.0, 1000.0]])
     weight = torch.tensor([[1.0, -2.0, 10.0, -20.0], [100.0, -200.0, 1000.0, -2000.0]])
     assert grid.codes(weight, scale).tolist() == [[3, 0, 3, 0], [3, 0, 3, 0]]

@@ -19,7 +19,7 @@ from askewq.errors import ModelError, RecipeError
 from askewq.grid import fit_scale, make_grid
 from askewq.methods import RIVALS
 
-GRIDS = [make_grid(1), make_grid("ternary"), make_grid(2), make_grid(2, "half-integer")]
+GRIDS = [make_grid(1), make_grid("ternary"), make_grid(2, "integer"), make_grid(2, "half-integer")]
 GRIDS += [make_grid(4)]
 grids = st.sampled_from(GRIDS)
 # The highest level of each of them: LSQ's Q_P.
@@ -168,7 +168,7 @@ def test_the_compiled_projection_is_the_eager_one(grid):
 def test_binaryrelax_ends_on_the_levels():
     """In its second phase, strength infinite, the forward pass sees levels alone."""
     weight, scale = rows(1)
-    grid = make_grid(2)
+    grid = make_grid(2, "integer")
     value = methods.binaryrelax(weight, scale, grid, math.inf)
     assert torch.equal(value, grid.snap(weight, scale))
 
@@ -196,7 +196,7 @@ def test_sawb_is_the_published_formula(bits, highest, c1, c2):
 @pytest.mark.parametrize("row", [[0.0] * 8, [0.0] * 7 + [5.0]])
 def test_sawb_gives_a_positive_scale_for_any_row(row):
     """Rows that no standard distribution resembles still have a usable scale."""
-    assert (methods.sawb(torch.tensor([row]), make_grid(2)) > 0).all()
+    assert (methods.sawb(torch.tensor([row]), make_grid(2, "integer")) > 0).all()
 
 
 @pytest.mark.parametrize("grid", [make_grid(*key) for key in SAWB_GRIDS], ids=str)

@@ -338,7 +338,7 @@ def test_weights_cross_the_middle_freely_at_eps_one(dtype):
     layer = nn.Linear(400, 2, bias=False, dtype=dtype)
     with torch.no_grad():
         layer.weight.copy_(torch.linspace(0.498, 0.502, 400).expand(2, 400))
-    quantize_layer_(layer, make_grid(2), torch.ones(1, 1, dtype=dtype))
+    quantize_layer_(layer, make_grid(2, "integer"), torch.ones(1, 1, dtype=dtype))
     plain = nn.Parameter(layer.weight.detach().clone())
     torchs, askew = torch.optim.SGD([plain], lr=1.0), AskewSGD(layer, lr=1.0, closing=FREE)
     gradient = torch.tensor([[1e-5], [-1e-5]], dtype=dtype).expand(2, 400)
@@ -602,7 +602,7 @@ def test_gradients_are_still_there_after_the_step():
 
 def test_a_closure_is_called_once_with_gradients_enabled():
     """`step(closure)` evaluates the closure before the update and returns its loss."""
-    layer = spread(nn.Linear(6, 4), make_grid(2))
+    layer = spread(nn.Linear(6, 4), make_grid(2, "integer"))
     optimizer = AskewSGD(layer, lr=0.1, closing=FREE)
     calls = []
 
@@ -634,7 +634,7 @@ def test_step_hooks_run_once():
 
 def test_a_torch_scheduler_drives_the_lr():
     """The schedulers of torch find the optimizer and its learning rate where they expect them."""
-    layer = spread(nn.Linear(6, 4), make_grid(2))
+    layer = spread(nn.Linear(6, 4), make_grid(2, "integer"))
     optimizer = AskewSGD(layer, lr=0.4, closing=FREE)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     for expected in (0.4, 0.2, 0.1):
@@ -649,7 +649,7 @@ def test_a_torch_scheduler_drives_the_lr():
 def test_channels_last_weights_are_updated_as_contiguous_ones(base, closing):
     """The memory format changes neither the weights nor the way they are stored."""
     models = copies(
-        nn.Sequential(spread(nn.Conv2d(4, 6, 3), make_grid(2), 9), nn.Conv2d(6, 2, 1)), 2
+        nn.Sequential(spread(nn.Conv2d(4, 6, 3), make_grid(2, "integer"), 9), nn.Conv2d(6, 2, 1)), 2
     )
     models[1].to(memory_format=torch.channels_last)
     optimizers = [OPTIMIZERS[base](model, closing=closing) for model in models]
@@ -723,7 +723,9 @@ def distances(layer: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("base", ["momentum", "AdamW"])
 @pytest.mark.parametrize("group_size", ["tensor", "channel", 5])
-@pytest.mark.parametrize("grid", [make_grid(1), make_grid(2), make_grid(4, "half-integer")])
+@pytest.mark.parametrize(
+    "grid", [make_grid(1), make_grid(2, "integer"), make_grid(4, "half-integer")]
+)
 def test_the_nearest_weights_are_closed_and_stay(grid, group_size, base):
     """The target share closes, the nearest first, at most a bin more; closed weights never move."""
     layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), grid, group_size)
@@ -773,7 +775,9 @@ def test_everything_is_closed_at_the_end(grid, base):
 @pytest.mark.parametrize("outside", [0.3, 0.6, 3.0])
 def test_weights_far_outside_the_grid_are_closed_in_their_turn(outside):
     """The closed share reaches its target also where many weights lie beyond the last level."""
-    layer = spread(nn.Linear(50, 4, bias=False, dtype=torch.float64), make_grid(2), "tensor")
+    layer = spread(
+        nn.Linear(50, 4, bias=False, dtype=torch.float64), make_grid(2, "integer"), "tensor"
+    )
     with torch.no_grad():
         beyond = 1 + outside + 0.1 * torch.rand(4, 40, dtype=torch.float64)
         layer.weight[:, 10:] = layer.weight_scale * beyond
@@ -787,8 +791,8 @@ def test_weights_far_outside_the_grid_are_closed_in_their_turn(outside):
 def test_layers_are_closed_separately():
     """Every layer closes its own share, whatever the distances in the others are."""
     model = nn.Sequential(
-        spread(nn.Linear(50, 8, dtype=torch.float64), make_grid(2)),
-        spread(nn.Linear(8, 30, dtype=torch.float64), make_grid(2), seed=1),
+        spread(nn.Linear(50, 8, dtype=torch.float64), make_grid(2, "integer")),
+        spread(nn.Linear(8, 30, dtype=torch.float64), make_grid(2, "integer"), seed=1),
     )
     with torch.no_grad():  # the second layer's weights are all nearer to their levels
         layer = model[1]
@@ -805,7 +809,7 @@ def test_layers_are_closed_separately():
 
 def test_single_closing_holds_no_weight():
     """In the paper's form even a weight exactly on a level follows its update."""
-    layer = spread(nn.Linear(6, 4, dtype=torch.float64), make_grid(2))
+    layer = spread(nn.Linear(6, 4, dtype=torch.float64), make_grid(2, "integer"))
     with torch.no_grad():
         layer.weight.copy_(layer.grid.snap(layer.weight, layer.weight_scale))
     before = layer.weight.detach().clone()
@@ -820,7 +824,7 @@ def test_single_closing_holds_no_weight():
 def test_feasible_share_counts_the_weights_in_their_intervals(radius):
     """For the paper's closing it is the share within the radius, or a quarter root outside."""
     closing = Closing("single", start=0.0, end=1.0, final_radius=radius)
-    layer = spread(nn.Linear(40, 20, dtype=torch.float64), make_grid(2), margin=0.9)
+    layer = spread(nn.Linear(40, 20, dtype=torch.float64), make_grid(2, "integer"), margin=0.9)
     optimizer = AskewSGD(layer, lr=0.1, closing=closing)
     optimizer.anneal(1.0)
     x = layer.grid.coordinate(layer.weight.detach(), layer.weight_scale)
@@ -923,8 +927,8 @@ def layers_of_many_shapes() -> nn.Module:
     """Return conv, linear, one-row and grouped layers, quantized."""
     return nn.ModuleList(
         [
-            spread(nn.Conv2d(6, 10, 3), make_grid(2), seed=1),
-            spread(nn.Linear(30, 20), make_grid(2), seed=2),
+            spread(nn.Conv2d(6, 10, 3), make_grid(2, "integer"), seed=1),
+            spread(nn.Linear(30, 20), make_grid(2, "integer"), seed=2),
             spread(nn.Linear(16, 8), make_grid("ternary"), "tensor", seed=3),
             spread(nn.Conv2d(4, 6, 3), make_grid(4), 9, seed=4).to(
                 memory_format=torch.channels_last
@@ -1022,7 +1026,7 @@ BASES = {
 def test_a_lazy_step_is_torchs_within_the_range_of_the_grid(base):
     """Weights move as torch moves them, whatever the radius, and stop at the outermost levels."""
     make, plain, settings = BASES[base]
-    grid = make_grid(2)
+    grid = make_grid(2, "integer")
     layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), grid)
     optimizer = make(layer, closing=LAZY, **settings)
     scale = layer.weight_scale
@@ -1045,7 +1049,7 @@ def test_a_lazy_step_is_torchs_within_the_range_of_the_grid(base):
 
 def test_the_forward_pass_of_a_lazy_layer_sees_its_intervals():
     """What is seen lies in the constraint set of this progress, and on the levels after the end."""
-    layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), make_grid(2))
+    layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), make_grid(2, "integer"))
     optimizer = AskewSGD(layer, lr=0.1, closing=LAZY)
     latent = layer.latent.detach().clone()
     assert torch.equal(layer.weight, latent), "a radius of a half leaves weights in range free"
@@ -1065,14 +1069,14 @@ def test_the_forward_pass_of_a_lazy_layer_sees_its_intervals():
 
 def test_building_an_optimizer_decides_how_the_weights_are_seen():
     """A later optimizer with another closing takes the lazy view off again."""
-    layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), make_grid(2))
+    layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), make_grid(2, "integer"))
     AskewSGD(layer, lr=0.1, closing=LAZY).anneal(1.0)
     assert not torch.equal(layer.weight, layer.latent)
     AskewSGD(layer, lr=0.1, closing=STAGGERED)
     assert layer.weight is layer.latent
 
 
-@pytest.mark.parametrize("grid", [make_grid(1), make_grid("ternary"), make_grid(2)])
+@pytest.mark.parametrize("grid", [make_grid(1), make_grid("ternary"), make_grid(2, "integer")])
 def test_level_lr_is_adamw_on_the_weights_in_level_spacings(grid):
     """With level_lr the weights over their spacing move as torch's AdamW moves them."""
     layer = spread(nn.Linear(40, 25, bias=True, dtype=torch.float64), grid, "channel")
@@ -1108,7 +1112,7 @@ class Beside(nn.Sequential):
             for i, parameter in enumerate(self.parameters()):
                 parameter.copy_(random_tensor(seed + i, *parameter.shape) * 10.0 ** (i - 3))
             self[4].weight.zero_()
-        spread(self[3], make_grid(2))
+        spread(self[3], make_grid(2, "integer"))
 
     def rest(self) -> list[nn.Parameter]:
         """Return what is not quantized."""
@@ -1178,7 +1182,7 @@ def test_a_step_that_fails_leaves_the_rates(monkeypatch):
 
 def test_level_lr_goes_without_groups_of_ones_own():
     """It splits the parameters itself, and says so."""
-    layer = spread(nn.Linear(4, 2), make_grid(2))
+    layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
     with pytest.raises(RecipeError, match="level_lr makes the parameter groups itself"):
         AskewAdamW(layer, level_lr=0.01, params=[layer.bias])
 
@@ -1187,7 +1191,7 @@ def test_level_lr_goes_without_groups_of_ones_own():
 @pytest.mark.parametrize("make", [AskewSGD, AskewAdamW])
 def test_a_pull_does_not_go_with_lazy_closing(make, setting):
     """Nothing is pulled there, so that a setting of the pull is refused by name."""
-    layer = spread(nn.Linear(4, 2), make_grid(2))
+    layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
     with pytest.raises(RecipeError, match="decide nothing with closing = 'lazy'"):
         make(layer, lr=0.1, closing=LAZY, **setting)
     make(layer, lr=0.1, closing=STAGGERED, **setting)
@@ -1218,7 +1222,7 @@ def test_a_model_that_is_compiled_as_a_whole():
 @pytest.mark.parametrize("closing", [LAZY, STAGGERED, SINGLE], ids=lambda c: c.kind)
 def test_a_snap_of_intervals_that_never_closed_is_no_secret(closing):
     """A loop without `anneal` trains nothing but what rounding then throws away."""
-    model = spread(nn.Linear(4, 2), make_grid(2))
+    model = spread(nn.Linear(4, 2), make_grid(2, "integer"))
     optimizer = AskewSGD(model, lr=0.1, closing=closing)
     with snapped(model):  # a look at it says nothing
         pass
@@ -1236,14 +1240,14 @@ class TestWhatItIsGiven:
     @pytest.mark.parametrize("make", [AskewSGD, AskewAdamW])
     def test_parameters_in_place_of_the_model(self, make):
         """As torch's optimizers are made."""
-        layer = spread(nn.Linear(4, 2), make_grid(2))
+        layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
         with pytest.raises(ModelError, match="is a generator: pass the quantized model itself"):
             make(layer.parameters(), lr=0.1)
 
     @pytest.mark.parametrize("make", [AskewSGD, AskewAdamW])
     def test_the_name_of_a_closing(self, make):
         """A Closing has that name, and more."""
-        layer = spread(nn.Linear(4, 2), make_grid(2))
+        layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
         with pytest.raises(RecipeError, match=r"pass an askewq\.Closing, such as askewq\.Closing"):
             make(layer, lr=0.1, closing="staggered")
 
@@ -1251,7 +1255,7 @@ class TestWhatItIsGiven:
     @every_closing
     def test_a_progress_that_is_no_share(self, closing, progress):
         """A number of steps would close everything at once; NaN would be all weights."""
-        layer = spread(nn.Linear(4, 2), make_grid(2))
+        layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
         optimizer = AskewSGD(layer, lr=0.1, closing=closing)
         with pytest.raises(RecipeError, match=r"is no share of the training steps.*\(i \+ 1\) / n"):
             optimizer.anneal(progress)
@@ -1260,13 +1264,13 @@ class TestWhatItIsGiven:
     @pytest.mark.parametrize("level_lr", [-0.005, math.nan, math.inf])
     def test_a_rate_below_zero(self, level_lr):
         """It would train uphill."""
-        layer = spread(nn.Linear(4, 2), make_grid(2))
+        layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
         with pytest.raises(RecipeError, match="must be a finite number from 0"):
             AskewAdamW(layer, level_lr=level_lr)
 
     def test_another_group_beside_those_of_level_lr(self):
         """It would have no unit, and so move the wrong way: by lr, in the weights' own units."""
-        model = nn.Sequential(spread(nn.Linear(4, 4), make_grid(2)), nn.Linear(4, 2))
+        model = nn.Sequential(spread(nn.Linear(4, 4), make_grid(2, "integer")), nn.Linear(4, 2))
         model[1].requires_grad_(False)
         optimizer = AskewAdamW(model, level_lr=0.01)
         with pytest.raises(RecipeError, match="freeze with requires_grad_"):
@@ -1276,21 +1280,21 @@ class TestWhatItIsGiven:
 
     def test_a_weight_decay_that_is_not_decoupled(self):
         """Torch's AdamW knows it, the step of the quantized weights does not."""
-        layer = spread(nn.Linear(4, 2), make_grid(2))
+        layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
         group = {"params": [layer.latent], "decoupled_weight_decay": False}
         with pytest.raises(RecipeError, match="decoupled_weight_decay = False"):
             AskewAdamW(layer, lr=0.1, params=[group])
 
     def test_a_state_from_beyond_the_end(self):
         """Earlier versions allowed it, and closed means closed."""
-        layer = spread(nn.Linear(4, 2), make_grid(2))
+        layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
         optimizer = AskewSGD(layer, lr=0.1)
         optimizer.param_groups[0]["progress"] = 1.2
         AskewSGD(layer, lr=0.1).load_state_dict(optimizer.state_dict())
 
     def test_a_model_that_was_snapped(self):
         """Its intervals are gone, and steps would train rounded weights without them."""
-        layer = spread(nn.Linear(4, 2), make_grid(2))
+        layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
         optimizer = AskewSGD(layer, lr=0.1)
         optimizer.anneal(0.5)
         snap_(layer)
@@ -1301,7 +1305,7 @@ class TestWhatItIsGiven:
 @pytest.mark.parametrize("closing", [LAZY, STAGGERED], ids=lambda c: c.kind)
 def test_a_look_inside_autocast(closing):
     """Autocast keeps the weights that it has cast; those of before and after are not mixed."""
-    layer = spread(nn.Linear(8, 4), make_grid(2))
+    layer = spread(nn.Linear(8, 4), make_grid(2, "integer"))
     AskewSGD(layer, lr=0.1, closing=closing).anneal(0.5)
     x = torch.randn(3, 8)
 

@@ -234,6 +234,7 @@ def test_missing_libraries_are_named(words, tmp_path, monkeypatch):
     ("grid", "widths", "bits", "overrides"),
     [
         ("integer", (1, 1, 4), 1, ["c=4"]),
+        ("auto", (1, 1, 4), 1, ["c=4"]),
         ("half-integer", (1, 1, 4), 4, ["a=1", "b=1"]),  # 1 bit has no half-integers
         ("half-integer", ("ternary", 1, 1), 1, ["a=ternary"]),
     ],

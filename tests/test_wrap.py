@@ -755,6 +755,13 @@ def test_half_integers_are_for_the_widths_that_have_them():
     assert grids["0"] == make_grid(2, "half-integer")
 
 
+def test_by_default_2_bits_are_half_integers():
+    """And no other width is."""
+    result = plan(mlp(), 2, include=["*"], bits_override={"2": 3, "3": 4})
+    first = {layer.names[0]: layer.grid.first for layer in result.quantized}
+    assert (first["0"], first["2"], first["3"]) == (-1.5, -4.0, -8.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "fragment"),
     [
