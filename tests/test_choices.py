@@ -6,6 +6,7 @@ import torch
 from askewq import choices, config
 from askewq.errors import RecipeError
 from askewq.methods import RIVALS
+from askewq.wrap import quantize
 
 ESSENTIALS = {"model": "m", "dataset": "d", "output": "o"}
 CONV, LINEAR = torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 3)
@@ -69,6 +70,37 @@ def test_the_constraint_is_chosen_by_method_closing_and_pull(given, closing, tim
     assert recipe.closing == closing
     assert (recipe.close_start, recipe.close_end, recipe.close_power) == times
     assert (recipe.pull, recipe.alpha, recipe.clip) == pull
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"optimizer": "sgd"},
+        {"optimizer": "adamw"},
+        {"method": "lsq"},
+        {"method": "lsq", "optimizer": "adamw"},
+        {"closing": "staggered"},
+    ],
+)
+def test_the_optimizer_has_the_recipes_settings(given):
+    """Rates, decay, momentum and betas, in every group, whatever makes the steps."""
+    model = torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 3, 1) for _ in range(3)), torch.nn.BatchNorm2d(3)
+    )
+    recipe = config.build({**ESSENTIALS, "bits": 2, "weight_decay": 0.3, **given})
+    recipe = choices.resolve(recipe, "image-classification", model, 100)
+    quantize(model, 2)
+    optimizer, _ = choices.low_bit_optimizer(recipe, model, 100)
+    in_levels = [group.get("in_levels", False) for group in optimizer.param_groups]
+    assert any(in_levels) == (recipe.level_lr is not None) == (given == {})
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == 0.3
+        assert group["lr"] == (recipe.level_lr if group.get("in_levels") else recipe.lr)
+        if recipe.optimizer == "sgd":
+            assert group["momentum"] == 0.9
+        else:
+            assert group["betas"] == ((0.8, 0.99) if any(in_levels) else (0.9, 0.999))
 
 
 def test_other_methods_leave_the_constraint_open():

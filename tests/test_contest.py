@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 from askewq import choices, recipe_files, train
+from askewq.methods import RIVALS
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,89 @@ def test_the_lead_is_paired_over_seeds(contest, tmp_path, monkeypatch, capsys):
     head, _, *rows = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
     column = head.index("askewsgd ahead by")
     assert {row[3]: row[column] for row in rows} == {"askewsgd": "", "lsq": "+0.05 (+0.50, -0.40)"}
+
+
+@pytest.mark.parametrize("trial", [True, False])
+@pytest.mark.parametrize("task", ["resnet20", "minilm"])
+def test_a_run_has_the_data_of_its_kind(contest, tmp_path, monkeypatch, task, trial):
+    """Its splits, its seed, and a start that saw no more than it does itself."""
+    starts = []
+    monkeypatch.setattr("contest_runs.minilm_folder", lambda: "minilm")
+    monkeypatch.setattr("contest_runs.assembled", lambda folder: starts.append(folder) or folder)
+    run = contest.Run(task, "1", 600, "lsq", 0.01, 2, trial, 0.0)
+    command = run.command(tmp_path, tmp_path, None)
+    flags = contest.TASKS[task].tried if trial else contest.TASKS[task].judged
+    for name in ("--train-split", "--eval-split"):
+        assert command[command.index(name) + 1] == flags[flags.index(name) + 1]
+    assert command[command.index("--seed") + 1] == "2"
+    if task == "minilm":
+        assert run.start().trial == trial
+        assert starts == [run.start().folder(tmp_path)]
+
+
+def test_trials_of_a_short_budget(contest, tmp_path):
+    """Rates come from trials of --trial-steps; what is judged, and its teacher, has all steps."""
+    arguments = contest.argparse.Namespace(trial_steps=600, lr=None, seeds=2, distill=0.5)
+    results = contest.Results(tmp_path / "results.jsonl")
+    for method, bits in (("lsq", "1"), (contest.FULL, "")):
+        entry = contest.Run("resnet20", bits, 3900, method, 0.0, 0, True, 0.0)
+        for _ in range(2):  # three trials, then the fourth
+            for run in contest.trials(entry, results, arguments):
+                assert run.steps == 600
+                results.add(run, {"accuracy": 1 / run.lr})
+        assert {run.steps for run in contest.judged(entry, results, arguments)} == {3900}
+    taught = contest.Run("resnet20", "1", 3900, "lsq", 0.01, 0, False, 0.5)
+    assert contest.teacher_of(taught, results, arguments).steps == 3900
+
+
+def test_which_forms_run_where(contest, tmp_path):
+    """Every method at the widths that it has; forms beside steps in levels where these are."""
+    arguments = contest.argparse.Namespace(
+        tasks=list(contest.TASKS), steps=[600], bits=contest.WIDTHS, methods=contest.METHODS,
+        distill=0.0, trial_steps=None,
+    )  # fmt: skip
+    found = {(e.task, e.bits, e.method) for e in contest.entries(arguments)}
+    for form in contest.BESIDE_LEVELS:
+        assert ("resnet20", "2", form) in found
+        assert ("minilm", "2", form) not in found
+    for method, rule in RIVALS.items():
+        able = {b for b in contest.WIDTHS if (b if b == "ternary" else int(b)) in rule.bits}
+        assert {b for task, b, m in found if (task, m) == ("resnet20", method)} == able
+    results = contest.Results(tmp_path / "results.jsonl")
+    for method, lrs in (
+        ("binaryrelax, adamw", contest.ADAMW_LRS),
+        ("askewsgd, closed at once", contest.LEVEL_LRS),
+        ("askewsgd, sgd", contest.TASKS["resnet20"].lrs),
+    ):
+        entry = contest.Run("resnet20", "1", 600, method, 0.0, 0, True, 0.0)
+        assert tuple(run.lr for run in contest.trials(entry, results, arguments)) == lrs
+
+
+@pytest.mark.parametrize(
+    ("method", "closing", "optimizer"),
+    [
+        ("lsq", None, None),
+        ("binaryconnect, adamw", None, "adamw"),
+        ("binaryrelax, adamw", None, "adamw"),
+        ("askewsgd, sgd", None, "sgd"),
+        ("askewsgd, staggered", "staggered", None),
+        ("askewsgd-paper", None, None),
+    ],
+)
+def test_the_command_of_a_form_is_its_recipe(
+    contest, tmp_path, monkeypatch, method, closing, optimizer
+):
+    """Method, closing, optimizer, rate, seed, steps and width arrive at `finetune`."""
+    built = []
+    monkeypatch.setattr(train, "finetune", built.append)
+    run = contest.Run("resnet20", "1", 600, method, 0.03, 1, False, 0.0)
+    assert builders.command(*run.command(tmp_path, tmp_path, None)[3:]).code == 0
+    (recipe,) = built
+    assert recipe.method == method.split(",")[0]
+    assert (recipe.seed, recipe.max_steps, recipe.bits) == (1, 600, 1)
+    assert closing is None or recipe.closing == closing
+    assert optimizer is None or recipe.optimizer == optimizer
+    assert 0.03 in (recipe.lr, recipe.level_lr)
 
 
 def test_what_three_seeds_can_tell(contest, tmp_path, monkeypatch, capsys):

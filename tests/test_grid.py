@@ -12,7 +12,7 @@ from reference import bracket
 
 from askewq import constraint
 from askewq.errors import RecipeError
-from askewq.grid import BITS, Grid, fit_scale, make_grid, scale_shape
+from askewq.grid import BITS, SWEEP_UP_TO, Grid, best_scale, fit_scale, make_grid, scale_shape
 
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
 
@@ -251,6 +251,27 @@ def test_fitted_scale_of_long_rows(bits):
     """Rows as long as those of real layers are fitted as well as short ones."""
     weight = torch.cat([normal_rows(0, 1, 4608), heavy_tailed(1, 1, 4608)])
     assert_fitted(weight, make_grid(bits), fit_scale(weight, make_grid(bits)), tries=1000)
+
+
+@pytest.mark.parametrize("columns", [2, 9, 27, 64])
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g.bits not in (7, 8)], ids=grid_name)
+def test_the_sweep_is_exact(grid, columns):
+    """No scale of a fine scan has a smaller error, by more than float64 rounds."""
+    rows = normal_rows(columns, 3, columns).double()
+    for row, scale in zip(rows, best_scale(rows, grid), strict=True):
+        scan = scale * torch.logspace(-1, 1, 2001, dtype=torch.float64)
+        smallest = squared_errors(row, grid, scan).min()
+        assert squared_errors(row, grid, scale.reshape(1))[0] <= smallest * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-80, 2.0**80])
+def test_the_scan_scales_with_the_weights(magnitude):
+    """Squares of tiny or huge weights in rows too long for the sweep stay within float32."""
+    grid, weight = make_grid(8), normal_rows(5, 2, 700)
+    assert weight.shape[1] * grid.size // 2 > SWEEP_UP_TO
+    expected = fit_scale(weight, grid).double() * magnitude
+    found = fit_scale(weight * magnitude, grid).double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("bits", ["ternary", 2, 3])

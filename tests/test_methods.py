@@ -385,6 +385,15 @@ class TestFollower:
         torch.testing.assert_close(plain.grad, x.sum(0).expand(8, 8))
         assert follower.feasible_share() == 1
 
+    @pytest.mark.parametrize("method", ["mirror-descent", "binaryrelax", "adaste", "proxquant"])
+    def test_it_begins_where_its_course_does(self, method):
+        """The first forward pass has the strength of progress 0, without a call of `anneal`."""
+        model = small()
+        askewq.quantize(model, 1)
+        rivals.Follower(model, method)
+        rule = methods.RIVALS[method]
+        assert model[1].strength == rule.course(rule.strength or 0.0, 0.0)
+
     def test_every_step_ends_with_the_methods_part(self):
         """The hook on the optimizer settles the weights: projected ones are on levels."""
         model = small()

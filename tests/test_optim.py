@@ -386,6 +386,18 @@ def test_groups_hold_numbers_strings_and_tensors_only(base):
             assert all(isinstance(v, int | float | str | bool | None) for v in plain), name
 
 
+def test_a_reloaded_optimizer_shows_what_the_saved_one_did():
+    """Under lazy closing the interval is as it was left, before `anneal` is called."""
+    _, model = network(dtype=torch.float32)
+    optimizer = AskewSGD(model, lr=0.1, closing=LAZY)
+    optimizer.anneal(0.6)
+    _, other = network(dtype=torch.float32)
+    other.load_state_dict(model.state_dict())
+    AskewSGD(other, lr=0.1, closing=LAZY).load_state_dict(optimizer.state_dict())
+    assert torch.equal(other[2].weight, model[2].weight)
+    assert not torch.equal(other[2].weight, other[2].latent)
+
+
 @every_optimizer
 @every_closing
 def test_a_reloaded_optimizer_continues_identically(base, closing):
@@ -509,7 +521,7 @@ def test_frozen_weights_are_on_their_levels(closing):
 @pytest.mark.parametrize("how", ["frozen later", "not among the params", "not used"])
 @every_closing
 def test_weights_that_no_update_reaches_are_on_their_levels_at_the_end(closing, how):
-    """As those that are trained: after the closing the forward pass sees levels alone."""
+    """As those that are trained: from the end of the closing on the forward pass sees levels."""
     _, twin = network()
     late = twin[2].weight
     others = [p for p in twin.parameters() if p is not late]
@@ -521,7 +533,7 @@ def test_weights_that_no_update_reaches_are_on_their_levels_at_the_end(closing, 
         twin[2].grid.values(twin[2].codes(), twin[2].weight_scale),
     )
     late.requires_grad_(how != "frozen later")
-    for progress in (0.5, 0.8, 1.0):
+    for progress in (0.5, 0.8, closing.end):
         assert torch.equal(late, before)
         give_gradients([twin], 0)
         late.grad = None
@@ -1098,6 +1110,36 @@ def test_level_lr_is_adamw_on_the_weights_in_level_spacings(grid):
             twin.clamp_(low, high)
         torch.testing.assert_close(layer.latent.detach(), twin.detach() * unit)
         torch.testing.assert_close(layer.bias.detach(), bias.detach())
+
+
+def test_in_levels_eps_is_added_to_gradients_by_the_weights_themselves():
+    """As if the step had been AdamW's, and then made as long as the spacing says."""
+    layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), make_grid(2, "integer"))
+    options = {"betas": (0.9, 0.99), "eps": 0.3, "weight_decay": 0.0}
+    optimizer = AskewAdamW(layer, level_lr=0.01, closing=LAZY, **options)
+    before, grad = layer.latent.detach().clone(), random_tensor(3, 25, 40)
+    layer.latent.grad = grad.clone()
+    optimizer.anneal(0.0)
+    optimizer.step()
+    moved = before - 0.01 * layer.weight_scale * layer.grid.step * grad / (grad.abs() + 0.3)
+    ends = layer.grid.levels()[[0, -1]] * layer.weight_scale
+    torch.testing.assert_close(layer.latent.detach(), moved.clamp(ends[:, :1], ends[:, 1:]))
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_layer_without_a_gradient_waits_for_its_turn(turn):
+    """Weights close at every third step; a layer that has no gradient then stays as it is."""
+    layer = spread(nn.Linear(40, 25, bias=False, dtype=torch.float64), make_grid(2, "integer"))
+    other = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+    closing = Closing("staggered", start=0.0, end=1.0, every=3)
+    optimizer = AskewSGD(nn.ModuleList([layer, other]), lr=0.0, closing=closing)
+    for t in range(9):
+        other.weight.grad = torch.zeros_like(other.weight)
+        layer.latent.grad = torch.zeros_like(layer.latent) if t % 3 == turn else None
+        optimizer.anneal(0.5)
+        optimizer.step()
+    closed = (layer.latent == layer.grid.snap(layer.latent.detach(), layer.weight_scale)).double()
+    assert (closed.mean() > 0.8) == (turn == 0)  # 1 - (1 - 1/2)^3 of them are due
 
 
 class Beside(nn.Sequential):

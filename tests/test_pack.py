@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import bit_widths, grids, seeds, shapes, weights_and_scales
+from conftest import GRIDS, bit_widths, grid_name, grids, seeds, shapes, weights_and_scales
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -175,6 +175,15 @@ def test_the_pieces_do_not_show(bits, count):
     scale = torch.full((1, 1), 0.3)
     values = unpack_values(packed, grid, scale, (1, count))
     assert torch.equal(values, grid.values(codes.reshape(1, -1), scale))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_rows_of_many_pieces(grid):
+    """Each piece begins with a whole byte, and has the scales of its own rows."""
+    codes = torch.randint(0, grid.size, (12_001, 3), dtype=torch.uint8)
+    scale = 0.1 + torch.rand(12_001, 1)
+    values = unpack_values(pack(codes, grid.bits), grid, scale, (12_001, 3))
+    assert torch.equal(values, grid.values(codes, scale))
 
 
 @every_width

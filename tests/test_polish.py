@@ -111,6 +111,25 @@ class TestSteps:
         for ours, theirs in ((network[0].bias, bias), (network[1].weight, gain)):
             assert torch.allclose(ours.double(), theirs, atol=1e-6)
 
+    def test_a_scale_moves_by_a_half_to_twice_at_most_and_nothing_decays(self):
+        """A step is a share of the scale, -1/2 .. 1, and none of the other parameters."""
+        torch.manual_seed(0)
+        network = nn.Linear(4, 4)
+        askewq.quantize(network, 2, include=["*"])
+        layers.snap_(network)
+        polisher = Polisher(network, lr=0.9)
+        grad, bias = torch.tensor([[1.0], [-1.0], [0.0], [1e-3]]), network.bias.detach().clone()
+        for lr, ratios in ((0.9, [0.5, 1.9, 1.0, 0.5]), (30.0, [0.5, 2.0, None, 0.5])):
+            polisher.optimizer.param_groups[0]["lr"] = lr
+            before = network.weight_scale.detach().clone()
+            network.weight_scale.grad, network.bias.grad = grad.clone(), torch.zeros(4)
+            polisher.optimizer.step()
+            found = (network.weight_scale / before).flatten().tolist()
+            for ratio, expected in zip(found, ratios, strict=True):
+                assert expected is None or ratio == pytest.approx(expected, rel=1e-4)
+                assert 0.4999 < ratio < 2.0001
+        assert torch.equal(network.bias, bias)
+
     def test_the_gradient_of_a_scale(self):
         """The sum over its weights of gradient times level."""
         weight = torch.tensor([[1.0, -2.0, 0.0], [3.0, 3.0, -3.0]])

@@ -333,6 +333,19 @@ class TestSettings:
         finetune("own", tmp_path, **{**base, **change})
         assert digest(tmp_path) != digest(reference)
 
+    def test_the_rate_of_every_step(self, tmp_path, monkeypatch):
+        """Held until `lr_hold`, then a cosine; the first step has all of it, the last one some."""
+        seen, original = [], loop.Loop._step
+
+        def step(self, model, optimizer, batches, number):
+            seen.append(optimizer.param_groups[-1]["lr"])
+            return original(self, model, optimizer, batches, number)
+
+        monkeypatch.setattr(loop.Loop, "_step", step)
+        finetune("own", tmp_path, max_steps=8, lr=0.05, lr_hold=0.5)
+        late = [0.025 * (1 + math.cos(math.pi * (i / 8 - 0.5) / 0.5)) for i in range(4, 8)]
+        assert seen == pytest.approx([0.05] * 4 + late)
+
     def test_the_seed_decides_the_order_of_the_data(self, tmp_path):
         """Runs from the same weights differ by their seed alone."""
         weights = str(builders.own_module() / "small.safetensors")

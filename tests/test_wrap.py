@@ -94,6 +94,13 @@ def test_each_head_of_several_is_the_last():
     assert not any(note.startswith("last layer") for note in notes(headless).values())
 
 
+def test_a_network_without_a_head_has_all_but_its_first_layer_quantized():
+    """`quantize` passes `keep_last` on."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    quantize(model, 2, keep_last=False)
+    assert list(quantized_layers(model)) == ["1", "2"]
+
+
 def test_layers_come_in_the_models_order():
     """The table lists every module with parameters, in the order of the model."""
     assert [layer.names[0] for layer in plan(mlp(), 2).layers] == ["0", "1", "2", "3"]
