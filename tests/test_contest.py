@@ -383,6 +383,17 @@ class TestThePages:
             told = [(", ".join(f"{v:.2f}" for v in run), self.shown(run)) for run in of_three]
             assert (seeds, mean) in told, row
 
+    def test_rates_are_those_of_the_trials(self):
+        """But for the two rows of the default at 1 bit and 3,900 steps, as the log says there."""
+        text = (self.ROOT / "recipes" / "README.md").read_text()
+        others = []
+        for row in re.findall(r"^\| (?:resnet20|minilm) \|.*", text, re.M):
+            task, bits, steps, method, trials, lr, *_ = re.split(r" ?\| ?", row)[1:]
+            found = {rate: float(of) for rate, of in re.findall(r"([\d.e-]+), ([\d.]+)", trials)}
+            if found and found[lr] < max(found.values()):
+                others.append((task, bits, steps, method, lr))
+        assert others == [("resnet20", "1", "3900", "askewsgd", "0.005")] * 2
+
     # The rows of README.md's tables by their methods in the log.
     NAMES = {  # noqa: RUF012  # a table
         "full precision, the same steps": "full precision",
