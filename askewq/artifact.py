@@ -20,7 +20,7 @@ from askewq.errors import FormatError, ModelError, OutputError
 from askewq.hf_models import load_processor, load_tokenizer
 from askewq.models import build
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
-from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source
+from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source, first_line
 from askewq.timm_models import check_arguments
 from askewq.vocabulary import IMAGE_TASKS, MODEL_TYPE, Task
 
@@ -170,7 +170,13 @@ def _network(
     _fill(model, content, keep_packed)
     if (folder / GENERATION).is_file() and hasattr(model, "generation_config"):
         made: Any = model.generation_config
-        model.generation_config = type(made).from_dict(trust.read_json(folder / GENERATION))
+        given = trust.read_json(folder / GENERATION)
+        try:
+            model.generation_config = type(made).from_dict(given)
+        except Exception as error:  # it comes from a stranger, perhaps
+            raise FormatError(
+                f"{folder / GENERATION} is damaged ({type(error).__name__}: {first_line(error)})."
+            ) from error
     return model.eval(), spec, preprocessing
 
 
@@ -342,7 +348,9 @@ def load(
         folder: what `askewq finetune --output` or `askewq.save` wrote.
         model: a fresh network to fill, needed for a module of your own and for what `askewq.save`
             wrote; filled in place.
-        dtype: of floating-point parameters and buffers; float32 as trained by default.
+        dtype: of floating-point parameters and buffers; float32 as trained by default. Buffers
+            that no file holds (rotary frequencies) stay float32 in a model of transformers, as
+            they do in its own `from_pretrained`.
         packed: layers keep their codes and unpack them whenever they are used: less memory and a
             slower forward pass with the very same result. Such a model cannot be trained.
 
@@ -353,8 +361,20 @@ def load(
         FormatError: a damaged artifact, or one that does not fit `model`.
     """
     folder = Path(folder)
+    source = ""
     if model is None:
-        model, _, _ = _network(folder, None, packed)
+        model, spec, _ = _network(folder, None, packed)
+        source = spec.source
     else:
         _fill(model, checkpoint.read(folder / ARTIFACT), packed)
-    return model.eval() if dtype is None else model.eval().to(dtype)
+    if dtype is not None:
+        made = [
+            (module, name, module._buffers[name])
+            for module in model.modules()
+            for name in module._non_persistent_buffers_set
+        ]
+        model.to(dtype)
+        if source == "transformers":
+            for module, name, buffer in made:
+                module._buffers[name] = buffer
+    return model.eval()

@@ -332,10 +332,11 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
         )
     for key, (shape, dtype) in state.items():
         if (shape, dtype) != (target[key].shape, target[key].dtype):
-            cast = "; cast the model once it is filled" if shape == target[key].shape else ""
+            same = shape == target[key].shape
             raise FormatError(
                 f"{key!r} is {dtype} {list(shape)} in the artifact and "
-                f"{target[key].dtype} {list(target[key].shape)} in the model{cast}."
+                f"{target[key].dtype} {list(target[key].shape)} in the model"
+                f"{'; fill a model of that type, and cast it then' if same else ''}."
             )
 
 

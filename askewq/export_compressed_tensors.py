@@ -111,7 +111,9 @@ def _unwritable_inputs(source: ExportSource) -> list[str]:
     """Return why rounded inputs cannot be written; a float input in their place would be wrong."""
     dense, found = _left_dense(source), []
     for name, rounded in source.artifact.inputs.items():
-        if reason := _reason_of_input(rounded, dense.get(f"{name}.weight", "")):
+        weight = f"{name}.weight"
+        stored = source.artifact.shared.get(weight, weight)  # a tied head's is the embedding's
+        if reason := _reason_of_input(rounded, dense.get(stored, "")):
             found.append(f"the input of {name} {reason}.")
     if found:
         found.append("use --to onnx, fine-tune with --act-bits none, or --exclude these layers.")

@@ -55,6 +55,9 @@ def vocabulary(loaded: LoadedModel) -> Vocabulary | None:
     elif [part["type"] for part in first] == ["Split"] and not last["use_regex"]:
         plain = first[0]["behavior"] == "Isolated" and not first[0]["invert"]
         split = SPLITS.get(first[0]["pattern"].get("Regex", "")) if plain else None
+    # llama.cpp takes a piece that is in the vocabulary whole, without merges, for Llama 3 alone.
+    if bool(parts["model"].get("ignore_merges")) != (split == "llama-bpe"):
+        return None
     return None if split is None else Vocabulary(text.tokenizer, parts, split)
 
 

@@ -23,7 +23,7 @@ class BlockType:
         name: as ggml calls it.
         weights, size: of a block; `size` in bytes.
         low, high: the integers q that a block holds.
-        affine: a weight is d q - dmin m with 0 <= m < 16; else it is d q.
+        affine: a weight is d q - dmin m, m an integer of 4 bits (Q2_K) or 6; else it is d q.
     """
 
     name: str

@@ -240,9 +240,11 @@ def _on_meta(weight: PackedWeight, slot: Slot) -> PackedTensor:
             f"{list(parameter.shape)} in the model that config.json describes."
         )
     packed.dtype = parameter.dtype
-    # What is loaded needs no random numbers first; transformers asks both.
+    # What is loaded needs no random numbers first; transformers asks both. A layer with a buffer
+    # that no file holds (Gemma's scaled embedding) needs transformers to fill that one.
     packed._is_hf_initialized = True  # type: ignore[assignment]
-    slot.layer._is_hf_initialized = True  # type: ignore[assignment]
+    if not slot.layer._non_persistent_buffers_set:
+        slot.layer._is_hf_initialized = True  # type: ignore[assignment]
     return packed
 
 

@@ -186,9 +186,9 @@ def _part(auto: str, what: str, name: str, trust_remote_code: bool, advice: str)
         return getattr(transformers, auto).from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files fail in every way
         raise ModelError(
-            f"there is no {what} in {name!r} ({first_line(error)}); {advice}."
+            f"there is no usable {what} in {name!r} ({first_line(error)}); {advice}."
         ) from error
 
 

@@ -56,7 +56,8 @@ def _mark(name: str, x: Tensor) -> Tensor:
 def fill_inputs(model: Any, inputs: dict[str, PackedInput]) -> None:
     """Put the nodes that round in the place of the marks, in place."""
     nodes: list[Any] = []
-    clipped = {node.output[0] for node in model.graph.node if node.op_type == "Clip"}
+    # onnxruntime drops these in front of levels that seem to imply them, also where they do not.
+    clipped = {n.output[0] for n in model.graph.node if n.op_type in ("Clip", "Relu")}
     for node in model.graph.node:
         if node.domain != DOMAIN:
             nodes.append(node)

@@ -87,7 +87,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             f"were not loaded ({first_line(error)}); convert them to safetensors."
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"the weights {path} are not a mapping of names to tensors.")
     return state
 

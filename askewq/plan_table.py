@@ -60,7 +60,8 @@ class PlannedLayer:
     @property
     def label(self) -> str:
         """What the layer is called in tables: of several weights, each has a name of its own."""
-        return self.called[-1] if self.grid else self.names[0]
+        first = Place(self.names[0], self.leaves[0])
+        return first.called[-1] if self.grid else self.names[0]
 
     @property
     def called(self) -> tuple[str, ...]:

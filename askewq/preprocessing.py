@@ -118,10 +118,14 @@ class ImagePreprocessing:
                 interpolation=str(values["interpolation"]),
                 crop_mode=str(values["crop_mode"]),
             )
+            if len(restored.mean) != len(restored.std) or len(restored.mean) not in (1, 3):
+                raise ValueError("mean and std must have one value each, or three")
+            if not min(restored.std) > 0:
+                raise ValueError("std must be above 0")
             if restored.interpolation not in INTERPOLATIONS:
                 raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}")
             _transform(restored)
-        except (TypeError, ValueError, KeyError, IndexError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise FormatError(f"config.json: unusable preprocessing {values}: {error}") from error
         return restored
 

@@ -127,7 +127,9 @@ def print_artifact(spec: ModelSpec, packed: Artifact) -> None:
     count = size = 0
     for name, weight in packed.weights.items():
         shape, scales = ("x".join(map(str, s)) for s in (weight.shape, weight.scale.shape))
-        given = packed.inputs.get(name.rpartition(".")[0])
+        names = [name, *(other for other, source in packed.shared.items() if source == name)]
+        users = (packed.inputs.get(each.rpartition(".")[0]) for each in names)
+        given = next(filter(None, users), None)
         cells = [name, shape, str(weight.grid.bits), scales, *[_input(given)] * rounds]
         row(table, *cells, f"{weight.codes.nbytes:,}")
         count += math.prod(weight.shape)

@@ -68,9 +68,11 @@ def _timm_arguments(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
             content = json.loads((Path(identifier) / CONFIG).read_text(encoding="utf-8"))
             cfg = content.get("pretrained_cfg", content)
             architecture, extra = content["architecture"], content.get("model_args", {})
+            if not isinstance(architecture, str) or not isinstance(extra or {}, dict):
+                raise ValueError("architecture must be a name, and model_args its arguments")
         else:
             cfg, architecture, extra = load_model_config_from_hf(identifier)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise unreachable(name, error) from error
     arguments = {"model_name": architecture, **(extra or {})}
     _check_describing(arguments)

@@ -150,7 +150,7 @@ class TestSave:
         askewq.save(network, tmp_path / "polished")
         with pytest.raises(FormatError, match=r"the model is quantized \(2\); .* a plain network"):
             askewq.load(tmp_path / "polished", model=network)
-        with pytest.raises(FormatError, match="in the model; cast the model once it is filled"):
+        with pytest.raises(FormatError, match="in the model; fill a model of that type"):
             askewq.load(tmp_path / "polished", model=builders.own_network("small").bfloat16())
         shutil.rmtree(tmp_path / "polished")
         with pytest.raises(ModelError, match="no quantized layer"):
