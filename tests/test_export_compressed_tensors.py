@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import askewq
 from askewq import export_compressed_tensors as exporter
+from askewq.activations import attach_
 from askewq.errors import ExportError
 from askewq.export import _open, export
 from askewq.export_compressed_tensors import TARGET, coding, packed_tensors
@@ -220,7 +221,7 @@ class TestLoading:
 
     def test_the_file_holds_packed_weights(self, tmp_path):
         """Words of 32 bits for the packed layers, tied weights once, everything else as it was."""
-        source = source_of("llama", tmp_path, lambda m: askewq.quantize(m, 2))
+        source = source_of("llama", tmp_path, lambda m: askewq.quantize(m, 2, grid="integer"))
         stored = load_file(write(source, tmp_path / "out") / "model.safetensors")
         assert stored[f"{Q_PROJ}.weight_packed"].shape == (16, 1)
         assert f"{Q_PROJ}.weight" not in stored
@@ -244,7 +245,7 @@ class TestRefuses:
         patches = "vit.embeddings.patch_embeddings.projection"
 
         def with_patches(model):
-            askewq.quantize(model, 2)
+            askewq.quantize(model, 2, grid="integer")
             put_on_grid(model, patches, 4)
 
         source = source_of("vit", tmp_path, with_patches)
@@ -277,6 +278,18 @@ class TestRefuses:
             "--dense-rest writes these as ordinary weights.",
         ]
         assert_same_logits(source, write(source, tmp_path / "out", dense_rest=True))
+
+    def test_a_tied_head_that_rounds_its_input(self, tmp_path):
+        """It is written dense with its embedding, where its input could not be rounded."""
+
+        def quantize(model):
+            askewq.quantize(model, 2, include=["*"])
+            attach_(model, 8, {"lm_head": True})
+            model.lm_head.input_scale.fill_(0.1)
+
+        source = source_of("llama", tmp_path, quantize)
+        first, _ = TARGET.refusals(source, Options(dense_rest=True))
+        assert first.startswith("the input of lm_head is rounded, but the layer cannot be packed")
 
     def test_shared_linear_weights(self, tmp_path):
         """A packed weight cannot belong to two layers: it is named with the other."""

@@ -365,6 +365,20 @@ class TestMetadata:
         assert found["tokenizer.ggml.add_bos_token"] is False
 
 
+@pytest.mark.parametrize("split", ["gpt-2", "llama-bpe", "qwen2"])
+def test_pieces_that_no_merges_lead_to(split):
+    """llama.cpp takes a piece of its vocabulary whole with Llama 3's split, and there alone."""
+    from askewq.gguf_tokenizer import vocabulary
+
+    loaded = artifact.load_artifact(builders.finished("llama")[0])
+    loaded.model.config.vocab_size = 300
+    for whole in (True, False):
+        made = byte_level(split)
+        made.backend_tokenizer.model.ignore_merges = whole
+        loaded.preprocessing = TextPreprocessing(made, 16)
+        assert (vocabulary(loaded) is not None) == (whole == (split == "llama-bpe"))
+
+
 @pytest.mark.parametrize("change", ["lowercase", "NFC", "behavior", "invert"])
 def test_a_tokenizer_that_changes_texts_is_not_carried(change):
     """llama.cpp has no normalizer for byte-level BPE, and one way to split."""
@@ -394,7 +408,7 @@ def byte_level(split: str | None):
 
     from askewq.gguf_tokenizer import SPLITS
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(models.BPE(ignore_merges=split == "llama-bpe"))
     patterns = {name: pattern for pattern, name in SPLITS.items()}
     if split == "gpt-2":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -120,6 +120,35 @@ class TestONNX:
         source = ExportSource(tmp_path, replace(full, model=plain), stored)
         assert difference(source, tmp_path / "out")[-1] < 1e-5
 
+    @pytest.mark.parametrize("act_bits", [2, 3, 4])
+    def test_signed_levels_behind_a_relu(self, tmp_path, act_bits):
+        """Onnxruntime drops Relu before narrow signed integers; a layer that is called twice."""
+
+        class Twice(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.twice, self.last = (
+                    nn.Linear(48, 8),
+                    nn.Linear(8, 8),
+                    nn.Linear(8, 3),
+                )
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.last(self.twice(self.twice(self.first(x.flatten(1)).relu())))
+
+        torch.manual_seed(0)
+        model, full = Twice().eval(), builders.untrained("own")
+        full = replace(full, model=model, preprocessing=replace(full.preprocessing, size=(4, 4)))
+        askewq.quantize(model, 2, include=["twice"])
+        attach_(model, act_bits, {"twice": True})
+        fill(model)
+        askewq.snap_(model)
+        stored = checkpoint.artifact_of(model)
+        plain = Twice().eval()
+        checkpoint.load_into(plain, stored)
+        source = ExportSource(tmp_path, replace(full, model=plain), stored)
+        assert difference(source, tmp_path / "out")[-1] < 1e-5
+
     def test_the_command(self, tmp_path):
         """W4/A4 after training: types and the bound are in export.json, notes are printed."""
         finetune("timm", tmp_path / "run", bits=4, act_bits=4)

@@ -15,7 +15,7 @@ from conftest import GRIDS
 from safetensors.torch import save_file
 
 import askewq
-from askewq import artifact, checkpoint
+from askewq import artifact, checkpoint, models
 from askewq.errors import FormatError, ModelError
 from askewq.kinds import channel_dim
 from askewq.layers import quantize_layer_, snap_
@@ -79,6 +79,37 @@ class TestLoad:
         """With a dtype each weight is rounded once, from float32."""
         dense = askewq.load(finished(kind)[0], dtype=dtype)
         assert torch.equal(logits(load(kind, dtype=dtype), kind), logits(dense, kind))
+
+    def test_rotary_frequencies_are_not_rounded(self):
+        """Buffers that no file holds stay float32, so that far positions keep their angles."""
+        folder = finished("llama")[0]
+        for model in (
+            askewq.load(folder, dtype=torch.bfloat16),
+            askewq.load(folder, dtype=torch.bfloat16, packed=True),
+            load("llama", dtype=torch.bfloat16),
+        ):
+            assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+            assert model.model.norm.weight.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("include", ["*", "*embed_tokens"])
+    def test_a_packed_layer_with_a_buffer_of_its_own(self, tmp_path, include):
+        """Gemma's embedding has a factor that no file holds; transformers makes it."""
+        size = builders.write_tokenizer(tmp_path)
+        config = transformers.Gemma3TextConfig(
+            vocab_size=size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, intermediate_size=32, max_position_embeddings=40,
+            pad_token_id=0, bos_token_id=2, eos_token_id=3, layer_types=["full_attention"],
+        )  # fmt: skip
+        transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+        loaded = models.load(str(tmp_path), "causal-lm")
+        folder = builders.packed(
+            loaded, tmp_path / "out", lambda m: askewq.quantize(m, 3, include=[include])
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert "model.embed_tokens" in packed_layers(model)
+        assert model.model.embed_tokens.embed_scale == 4
+        with torch.no_grad():
+            assert torch.equal(model(TOKENS).logits, askewq.load(folder)(TOKENS).logits)
 
     def test_the_base_model(self):
         """AutoModel drops the prefix and the head."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from askewq import models
 from askewq.errors import ModelError
+from askewq.own_models import read_state
 from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
 from askewq.spec import ModelSpec
 
@@ -559,3 +560,28 @@ class TestRebuild:
         assert isinstance(network, nn.Module)
         assert models.load_bare("test_resnet", "timm", IMAGES).state_dict()
         assert models.load_bare(builders.own("small"), "module", IMAGES).state_dict()
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"architecture": 3}'])
+def test_a_damaged_folder_of_timm(tmp_path, content):
+    """Its config.json may hold anything."""
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match="local-dir"):
+        models.load(f"local-dir:{tmp_path}", "image-classification", ("a", "b"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_damaged_files_of_a_tokenizer(tmp_path, name):
+    """They are JSON, and that is all."""
+    folder = tmp_path / "bert"
+    shutil.copytree(builders.bert(), folder)
+    (folder / name).write_text("[]")
+    with pytest.raises(ModelError, match="there is no usable tokenizer"):
+        models.load(str(folder), "text-classification", ("neg", "pos"))
+
+
+def test_a_state_dict_of_numbers(tmp_path):
+    """Its keys must be names."""
+    torch.save({0: torch.zeros(3)}, tmp_path / "numbers.pt")
+    with pytest.raises(ModelError, match="not a mapping of names to tensors"):
+        read_state(tmp_path / "numbers.pt")

@@ -309,7 +309,7 @@ class TestSettings:
             {"augment": "crop-flip"},
             {"mixed_precision": "bf16"},
             {"full_precision_steps": 2},
-            {"grid": "half-integer"},
+            {"grid": "integer"},
             {"max_train_samples": 20},
             {"image_size": 12},
             {"mean": [0.5] * 3, "std": [0.5] * 3},

@@ -638,6 +638,13 @@ def test_layers_that_disagree_about_channels_cannot_share():
     assert notes(result)["1"].startswith("shared by layers whose output channels are different")
 
 
+def test_a_shared_weight_is_called_by_the_first_of_its_layers():
+    """In tables, and in the recipe that `askewq plan` writes."""
+    first, *_ = plan(tiny_llama(), 2, include=["*"]).quantized
+    assert (first.label, first.kind) == ("model.embed_tokens", "Embedding")
+    assert first.note == "weight shared by lm_head"
+
+
 def test_attention_weights_outside_a_linear_layer_are_quantized():
     """The input projection of nn.MultiheadAttention is a weight like that of its output."""
     result = plan(between(nn.MultiheadAttention(4, 2)), 2)
