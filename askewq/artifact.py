@@ -361,20 +361,18 @@ def load(
         FormatError: a damaged artifact, or one that does not fit `model`.
     """
     folder = Path(folder)
-    source = ""
-    if model is None:
-        model, spec, _ = _network(folder, None, packed)
-        source = spec.source
-    else:
+    if model is not None:
         _fill(model, checkpoint.read(folder / ARTIFACT), packed)
+        return model.eval() if dtype is None else model.eval().to(dtype)
+    model, spec, _ = _network(folder, None, packed)
     if dtype is not None:
         made = [
             (module, name, module._buffers[name])
             for module in model.modules()
             for name in module._non_persistent_buffers_set
+            if spec.source == "transformers"
         ]
         model.to(dtype)
-        if source == "transformers":
-            for module, name, buffer in made:
-                module._buffers[name] = buffer
+        for module, name, buffer in made:
+            module._buffers[name] = buffer
     return model.eval()

@@ -56,14 +56,16 @@ def _mark(name: str, x: Tensor) -> Tensor:
 def fill_inputs(model: Any, inputs: dict[str, PackedInput]) -> None:
     """Put the nodes that round in the place of the marks, in place."""
     nodes: list[Any] = []
-    # onnxruntime drops these in front of levels that seem to imply them, also where they do not.
-    clipped = {n.output[0] for n in model.graph.node if n.op_type in ("Clip", "Relu")}
+    # onnxruntime takes away what the levels behind it seem to imply, also where they do not: Clip,
+    # and in front of signed levels Relu.
+    before = {output: node.op_type for node in model.graph.node for output in node.output}
     for node in model.graph.node:
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
         rounded = inputs[node.attribute[0].s.decode()]
-        limited = rounded.grid.bits != width(rounded) or node.input[0] in clipped
+        taken_away = ("Clip", "Relu") if rounded.grid.first < 0 else ("Clip",)
+        limited = rounded.grid.bits != width(rounded) or before.get(node.input[0]) in taken_away
         made, tensors = _round(node.input[0], node.output[0], rounded, limited)
         nodes += made
         model.graph.initializer.extend(tensors)
