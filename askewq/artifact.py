@@ -366,13 +366,13 @@ def load(
         return model.eval() if dtype is None else model.eval().to(dtype)
     model, spec, _ = _network(folder, None, packed)
     if dtype is not None:
-        made = [
+        computed = [
             (module, name, module._buffers[name])
             for module in model.modules()
             for name in module._non_persistent_buffers_set
             if spec.source == "transformers"
         ]
         model.to(dtype)
-        for module, name, buffer in made:
+        for module, name, buffer in computed:
             module._buffers[name] = buffer
     return model.eval()

@@ -290,6 +290,9 @@ class TestRefuses:
         source = source_of("llama", tmp_path, quantize)
         first, _ = TARGET.refusals(source, Options(dense_rest=True))
         assert first.startswith("the input of lm_head is rounded, but the layer cannot be packed")
+        shown = builders.command("inspect", tmp_path / "artifact").out
+        (line,) = [line for line in shown.splitlines() if line.startswith("model.embed_tokens")]
+        assert "8 bits signed" in line
 
     def test_shared_linear_weights(self, tmp_path):
         """A packed weight cannot belong to two layers: it is named with the other."""

@@ -230,6 +230,14 @@ class TestSave:
             assert {k: getattr(model.generation_config, k) for k in wanted} == wanted
         assert not (finished("llama")[0] / "generation_config.json").exists()
 
+    @pytest.mark.parametrize("content", ["[]", '{"cache_implementation": "magic"}'])
+    def test_a_damaged_file_of_how_it_generates(self, tmp_path, content):
+        """It has no digest, so that it may hold anything."""
+        folder = copy_of("llama", tmp_path)
+        (folder / "generation_config.json").write_text(content)
+        with pytest.raises(FormatError, match="generation_config"):
+            askewq.load(folder)
+
     def test_the_config_alone(self, tmp_path):
         """A config that is saved alone does not pass for a float network's either."""
         transformers.AutoConfig.from_pretrained(finished("vit")[0]).save_pretrained(tmp_path)
