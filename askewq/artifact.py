@@ -17,7 +17,7 @@ from torch import nn
 from askewq import checkpoint, digest, disk, layers, trust
 from askewq import packed as packed_layers
 from askewq.errors import FormatError, ModelError, OutputError
-from askewq.hf_models import load_processor, load_tokenizer
+from askewq.hf_models import cast_, load_processor, load_tokenizer
 from askewq.models import build
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source, first_line
@@ -365,14 +365,8 @@ def load(
         _fill(model, checkpoint.read(folder / ARTIFACT), packed)
         return model.eval() if dtype is None else model.eval().to(dtype)
     model, spec, _ = _network(folder, None, packed)
-    if dtype is not None:
-        computed = [
-            (module, name, module._buffers[name])
-            for module in model.modules()
-            for name in module._non_persistent_buffers_set
-            if spec.source == "transformers"
-        ]
+    if dtype is not None and spec.source == "transformers":
+        cast_(model, dtype)
+    elif dtype is not None:
         model.to(dtype)
-        for module, name, buffer in computed:
-            module._buffers[name] = buffer
     return model.eval()

@@ -23,10 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from askewq import activations, checkpoint
 from askewq.artifact import check_config, config_content
 from askewq.errors import FormatError, ModelError
-from askewq.hf_models import plain_json
+from askewq.hf_models import cast_, plain_json
 from askewq.manifest import PackedInput, PackedWeight, tensor_name
 from askewq.packed import (
-    PackedLayer,
     PackedTensor,
     Slot,
     artifact_of,
@@ -34,7 +33,7 @@ from askewq.packed import (
     attached,
     seal_,
     slot_of,
-    unseal_,
+    unpack_,
 )
 from askewq.spec import ModelSpec
 from askewq.vocabulary import MODEL_TYPE
@@ -208,9 +207,9 @@ class AskewQuantizer(HfQuantizer):
         return checkpoint.serialize(content)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        for module in list(model.modules()):
-            if isinstance(module, PackedLayer):
-                unseal_(module)
+        unpack_(model)
+        if dtype is not None:  # by default what the config says: a name after save_pretrained
+            cast_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model
 
     def is_serializable(self) -> bool:

@@ -145,6 +145,21 @@ def build_transformers(spec: ModelSpec) -> nn.Module:
     return cast(nn.Module, auto.from_config(config, trust_remote_code=False).float())
 
 
+def cast_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model to a type, in place, as `from_pretrained(dtype=...)` does.
+
+    Buffers that no file holds, such as rotary frequencies, stay as they are.
+    """
+    computed = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in computed:
+        module._buffers[name] = buffer
+
+
 def load_processor(name: str, trust_remote_code: bool) -> ProcessorPreprocessing:
     """Return the image processor of a Hugging Face id or folder.
 

@@ -156,13 +156,17 @@ def seal_(layer: nn.Module) -> None:
     mix_(layer, PackedEmbedding if looks_up else PackedLayer, attached(layer))
 
 
-def unseal_(layer: PackedLayer) -> None:
-    """Give a packed layer its class and dense Parameters back, in place."""
-    dense = {leaf: nn.Parameter(layer.read(leaf)) for leaf in layer.leaves}
-    unmix_(layer, PackedLayer)
-    for leaf, parameter in dense.items():
-        del layer._modules[leaf]
-        layer.register_parameter(leaf, parameter)
+def unpack_(model: nn.Module) -> None:
+    """Give the packed layers of a model their classes and dense Parameters back, in place.
+
+    A weight that layers share is one Parameter again.
+    """
+    dense = {m: nn.Parameter(m()) for m in model.modules() if isinstance(m, PackedTensor)}
+    for layer in [m for m in model.modules() if isinstance(m, PackedLayer)]:
+        unmix_(layer, PackedLayer)
+        for leaf in attached(layer):
+            packed = cast(PackedTensor, layer._modules.pop(leaf))
+            layer.register_parameter(leaf, dense[packed])
 
 
 def load_packed_into(model: nn.Module, artifact: Artifact) -> None:

@@ -203,6 +203,18 @@ class TestSave:
         assert not packed_layers(again)
         assert torch.equal(logits(again, "bert"), before)
 
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+    def test_dequantized_to_a_type(self, dtype):
+        """It is the one asked for, else the one loaded; rotary frequencies stay float32."""
+        model = load("llama").dequantize(dtype=dtype)
+        expected = askewq.load(finished("llama")[0], dtype=dtype)
+        assert all(
+            torch.equal(p, q)
+            for p, q in zip(model.parameters(), expected.parameters(), strict=True)
+        )
+        assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert torch.equal(logits(model, "llama"), logits(expected, "llama"))
+
     @pytest.mark.parametrize("way", ["relative", "absolute"])
     def test_a_path_with_two_dots(self, tmp_path, monkeypatch, way):
         """Which folder it is, is the user's to say."""
@@ -303,6 +315,9 @@ class TestOtherLayers:
         assert same_content(
             tmp_path / "model.safetensors", tmp_path / "again" / "model.safetensors"
         )
+        model.dequantize()
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert torch.equal(logits(model, "gpt2"), logits(dense, "gpt2"))
 
     @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
     def test_stacked_experts(self, tmp_path, kind):
