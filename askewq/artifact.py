@@ -263,8 +263,9 @@ def verify(folder: Path) -> list[str]:
 
     Raises:
         FormatError: damage, or an artifact of version 1, which has no digests.
+        ModelError: a tokenizer or image processor that cannot be read.
     """
-    spec, _ = read_spec(folder)
+    spec, preprocessing = read_spec(folder)
     content = checkpoint.read(folder / ARTIFACT)
     version = trust.read_json(folder / CONFIG)["askewq_version"]
     if content.digest is None or version == WITHOUT_DIGEST:
@@ -278,9 +279,15 @@ def verify(folder: Path) -> list[str]:
         f"{CONFIG} has its digest",
     ]
     if spec.source == "module":
-        return [*lines, f"whether they fit {spec.name} shows when it is loaded: it is your own"]
-    checkpoint.check_fit(_build_described(spec, folder, _parameters(content)), content)
-    return [*lines, f"they fit the network that {CONFIG} describes"]
+        lines.append(f"whether they fit {spec.name} shows when it is loaded: it is your own")
+    else:
+        checkpoint.check_fit(_build_described(spec, folder, _parameters(content)), content)
+        lines.append(f"they fit the network that {CONFIG} describes")
+    restore(spec, preprocessing, folder)
+    if spec.source == "transformers":
+        part = "image processor" if spec.task in IMAGE_TASKS else "tokenizer"
+        lines.append(f"the {part} beside them, which has no digest, can be read")
+    return lines
 
 
 def save(model: nn.Module, folder: str | Path) -> None:

@@ -129,6 +129,15 @@ class TestVerify:
         assert (outcome.code, outcome.err) == (0, "")
         assert manifest(folder / "model.safetensors")["digest"] in outcome.out
         assert ("they fit the network" in outcome.out) == (kind != "own")
+        assert ("the tokenizer beside them" in outcome.out) == (kind == "bert")
+
+    def test_refuses_a_damaged_tokenizer(self, tmp_path):
+        """The weights are whole, and the artifact cannot be used."""
+        folder = copy_of("bert", tmp_path)
+        (folder / "tokenizer.json").write_text("{")
+        outcome = builders.command("inspect", folder, "--verify")
+        assert outcome.code == 2
+        assert "tokenizer" in outcome.err
 
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
     def test_refuses_damage(self, tmp_path, name):
