@@ -37,12 +37,13 @@ def label_ids(split: Any, column: str, labels: tuple[str, ...], flag: str) -> li
     if None in values:
         raise DataError(f"the split for {flag} has rows without a label; remove them.")
     if isinstance(feature, datasets.ClassLabel):
-        if -1 in values:
+        missing = [value for value in values if not 0 <= value < len(feature.names)]
+        if missing:
             raise DataError(
-                f"the split for {flag} has no labels (they are -1); choose another."
-                if {*values} == {-1}
-                else f"the split for {flag} has {values.count(-1)} of {len(values)} rows without a "
-                "label (it is -1); remove them."
+                f"the split for {flag} has no labels (they are {missing[0]}); choose another."
+                if len(missing) == len(values)
+                else f"the split for {flag} has {len(missing)} of {len(values)} rows without a "
+                f"label (it is {missing[0]}); remove them."
             )
         values = [feature.names[value] for value in values]
     known = {label: i for i, label in enumerate(labels)}
@@ -197,9 +198,20 @@ def loaders(
             drop_last=True,
             **_loader_arguments(recipe, preprocessing),
         )
-    samples = _dataset(recipe, data, data.eval, preprocessing, "--eval-split")
+    return train, in_order(recipe, data, data.eval, preprocessing, "--eval-split")
+
+
+def in_order(
+    recipe: Recipe, data: OpenData, split: Any, preprocessing: Preprocessing, flag: str
+) -> DataLoader[Any]:
+    """Return the loader of a whole split, the last samples in a batch of their own.
+
+    Args:
+        flag: which the split is, --train-split or --eval-split.
+    """
+    samples = _dataset(recipe, data, split, preprocessing, flag)
     arguments = _loader_arguments(recipe, preprocessing)
-    return train, DataLoader(samples, batch_size=recipe.batch_size, **arguments)
+    return DataLoader(samples, batch_size=recipe.batch_size, **arguments)
 
 
 class Collator:

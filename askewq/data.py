@@ -27,6 +27,8 @@ _FILE_BUILDERS = {
     ".jsonl": "json",
     ".txt": "text",
 }
+# A quote is a character like any other there.
+_TSV = {"sep": "\t", "quoting": csv.QUOTE_NONE}
 
 
 @dataclass(slots=True)
@@ -61,10 +63,12 @@ def open_data(recipe: Recipe, task: Task) -> OpenData:
     else:
         columns = columns_of(recipe, task, train.features)
         labels = labels_of(train, columns.label) if columns.label else ()
+        notes += _untrained(train, evaluation, columns.label)
         if columns.label and "[" in f"{recipe.train_split}{recipe.eval_split}":
             _check_order(train[columns.label], evaluation[columns.label], recipe)
         notes += _empty_texts(train, columns, "--train-split")
         train = _sample(train, columns, recipe.max_train_samples, recipe.seed)
+    _check_class_names(recipe, columns.label)
     if columns.label and len(labels) < 2:
         raise DataError(
             f"the label column {columns.label!r} has the label {', '.join(labels)} only, and a "
@@ -117,6 +121,58 @@ def _shared_rows(recipe: Recipe, splits: Any) -> tuple[str, ...]:
     )
 
 
+def _untrained(train: Any, evaluation: Any, column: str | None) -> tuple[str, ...]:
+    """Return a warning where a split is judged on named classes that training has no sample of."""
+    import datasets
+
+    feature = train.features[column] if column else None
+    if not isinstance(feature, datasets.ClassLabel):
+        return ()  # values that are new are refused, when they become numbers
+    judged = Counter(evaluation[column])
+    new = sorted(judged.keys() - {*train[column]} - {None})
+    names = [feature.names[label] for label in new if 0 <= label < len(feature.names)]
+    if not names:
+        return ()
+    return (
+        f"{sum(judged[label] for label in new)} of {len(evaluation)} rows of --eval-split are of "
+        f"classes that --train-split has no row of: {', '.join(names[:8])}",
+    )
+
+
+def _check_class_names(recipe: Recipe, column: str | None) -> None:
+    """Check that the parquet files of a folder number the classes alike.
+
+    datasets takes the names of the first file, and the numbers of all.
+
+    Raises:
+        DataError: two files that do not.
+    """
+    import datasets
+    from pyarrow import parquet
+
+    path = Path(recipe.dataset)
+    if column is None or not path.is_dir() or not any(path.rglob("*.parquet")):
+        return
+    builder = datasets.load_dataset_builder(str(path), name=recipe.dataset_config)
+    files = [file for split in (builder.config.data_files or {}).values() for file in split]
+    first: tuple[str, list[str]] | None = None
+    for file in files:
+        if not file.endswith(".parquet"):
+            continue
+        features = datasets.Features.from_arrow_schema(parquet.read_schema(file))
+        feature = features.get(column)
+        if not isinstance(feature, datasets.ClassLabel):
+            continue
+        first = first or (file, feature.names)
+        if feature.names != first[1]:
+            raise DataError(
+                f"the classes of the column {column!r} have other numbers in {file} "
+                f"({', '.join(feature.names[:8])}) than in {first[0]} "
+                f"({', '.join(first[1][:8])}), and datasets reads both as the first; write both "
+                "with the same ClassLabel."
+            )
+
+
 def _check_order(train: Sequence[Any], evaluation: Sequence[Any], recipe: Recipe) -> None:
     """Refuse slices of rows that are sorted by class.
 
@@ -141,6 +197,7 @@ def open_eval(recipe: Recipe, task: Task, labels: tuple[str, ...]) -> OpenData:
     """
     evaluation = _eval_split(recipe, _call_datasets(recipe, split=None))
     columns = columns_of(recipe, task, evaluation.features)
+    _check_class_names(recipe, columns.label)
     evaluation = _sample(evaluation, columns, recipe.max_eval_samples, 0)
     return OpenData(None, evaluation, columns, labels)
 
@@ -169,10 +226,18 @@ def _call_datasets(recipe: Recipe, split: str | None) -> Any:
                     "configurations; leave it out."
                 )
             arguments["data_files"] = glob.escape(str(path))
-            if path.suffix == ".tsv":  # a quote is a character like any other there
-                arguments |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+            if path.suffix == ".tsv":
+                arguments |= _TSV
             return datasets.load_dataset(_FILE_BUILDERS[path.suffix], **arguments)
+        if path.is_dir() and _most_files(path) == ".tsv":
+            arguments |= _TSV
         return datasets.load_dataset(str(path) if path.exists() else recipe.dataset, **arguments)
+
+
+def _most_files(folder: Path) -> str:
+    """Return the suffix that most files have, by which datasets chooses how to read a folder."""
+    suffixes = Counter(path.suffix for path in folder.rglob("*") if path.is_file())
+    return suffixes.most_common(1)[0][0] if suffixes else ""
 
 
 @contextmanager
@@ -187,7 +252,10 @@ def reading(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (
+        *(OSError, ValueError, KeyError, datasets.exceptions.DatasetsError),
+        StopIteration,  # an empty jsonl file
+    ) as error:
         cause = error.__cause__ or error
         if disk.is_full(cause):
             raise DiskFullError(
@@ -208,7 +276,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CastError):
         return f"its files do not have the same columns, {error.details().rstrip('.')}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300]
+    return " ".join(lines[:2])[:300] or "it is empty."
 
 
 def _split(recipe: Recipe, splits: Any, name: str, flag: str) -> Any:

@@ -48,8 +48,13 @@ def labelled(
     return {**batch, "labels": taught.logits}
 
 
-def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
+def load_teacher(
+    recipe: Recipe, student: LoadedModel, columns: tuple[str, ...] = ()
+) -> Teacher | None:
     """Return the teacher that a recipe names; None where the student's own start teaches.
+
+    Args:
+        columns: of the data set that the student reads.
 
     Raises:
         ModelError: a teacher that cannot be loaded, has no trained head for the student's classes,
@@ -89,6 +94,12 @@ def load_teacher(recipe: Recipe, student: LoadedModel) -> Teacher | None:
             f"the teacher {recipe.teacher!r} normalises images, or splits texts, in another way "
             f"than {spec.name!r}; both see one batch, so it would teach nonsense. Pass another."
         )
+    if len(columns) > 1 and _segments(loaded.preprocessing) > _segments(student.preprocessing):
+        raise ModelError(
+            f"the teacher {recipe.teacher!r} is told which of two texts a token is of "
+            f"(token_type_ids), which {spec.name!r} and its tokenizer leave out; both see one "
+            "batch. Pass another --teacher, or read one of the --text-columns."
+        )
     classes = getattr(getattr(loaded.model, "config", None), "id2label", None) or {}
     names = tuple(name for _, name in sorted(classes.items()))  # a file may have 10 before 2
     theirs, ours = ([str(label).casefold() for label in labels] for labels in (names, spec.labels))
@@ -125,6 +136,12 @@ def _same_inputs(teacher: Preprocessing, student: Preprocessing) -> bool:
     if isinstance(teacher, ProcessorPreprocessing) and isinstance(student, ProcessorPreprocessing):
         return bool(teacher.processor.to_dict() == student.processor.to_dict())
     return False
+
+
+def _segments(preprocessing: Preprocessing) -> bool:
+    """Tell whether a tokenizer says which of two texts a token is of."""
+    texts = isinstance(preprocessing, TextPreprocessing)
+    return texts and "token_type_ids" in preprocessing.tokenizer.model_input_names
 
 
 def check(

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from askewq import config, disk, report, sensitivity, terminal, wrap
-from askewq.batches import loaders, prepare_batch
+from askewq.batches import in_order, prepare_batch
 from askewq.config import Recipe
 from askewq.data import OpenData
 from askewq.errors import ModelError, OutputError, PlanError, RecipeError
@@ -79,7 +80,8 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
     some = {"max_train_samples": samples, "max_eval_samples": samples}
     calibration = recipe.model_copy(update=some)
     loaded, data = _open(calibration)
-    settings = replace(settings, samples=len(data.train))
+    loader = in_order(calibration, data, data.train, loaded.preprocessing, "--train-split")
+    settings = replace(settings, samples=len(loader.dataset))  # type: ignore[arg-type]  # sized
     uniform = wrap.plan(
         loaded.model,
         8,
@@ -89,7 +91,7 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
         exclude=recipe.exclude,
     )
     budget = code_budget(loaded.model, uniform, settings)
-    found = _find(calibration, settings, loaded, data, uniform)
+    found = _find(calibration, settings, loaded, loader, uniform)
     widths = sensitivity.assign(found, budget)
     result = with_widths(uniform, widths, recipe.grid)
     _write(recipe, given, settings, found, widths)
@@ -227,15 +229,17 @@ def bytes_beside_codes(model: nn.Module, uniform: Plan) -> int:
 
 
 def _find(
-    recipe: Recipe, settings: Settings, loaded: LoadedModel, data: OpenData, uniform: Plan
+    recipe: Recipe,
+    settings: Settings,
+    loaded: LoadedModel,
+    loader: DataLoader[Any],
+    uniform: Plan,
 ) -> Sensitivity:
     """Find the sensitivity of every layer on the calibration samples."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=without_float64(), mixed_precision=recipe.mixed_precision)
     model = loaded.model.to(accelerator.device).eval()
-    # As for an evaluation, so that the last samples count where they do not fill a batch.
-    _, loader = loaders(recipe, replace(data, train=None, eval=data.train), loaded.preprocessing)
     raw = list(accelerator.prepare(loader))
 
     def losses() -> Iterator[tuple[Tensor, int]]:

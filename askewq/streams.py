@@ -164,7 +164,7 @@ class _Batches(IterableDataset[Any]):
     def _examples(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self._split
-        except UNREADABLE as error:
+        except (*UNREADABLE, TypeError) as error:  # TypeError: another type in a later file
             raise DataError(f"the stream of training data broke off: {error}") from error
 
 

@@ -189,12 +189,15 @@ def check_causal(
 
 
 @torch.no_grad()
-def check_length(model: nn.Module, spec: ModelSpec, batch: dict[str, Tensor], length: int) -> None:
+def check_length(
+    model: nn.Module, spec: ModelSpec, batch: dict[str, Tensor], length: int, who: str = "model"
+) -> None:
     """Check that a model takes texts as long as they may come: it may know fewer positions.
 
     Args:
         batch: of texts that it takes.
         length: tokens of the longest text.
+        who: what the model is to the run.
 
     Raises:
         ModelError: it does not.
@@ -213,6 +216,6 @@ def check_length(model: nn.Module, spec: ModelSpec, batch: dict[str, Tensor], le
         logits_of(model, spec, {"input_ids": long, "attention_mask": torch.ones_like(long)})
     except CALLING as error:
         raise ModelError(
-            f"the model fails on a text of {length} tokens ({type(error).__name__}: "
+            f"the {who} fails on a text of {length} tokens ({type(error).__name__}: "
             f"{first_line(error)}); pass a smaller --max-length."
         ) from error

@@ -113,7 +113,9 @@ class _Run:
         self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model, self.steps)
         self.loaded.model.to(self.accelerator.device)
         self.teacher = (
-            distill.load_teacher(self.recipe, self.loaded) if self.recipe.taught else None
+            distill.load_teacher(self.recipe, self.loaded, self.data.columns.inputs)
+            if self.recipe.taught
+            else None
         )
         if self.teacher is not None:
             self.teacher.model.to(self.accelerator.device)
@@ -206,12 +208,16 @@ class _Run:
         check_logits(logits, spec)
         check_causal(self.model, spec, batch, logits)
         texts = self.loaded.preprocessing
+        length = None
         if isinstance(texts, TextPreprocessing):
-            check_length(self.model, spec, batch, self.recipe.max_length or texts.max_length)
+            length = self.recipe.max_length or texts.max_length
+            check_length(self.model, spec, batch, length)
         if several and logits.requires_grad:
             logits.sum().backward()
             processes.expect(self.accelerator, self.model)
         distill.check(self.recipe, self.loaded, self.teacher, batch, logits)
+        if self.teacher is not None and length is not None:
+            check_length(self.teacher.model, self.teacher.spec, batch, length, "teacher")
 
     def _prepare_output(self) -> None:
         self.accelerator.wait_for_everyone()  # all have looked at the folder before one writes

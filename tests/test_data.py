@@ -6,11 +6,13 @@ import shutil
 
 import builders
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 
 from askewq import batches, hf_models, models
 from askewq.batches import augment, loaders, prepare_batch
@@ -21,6 +23,7 @@ from askewq.errors import DataError, DiskFullError, FormatError, RecipeError
 from askewq.preprocessing import ImagePreprocessing
 
 IMAGES, TEXTS, LM = "image-classification", "text-classification", "causal-lm"
+PICTURES = builders.pictures(6)
 
 
 def recipe(dataset, **changes):
@@ -357,20 +360,45 @@ class TestLabels:
         found = open_eval(recipe(tmp_path), IMAGES, labels)
         assert batches.label_ids(found.eval, "label", labels, "--eval-split") == [2, 0, 1] * 2
 
+    def test_splits_with_class_names_of_two_orders(self, tmp_path):
+        """The numbers of both would be read by the names of the first."""
+        content = builders.pictures(6)
+        builders.write_images(tmp_path / "train.parquet", content, ["red", "green", "blue"])
+        builders.write_images(tmp_path / "test.parquet", content, ["blue", "red", "green"])
+        words = r"other numbers in .*test.parquet \(blue, red, green\) than in .*train.parquet"
+        for streaming in ({}, {"streaming": True, "max_steps": 1}):
+            with pytest.raises(DataError, match=words):
+                opened(tmp_path, IMAGES, **streaming)
+        with pytest.raises(DataError, match=words):
+            open_eval(recipe(tmp_path), IMAGES, ("red", "green", "blue"))
+
+    def test_a_class_that_training_has_no_row_of(self, tmp_path):
+        """The figures are partly of classes that nothing was learnt of."""
+        builders.write_images(tmp_path / "train.parquet", [(p, y % 2) for p, y in PICTURES])
+        builders.write_images(tmp_path / "test.parquet", PICTURES)
+        (note,) = opened(tmp_path, IMAGES).notes
+        assert "2 of 6 rows of --eval-split are of classes that --train-split has no row" in note
+        assert note.endswith(": blue")
+
     def test_unknown_labels_are_listed(self, tmp_path):
         """A label that the model was not made for is named beside those it knows."""
         folder = write_csv(tmp_path / "d", "text,label", train=["x,no"], test=["a,no", "b,perhaps"])
         with pytest.raises(DataError, match=r"perhaps; it knows 2: yes, no"):
             self.ids(folder, ("yes", "no"))
 
-    def test_unlabelled_splits(self, tmp_path):
-        """A split whose labels are all -1 is called unlabelled."""
-        content = [(image, -1) for image, _ in builders.pictures(6)]
-        builders.write_images(tmp_path / "train.parquet", builders.pictures(6))
-        builders.write_images(tmp_path / "test.parquet", content)
-        found = opened(tmp_path, IMAGES)
-        with pytest.raises(DataError, match="--eval-split has no labels"):
-            loaders(recipe(tmp_path), found, plain())
+    @pytest.mark.parametrize("value", [-1, -2, -100])
+    def test_unlabelled_splits(self, tmp_path, value):
+        """A split whose labels are all below 0 is called unlabelled, else they are counted."""
+        builders.write_images(tmp_path / "train.parquet", PICTURES)
+        for count, words in ((6, r"no labels \(they are"), (2, r"2 of 6 rows without .* \(it is")):
+            builders.write_images(tmp_path / "test.parquet", PICTURES)
+            table = parquet.read_table(tmp_path / "test.parquet")
+            numbers = pyarrow.array([value] * count + [y for _, y in PICTURES[count:]])
+            table = table.set_column(1, table.schema.field(1), numbers)
+            parquet.write_table(table, tmp_path / "test.parquet")
+            found = opened(tmp_path, IMAGES)
+            with pytest.raises(DataError, match=f"--eval-split has {words} {value}"):
+                loaders(recipe(tmp_path), found, plain())
 
     @pytest.mark.parametrize("split", ["train", "test"])
     def test_rows_without_a_label(self, tmp_path, split):
@@ -773,7 +801,7 @@ class TestTraps:
         """Accuracy on one class, or on such as were never trained, would mean nothing."""
         labels = {
             "sorted": ["a"] * 60 + ["b"] * 60,
-            "mostly new": ["a"] * 54 + ["b"] * 54 + ["c"] * 12,
+            "mostly new": ["a"] * 54 + ["b"] * 54 + ["c"] * 5 + ["d"] * 7,
             "mixed": ["a", "b"] * 60,
         }[order]
         folder = write_csv(tmp_path / "d", "text,label", train=[f"x,{y}" for y in labels])
@@ -784,13 +812,29 @@ class TestTraps:
             with pytest.raises(DataError, match="the rows are sorted by class"):
                 opened(folder, TEXTS, **slices)
 
-    def test_a_quote_in_a_tsv_is_a_character(self, tmp_path):
+    def test_a_slice_of_few_rows_may_have_one_class(self, tmp_path):
+        """Nine rows happen to."""
+        folder = write_csv(tmp_path / "d", "text,label", train=["x,a", "x,b"] * 10 + ["x,b"] * 9)
+        slices = {"train_split": "train[:20]", "eval_split": "train[20:]"}
+        assert len(opened(folder, TEXTS, **slices).eval) == 9
+
+    @pytest.mark.parametrize("name", ["train.tsv", "."], ids=["file", "folder"])
+    def test_a_quote_in_a_tsv_is_a_character(self, tmp_path, name):
         """It opens no field that goes on over rows."""
         rows = [f"row {i}\t{i % 2}" for i in range(8)]
         rows[2], rows[5] = '"quoted\t1', '"again" and more\t0'
-        (tmp_path / "d.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
-        found = opened(tmp_path / "d.tsv", TEXTS, eval_split="train")
+        (tmp_path / "train.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+        found = opened(tmp_path / name, TEXTS, eval_split="train")
         assert [f"{row['text']}\t{row['label']}" for row in found.train] == rows
+
+    @pytest.mark.parametrize("name", ["train.jsonl", "."], ids=["file", "folder"])
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_an_empty_file(self, tmp_path, name, streaming):
+        """It is called empty."""
+        (tmp_path / "train.jsonl").write_text("")
+        changes = {"streaming": True, "max_steps": 1} if streaming else {}
+        with pytest.raises(DataError, match="it is empty"):
+            opened(tmp_path / name, TEXTS, eval_split="train", **changes)
 
     def test_brackets_in_the_name_of_a_file(self, tmp_path):
         """They are no pattern."""
@@ -802,14 +846,6 @@ class TestTraps:
         (tmp_path / "d.csv").write_text("text,label\na,0\nb,1,2,3\n")
         with pytest.raises(DataError, match="Expected 2 fields in line 3, saw 4"):
             opened(tmp_path / "d.csv", TEXTS, eval_split="train")
-
-    def test_some_rows_without_a_label(self, tmp_path):
-        """How many there are, where the others have one."""
-        images = [(image, -1 if i < 2 else y) for i, (image, y) in enumerate(builders.pictures(6))]
-        builders.write_images(tmp_path / "train.parquet", images)
-        found = opened(tmp_path, IMAGES, eval_split="train")
-        with pytest.raises(DataError, match="2 of 6 rows without a label"):
-            loaders(recipe(tmp_path), found, ImagePreprocessing())
 
     def test_targets_that_are_no_classes(self, tmp_path):
         """Numbers with fractions are refused; whole ones in a float column are classes."""

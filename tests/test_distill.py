@@ -170,6 +170,45 @@ def test_a_teacher_with_a_vocabulary_of_its_own(tmp_path):
     finetune("bert", tmp_path / "none", **common)
 
 
+@pytest.mark.parametrize("columns", [["premise"], ["premise", "hypothesis"]], ids=len)
+def test_a_teacher_that_is_told_which_text_a_token_is_of(tmp_path, columns):
+    """A student without token types cannot tell it; of one text there is nothing to tell."""
+    student, teacher = tmp_path / "student", tmp_path / "teacher"
+    for folder in (student, teacher):
+        folder.mkdir()
+    sizes = {"vocab_size": builders.write_tokenizer(student), "num_labels": 3}
+    builders.write_tokenizer(teacher, "token_type_ids")
+    config = transformers.DistilBertConfig(
+        **sizes, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=32
+    )
+    transformers.DistilBertForSequenceClassification(config).save_pretrained(student)
+    config = transformers.BertConfig(
+        **sizes, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, id2label={i: str(i) for i in range(3)},
+    )  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(teacher)
+    given = {"model": str(student), "teacher": str(teacher), "distill": 0.5, "max_steps": 2}
+    given |= {"dataset": str(builders.text_pairs_json()), "text_columns": columns}
+    if len(columns) == 1:
+        finetune("bert", tmp_path / "out", **given)
+    else:
+        with pytest.raises(ModelError, match="which of two texts a token is of"):
+            finetune("bert", tmp_path / "out", **given)
+
+
+def test_a_teacher_of_shorter_texts(tmp_path):
+    """It is refused before anything is written, whatever the first texts' length."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(builders.bert(), teacher)
+    config = transformers.BertConfig.from_pretrained(teacher, max_position_embeddings=12)
+    transformers.BertForSequenceClassification(config).save_pretrained(teacher)
+    given = {"teacher": str(teacher), "distill": 0.5, "max_steps": 2}
+    with pytest.raises(ModelError, match=r"the teacher fails on a text of .* --max-length"):
+        finetune("bert", tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+    finetune("bert", tmp_path / "out", **given, max_length=12)
+
+
 @pytest.mark.parametrize("change", [str, str.upper], ids=["same", "upper"])
 def test_the_order_of_many_labels(tmp_path, change):
     """It is that of their numbers, not of their place in a file, and not of their case."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import builders
+import pyarrow
 import pytest
 import torch
 from builders import ROOT, finetune
+from pyarrow import parquet
 from safetensors.torch import load_file
 from test_train import digest
 from together import FSDP2, command, together
@@ -505,6 +508,23 @@ class TestStreaming:
             assert sorted(drawn) == list(range(40))
         assert parts[0][0] != parts[0][1]
         assert parts[0][0] != sorted(parts[0][0])
+
+    def test_files_are_in_another_order_in_every_epoch(self, shards):
+        """Where each has one class, a buffer would else see them in one order for good."""
+        reader = self.reader(shards, 0, 1, batch_size=1, shuffle_buffer=1)
+        epochs = [self.draw(reader, 40) for _ in range(4)]
+        orders = {tuple(dict.fromkeys(image // 10 for image in epoch)) for epoch in epochs}
+        assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+        assert len(orders) > 1
+
+    def test_a_file_of_another_type(self, shards, tmp_path):
+        """The stream breaks off there, in words."""
+        shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+        table = pyarrow.table({"image": ["no", "image"], "label": [0, 1]})
+        parquet.write_table(table, tmp_path / "train-3.parquet")
+        reader = self.reader(tmp_path, 0, 1)
+        with pytest.raises(DataError, match="the stream of training data broke off"):
+            self.draw(reader, 14)
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_it_goes_on_at_any_sample(self, shards, workers):

@@ -268,6 +268,27 @@ def test_fewer_samples_than_asked_for(words, tmp_path):
     assert json.loads((tmp_path / "plan" / "sensitivity.json").read_text())["samples"] == 48
 
 
+def test_samples_of_a_corpus(tmp_path):
+    """They are blocks of it, not its lines."""
+    settings = builders.SETTINGS["llama"]()
+    flags = [w for key in ("model", "dataset") for w in (f"--{key}", settings[key])]
+    flags += ["--max-length", 16, "--samples", 7, "--output", tmp_path / "plan"]
+    assert command("plan", *flags, "--average-bits", 3).code == 0
+    assert json.loads((tmp_path / "plan" / "sensitivity.json").read_text())["samples"] == 7
+
+
+def test_the_split_that_has_no_labels(words, tmp_path):
+    """It is the one for training, of which the calibration samples are."""
+    data = tmp_path / "data"
+    data.mkdir()
+    builders.write_images(data / "train.parquet", [(p, -1) for p, _ in builders.pictures(6)])
+    builders.write_images(data / "test.parquet", builders.pictures(6))
+    words[words.index("--dataset") + 1] = data
+    outcome = command("plan", *words, "--average-bits", 3)
+    assert outcome.code == 2
+    assert "the split for --train-split has no labels" in outcome.err
+
+
 def test_the_folder_that_one_is_in(words, tmp_path, monkeypatch):
     """An output of . works, if it is empty."""
     (tmp_path / "here").mkdir()

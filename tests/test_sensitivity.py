@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import askewq
-from askewq import sensitivity, wrap
+from askewq import planning, sensitivity, wrap
 from askewq.errors import PlanError
 from askewq.pack import packed_size
 from askewq.sensitivity import Sensitivity, assign, estimated, measured
@@ -155,6 +155,29 @@ class TestAssign:
         best = min(total(cost, choice) for choice in every if total(size, choice) <= budget)
         assert total(size, found) <= budget
         assert total(cost, found) == pytest.approx(best, abs=1e-7)
+
+    def test_a_byte_too_many_is_too_many(self):
+        """The solver takes a sum of millions that is one byte too large for none."""
+        increase = [
+            [2.82992, 0.01687, 0.01379, 0.01067, 0.00003, 0],
+            [0.57795, 0.37355, 0.02024, 0.00100, 0.00013, 0.00001],
+            [0.06024, 0.03512, 0.01202, 0.00194, 0.00004, 0],
+            [2.59595, 0.42357, 0.10041, 0.00037, 0.00030, 0.00001],
+        ]
+        code_bytes = [
+            [2298293, 3677268, 4596585, 6894878, 9193170, 18386339],
+            [1414826, 2263722, 2829652, 4244478, 5659303, 11318606],
+            [2954670, 4727471, 5909339, 8864009, 11818678, 23637355],
+            [1497835, 2396536, 2995670, 4493505, 5991340, 11982680],
+        ]
+        table = Sensitivity(
+            (None,) * 4,
+            planning.CANDIDATES,
+            torch.tensor(increase, dtype=torch.float64),
+            torch.tensor(code_bytes),
+        )
+        found = [planning.CANDIDATES.index(bits) for bits in assign(table, 18324589)]
+        assert sum(code_bytes[i][j] for i, j in enumerate(found)) == 18324589 - 495508
 
     @pytest.mark.parametrize("largest", [1e-9, 1e-6, 1e-3, 1.0, 1e6])
     def test_how_large_the_increases_are_does_not_matter(self, largest):
