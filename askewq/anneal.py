@@ -15,7 +15,7 @@ from askewq.vocabulary import Closing as ClosingKind
 
 def lr_factor(progress: float, hold: float) -> float:
     """Return the factor on the base lr: 1 until `hold`, then a cosine down to 0 at the end."""
-    if progress <= hold:
+    if progress <= hold or hold >= 1:
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (min(progress, 1.0) - hold) / (1 - hold)))
 

@@ -304,7 +304,8 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
     """Check that a plain model has the names, shapes and types of an artifact.
 
     Raises:
-        FormatError: a key that is missing or left over, or a shape or type that differs.
+        FormatError: a key that is missing or left over, a shape or type that differs, or one
+            tensor for two of the artifact's.
     """
     if quantized := quantized_layers(model):
         raise FormatError(
@@ -337,6 +338,12 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
                 f"{key!r} is {dtype} {list(shape)} in the artifact and "
                 f"{target[key].dtype} {list(target[key].shape)} in the model"
                 f"{'; fill a model of that type, and cast it then' if same else ''}."
+            )
+    for key, first in shared_names(model).items():
+        if artifact.shared.get(key, key) != artifact.shared.get(first, first):
+            raise FormatError(
+                f"{first!r} and {key!r} are one tensor in the model and two in the artifact, and "
+                "it can be only one of them; fill a model in which they are not shared."
             )
 
 

@@ -134,10 +134,11 @@ class QuantizedWeight:
 
         Raises:
             DivergenceError: a weight that is NaN or infinite has no nearest level.
-            ModelError: a cast to bfloat16, whose 8 bits do not tell 256 levels apart.
+            ModelError: a cast to bfloat16, whose 8 bits do not tell more than 64 levels apart:
+                weight, scale and quotient are rounded.
         """
         weight = self.latent.detach()
-        if weight.dtype == torch.bfloat16 and self.grid.size > 128:
+        if weight.dtype == torch.bfloat16 and self.grid.size > 64:
             raise ModelError(
                 f"a weight on {self.grid.size} levels became bfloat16, which does not tell them "
                 "apart: keep the model in float32 and use bf16 through autocast, or cast what was "
@@ -317,7 +318,9 @@ def follow_(model: nn.Module, rule: Rule | None) -> None:
     for module in quantized_modules(model):
         module.rule, module.untouched = rule, None
         scale = module.weight_scale.detach()
-        scale = scales.setdefault(id(module.latent), nn.Parameter(scale) if learns else scale)
+        if learns:  # with its weight
+            scale = nn.Parameter(scale, module.latent.requires_grad)
+        scale = scales.setdefault(id(module.latent), scale)
         name = scale_name(module.leaf)
         delattr(module.owner, name)
         if isinstance(scale, nn.Parameter):

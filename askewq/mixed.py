@@ -27,7 +27,7 @@ class Mixin(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by mixins, with the leaves of each, and original class."""
-        return _empty, _parts(type(self)), self.__dict__
+        return _empty, _parts(type(self)), self.__getstate__()
 
 
 # A mixin and the attributes that it reads.

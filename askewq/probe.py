@@ -53,7 +53,8 @@ def _uses_weight_linearly(module: nn.Module, x: Tensor) -> bool | None:
     state = {"module.bias": torch.zeros_like(own["bias"])} if "bias" in own else {}
     others = {f"module.{name}": p for name, p in own.items() if name not in ("weight", "bias")}
     modes = [(child, child.training) for child in module.modules()]
-    module.eval()
+    for child, _ in modes:  # not eval(): a layer may do more there, such as merge an adapter
+        child.training = False
 
     def call(weight: Tensor) -> Tensor:
         state["module.weight"] = weight

@@ -77,7 +77,9 @@ class Follower:
         """
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if self._rule.learns_scale and not all(
-            id(layer.weight_scale) in trained for layer in self._layers
+            id(layer.weight_scale) in trained
+            for layer in self._layers
+            if layer.weight_scale.requires_grad
         ):
             raise RecipeError(
                 "the method learns the scales, and the optimizer does not have them: the Follower "
@@ -88,6 +90,10 @@ class Follower:
     def _settle(self, *_: Any) -> None:
         for layer in self._layers:
             layer.settle_()
+        scales = {id(layer.latent): layer.weight_scale for layer in self._layers}
+        for module in self._modules:  # after a cast, layers of one weight have a scale each
+            if module.weight_scale is not scales[id(module.latent)]:
+                module.weight_scale.detach().copy_(scales[id(module.latent)])
 
     def anneal(self, progress: float) -> None:
         """Set the method's coefficient for the next step.

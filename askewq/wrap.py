@@ -33,6 +33,7 @@ from askewq.layers import (
     scale_name,
     uncompiled,
 )
+from askewq.packed import PackedTensor
 from askewq.plan_table import PER_CHANNEL, Place, Plan, PlannedLayer, channels
 from askewq.vocabulary import ActBits, Bits, GridKind, GroupSize
 
@@ -180,6 +181,11 @@ def _check_plain(model: nn.Module) -> None:
         raise PlanError(
             f"the model is quantized already ({next(iter(quantized))} and {len(quantized) - 1} "
             "other layers); plan the plain model."
+        )
+    if packed := [n for n, m in model.named_modules() if isinstance(m, PackedTensor)]:
+        raise PlanError(
+            f"the model keeps its weights packed ({packed[0]} and {len(packed) - 1} others), which "
+            "cannot be trained; load it without packed=True, or call model.dequantize() first."
         )
 
 
@@ -363,6 +369,11 @@ def apply(model: nn.Module, plan: Plan, *, fit: bool = True) -> None:
                 f"{name} is {weight.dtype}; low-bit training needs float32 master weights: call "
                 "model.float() first and use bf16 through autocast."
             )
+        if weight.is_meta:
+            raise ModelError(
+                f"{name} is on the meta device, which has no values to fit a scale to; load the "
+                "weights first."
+            )
         if not torch.isfinite(weight).all():
             raise ModelError(
                 f"{name} holds NaN or infinite values; check the file, or exclude this layer with "
@@ -374,11 +385,12 @@ def apply(model: nn.Module, plan: Plan, *, fit: bool = True) -> None:
                 f"move: exclude it with --exclude {layer.names[0]!r}, or train it first."
             )
         first = channels_first(weight, layer.channel_dim)
-        scales.append(
-            fit_scale(first, cast(Grid, layer.grid), layer.group_size)
-            if fit
-            else weight.detach().new_ones(scale_shape(first.shape, layer.group_size))
-        )
+        with torch.inference_mode(False):  # it may be trained later
+            scales.append(
+                fit_scale(first, cast(Grid, layer.grid), layer.group_size)
+                if fit
+                else weight.detach().new_ones(scale_shape(first.shape, layer.group_size))
+            )
     for layer, scale in zip(plan.quantized, scales, strict=True):
         for name, leaf in zip(layer.names, layer.leaves, strict=True):
             quantize_layer_(model.get_submodule(name), cast(Grid, layer.grid), scale, leaf)
@@ -386,10 +398,13 @@ def apply(model: nn.Module, plan: Plan, *, fit: bool = True) -> None:
 
 def _check_there(model: nn.Module, layer: PlannedLayer) -> None:
     """Refuse a layer that the model does not have as it was planned."""
+    found: tuple[str, tuple[int, ...]] | None
+    users = set()
     for name, leaf in zip(layer.names, layer.leaves, strict=True):
         try:
             module = model.get_submodule(name)
             found = type(module).__name__, tuple(module.get_parameter(leaf).shape)
+            users.add(id(module.get_parameter(leaf)))
         except AttributeError:
             found = None
         if found is None or found[1] != layer.shape:
@@ -398,6 +413,11 @@ def _check_there(model: nn.Module, layer: PlannedLayer) -> None:
                 f"model has {f'a {found[0]} of shape {list(found[1])}' if found else 'none'}; plan "
                 "this model."
             )
+    if len(users) > 1:
+        raise PlanError(
+            f"the plan has one weight for {' and '.join(layer.names)}, and the model {len(users)}; "
+            "plan this model."
+        )
 
 
 def quantize(

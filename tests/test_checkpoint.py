@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from askewq import checkpoint, digest, wrap
+from askewq import checkpoint, digest, packed, wrap
 from askewq.checkpoint import Artifact
 from askewq.errors import DivergenceError, FormatError, UnverifiedWarning
 from askewq.grid import BITS, Grid, fit_scale, make_grid
@@ -275,6 +275,23 @@ class TestRoundTrip:
             assert torch.equal(fresh.one.weight, net.one.weight)
             assert torch.equal(fresh.two.weight, net.one.weight)
         assert tied.two.weight is tied.one.weight
+
+    @pytest.mark.parametrize("names", [("one", "two"), ("free", "other")], ids=["packed", "float"])
+    def test_two_tensors_for_one_of_the_model(self, tmp_path, names):
+        """A tie that was lost in training is not made again by loading: which would it be."""
+        net = Net()
+        net.other = nn.Parameter(torch.randn(4))
+        net.two.weight = nn.Parameter(torch.randn(6, 6))
+        wrap.quantize(net, 2, include=["one", "two"])
+        snap_(net)
+        checkpoint.save(net, tmp_path / "m")
+        fresh = Net()
+        fresh.other = fresh.free if "other" in names else nn.Parameter(torch.randn(4))
+        if "two" not in names:
+            fresh.two.weight = nn.Parameter(torch.randn(6, 6))
+        for load in (checkpoint.load_into, packed.load_packed_into):
+            with pytest.raises(FormatError, match=rf"'{names[0]}.*' and '{names[1]}.*' are one"):
+                load(fresh, checkpoint.read(tmp_path / "m"))
 
     def test_tied_float_tensors_are_stored_once(self, tmp_path):
         """Sharing is kept for tensors that are not on a grid, too."""

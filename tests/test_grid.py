@@ -12,7 +12,16 @@ from reference import bracket
 
 from askewq import constraint
 from askewq.errors import RecipeError
-from askewq.grid import BITS, SWEEP_UP_TO, Grid, best_scale, fit_scale, make_grid, scale_shape
+from askewq.grid import (
+    BITS,
+    SWEEP_UP_TO,
+    Grid,
+    _sweep,
+    best_scale,
+    fit_scale,
+    make_grid,
+    scale_shape,
+)
 
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
 
@@ -251,6 +260,21 @@ def test_fitted_scale_of_long_rows(bits):
     """Rows as long as those of real layers are fitted as well as short ones."""
     weight = torch.cat([normal_rows(0, 1, 4608), heavy_tailed(1, 1, 4608)])
     assert_fitted(weight, make_grid(bits), fit_scale(weight, make_grid(bits)), tries=1000)
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g.bits in (7, 8)], ids=grid_name)
+def test_fitted_scale_of_rows_that_end_at_an_edge(grid):
+    """Uniform weights, as those of a new layer, and two narrow peaks: within 5 % of the sweep's."""
+    draw = torch.Generator().manual_seed(0)
+    uniform = torch.rand(6, 1100, generator=draw) * 2 - 1
+    peaks = (torch.rand(6, 1100, generator=draw) < 0.5).float() * 2 - 1
+    weight = torch.cat([uniform, peaks + 0.05 * torch.randn(6, 1100, generator=draw)]).double()
+    assert weight.shape[1] * grid.size // 2 > SWEEP_UP_TO
+    for row, found, exact in zip(
+        weight, fit_scale(weight, grid), _sweep(weight, grid), strict=True
+    ):
+        error, least = squared_errors(row, grid, torch.stack([found.squeeze(), exact]))
+        assert error <= 1.05 * least
 
 
 @pytest.mark.parametrize("columns", [2, 9, 27, 64])

@@ -369,6 +369,31 @@ def small() -> torch.nn.Sequential:
 
 
 class TestFollower:
+    def test_a_frozen_layer_keeps_its_learned_scale(self):
+        """The optimizer need not have it."""
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        askewq.quantize(model, 2)
+        model[2].requires_grad_(False)
+        follower = rivals.Follower(model, "lsq")
+        assert model[1].weight_scale.requires_grad
+        assert not model[2].weight_scale.requires_grad
+        follower.attach(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+
+    def test_tied_layers_have_one_scale_after_a_cast(self):
+        """Each gets a buffer of its own then, and both follow the weight."""
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        model[2].weight = model[1].weight
+        askewq.quantize(model, 2)
+        follower = rivals.Follower(model, "luq")
+        model.double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        follower.attach(optimizer)
+        before = model[2].weight_scale.clone()
+        model(torch.randn(8, 4).double()).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(model[1].weight_scale, model[2].weight_scale)
+        assert not torch.equal(model[2].weight_scale, before)
+
     def test_the_forward_pass_sees_the_method(self):
         """A layer's forward multiplies by the view, and the Parameter stays what is trained."""
         model = small()

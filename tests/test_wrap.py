@@ -11,9 +11,10 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import askewq
 from askewq.errors import AskewError, ModelError, PlanError, RecipeError
 from askewq.grid import fit_scale, make_grid, scale_shape
-from askewq.layers import QuantizedLayer, quantized_layers
+from askewq.layers import QuantizedLayer, quantized_layers, quantized_modules, snap_
 from askewq.pack import packed_size
 from askewq.plan_table import Plan
 from askewq.wrap import apply, plan, quantize
@@ -910,6 +911,39 @@ class TestApply:
         with pytest.raises(PlanError, match="quantized already"):
             apply(model, chosen)
 
+    def test_packed_weights(self, tmp_path):
+        """They are codes, and what would be saved of the rest could not be read."""
+        model = mlp()
+        quantize(model, 2)
+        snap_(model)
+        askewq.save(model, tmp_path)
+        loaded = askewq.load(tmp_path, model=mlp(), packed=True)
+        with pytest.raises(PlanError, match=r"packed.*without packed=True"):
+            quantize(loaded, 8, include=["*"])
+
+    def test_a_model_without_values(self):
+        """It can be planned, and not be fitted to."""
+        with torch.device("meta"):
+            model = mlp()
+        assert plan(model, 2).quantized
+        with pytest.raises(ModelError, match=r"weight is on the meta device"):
+            quantize(model, 2)
+
+    def test_inference_mode_does_not_last(self):
+        """What is quantized in it is trained outside."""
+        model = mlp()
+        with torch.inference_mode():
+            quantize(model, 2)
+        assert not any(layer.weight_scale.is_inference() for layer in quantized_modules(model))
+
+    def test_a_tie_that_the_model_does_not_have(self):
+        """One scale would be given to two weights."""
+        tied, untied = (nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))) for _ in range(2))
+        tied[2].weight = tied[1].weight
+        with pytest.raises(PlanError, match="one weight for 1 and 2, and the model 2"):
+            apply(untied, plan(tied, 2))
+        assert not quantized_layers(untied)
+
     @pytest.mark.parametrize(
         ("other", "words"),
         [
@@ -925,6 +959,25 @@ class TestApply:
         with pytest.raises(PlanError, match=words):
             apply(other, chosen)
         assert not quantized_layers(other)
+
+
+def test_planning_merges_no_adapter():
+    """Some layers add theirs to the weight in eval() and take it away in train()."""
+
+    class Adapted(nn.Linear):
+        def train(self, mode=True):
+            if mode != self.training:
+                self.weight.data += -1 if mode else 1
+            return super().train(mode)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    model = nn.Sequential(nn.Linear(4, 4), Adapted(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    before = model[1].weight.detach().clone()
+    plan(model, 2)
+    assert torch.equal(model[1].weight, before)
+    assert model[1].training
 
 
 def test_a_forward_that_asserts():
