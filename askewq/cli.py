@@ -299,7 +299,7 @@ def show(name: NameOrPlace) -> None:
     """Print a recipe."""
     from askewq.terminal import say
 
-    say(*recipe_files.find_recipe(name).read_text(encoding="utf-8").splitlines())
+    say(*recipe_files.text_of(recipe_files.find_recipe(name)).splitlines())
 
 
 @recipes.command(name="cp")

@@ -252,18 +252,17 @@ class Recipe(BaseModel):
     overwrite: bool = _key(False, OUTPUT, "replace what is in output")
     report_to: Literal["none", "tensorboard", "wandb"] = _key("none", OUTPUT, "tracker")
 
-    @field_validator("bits", "act_bits", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool):  # True equals 1, but nobody means one bit by it
-            other = "ternary" if info.field_name == "bits" else "none"
-            raise ValueError(f"must be one of 1 to 8 or {other!r}")
+        """Refuse yes and no where neither is meant: True equals 1, which is a number of bits."""
+        if info.field_name == "mixed_precision" and value is False:
+            return "no"  # as YAML reads it without quotes
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        given = value if isinstance(value, list | tuple) else [value]
+        if wanted is not bool and any(isinstance(one, bool) for one in given):
+            raise ValueError("must not be yes, no, true or false (quote it where it is a name)")
         return value
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _no_is_a_word(cls, value: Any) -> Any:
-        return "no" if value is False else value  # as YAML reads it without quotes
 
     @field_validator("include", "exclude", "bits_override", "text_columns", mode="before")
     @classmethod

@@ -133,7 +133,7 @@ def overruled(stored: dict[str, Any], given: dict[str, Any]) -> set[str]:
     needs |= {(key, other) for key, other in _NEEDS_SOME.items() if given.get(other) == 0}
     useless = {key for key, other in needs if other in given}
     for choice, (default, keys) in _BELONGS.items():
-        before = stored.get(choice, default)
+        before = default if stored.get(choice) is None else stored[choice]
         if before is not None and given.get(choice, before) != before:
             useless |= {*keys}
     if "level_lr" in useless and stored.get("level_lr") is not None:  # the three are one choice

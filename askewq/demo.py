@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from askewq import disk
 from askewq.config import build
 from askewq.errors import DataError
+from askewq.output import check
 from askewq.train import finetune
 
 # A quarter of the 1,797 digits is held out for evaluation.
@@ -21,29 +23,31 @@ def run(output: Path) -> None:
 
     Raises:
         DataError: scikit-learn, which carries the digits, is not installed.
+        AskewError: as `finetune`; before anything is written, an output that may not be.
     """
-    write_digits(output / "digits")
-    finetune(
-        build(
-            {
-                "model": "test_resnet",
-                "pretrained": False,
-                "dataset": str(output / "digits"),
-                "image_size": 32,
-                "bits": 2,
-                "augment": "crop",
-                "batch_size": 64,
-                "optimizer": "adamw",
-                "full_precision_steps": 300,
-                "full_precision_lr": 3e-3,
-                "lr": 1e-3,
-                "max_steps": 300,
-                "output": str(output / "model"),
-                "overwrite": True,
-            },
-            "the demo",
-        )
+    recipe = build(
+        {
+            "model": "test_resnet",
+            "pretrained": False,
+            "dataset": str(output / "digits"),
+            "image_size": 32,
+            "bits": 2,
+            "augment": "crop",
+            "batch_size": 64,
+            "optimizer": "adamw",
+            "full_precision_steps": 300,
+            "full_precision_lr": 3e-3,
+            "lr": 1e-3,
+            "max_steps": 300,
+            "output": str(output / "model"),
+            "overwrite": True,
+        },
+        "the demo",
     )
+    check(recipe)
+    with disk.room_for(10**6, output, "Make room and run the command again."):
+        write_digits(output / "digits")
+    finetune(recipe)
 
 
 def write_digits(folder: Path) -> None:

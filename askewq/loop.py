@@ -33,7 +33,7 @@ from askewq import (
 )
 from askewq.batches import prepare_batch
 from askewq.config import Recipe
-from askewq.errors import DivergenceError, RecipeError
+from askewq.errors import DivergenceError, ModelError, RecipeError
 from askewq.evaluate import Evaluation, evaluate
 from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
@@ -139,6 +139,13 @@ class Loop:
                         self._save(optimizer)
                         saved = progress.step
                     processes.check_signals(self.accelerator)
+        except ModelError as error:
+            # What signals a whole job ends torch's compilers, too. The step was begun: the newest
+            # checkpoint is to go on from, and one is made at the end of every phase.
+            number = signals.received()
+            if number and self.accelerator.num_processes == 1:
+                raise signals.Stop(number) from error
+            raise
         except signals.Stop:
             if saved != progress.step:
                 self._save(optimizer)

@@ -18,6 +18,12 @@ def check(recipe: Recipe) -> None:
     """Refuse a folder that holds something, unless the recipe says what to do with it."""
     out = recipe.output
     nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    try:
+        out.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"--output {out}: {error.strerror}; name another folder.") from error
     if not nearest.is_dir():
         raise OutputError(f"--output {out}: {nearest} is no folder; name another one.")
     if not os.access(nearest, os.W_OK | os.X_OK):

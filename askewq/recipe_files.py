@@ -12,6 +12,18 @@ from askewq.errors import RecipeError, near
 RECIPE = "recipe.yaml"
 
 
+def text_of(path: Path) -> str:
+    """Return the text of a recipe file.
+
+    Raises:
+        RecipeError: a file that is missing, or no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the keys and values of a recipe file.
 
@@ -19,8 +31,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: a file that is missing, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(text_of(path))
+    except yaml.YAMLError as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"the recipe {path} must be a mapping of keys to values.")

@@ -67,7 +67,7 @@ def _end_by(main: int | None) -> None:
     """Wait for a SIGTERM of the main process, and end this one."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass
-    os._exit(128 + signal.SIGTERM)
+    os._exit(0)  # of another number torch would tell the main process, as it ends, by a traceback
 
 
 def _note(number: int, _: FrameType | None) -> None:

@@ -107,9 +107,9 @@ class _Run:
                 self.accelerator.process_index,
                 count,
             )
-        self.steps = recipe.max_steps or max(
-            1, math.ceil(recipe.epochs * len(train) / recipe.grad_accumulation)
-        )
+        # 1.1 * 390 is a little more than 429.
+        passes = round(recipe.epochs * len(train) / recipe.grad_accumulation, 6)
+        self.steps = recipe.max_steps or max(1, math.ceil(passes))
         self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model, self.steps)
         self.loaded.model.to(self.accelerator.device)
         self.teacher = (

@@ -360,6 +360,11 @@ class TestFinetune:
             ),
             ({"distill": 0.5, "teacher_weights": "w"}, {"teacher": "t"}, ["distill"]),
             (
+                {"distill": 0.5, "teacher": None, "teacher_weights": "w"},
+                {"teacher": "t"},
+                ["distill"],
+            ),
+            (
                 {"distill": 0.5, "teacher": "t", "teacher_weights": "w"},
                 {"teacher": "t"},
                 ["distill", "teacher_weights"],
@@ -635,6 +640,11 @@ class TestRecipes:
         """A recipe is printed as it is in its file."""
         name, path = next(iter(recipe_files.shipped_recipes().items()))
         assert command("recipes", "show", name).out == path.read_text(encoding="utf-8")
+
+    def test_show_what_is_no_text(self, tmp_path):
+        """It is said to be none."""
+        (tmp_path / "weights").write_bytes(b"\xff\xfe\x00")
+        refused(command("recipes", "show", tmp_path / "weights"), "cannot be read")
 
     @pytest.mark.parametrize("as_folder", [True, False])
     def test_cp(self, tmp_path, as_folder):

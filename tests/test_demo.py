@@ -55,6 +55,19 @@ def test_without_scikit_learn(tmp_path, monkeypatch):
     assert files(tmp_path) == set()
 
 
+def test_an_output_that_cannot_be(tmp_path):
+    """A file in its place is an error in words, before the digits are written."""
+    (tmp_path / "file").write_text("")
+    outcome = command("demo", "--output", tmp_path / "file")
+    assert outcome.code == 2
+    assert "is no folder; name another one" in outcome.err
+    (tmp_path / "demo" / "model").mkdir(parents=True)
+    (tmp_path / "demo" / "model" / "thesis.tex").write_text("")
+    outcome = command("demo", "--output", tmp_path / "demo")
+    assert outcome.code == 2
+    assert files(tmp_path / "demo") == {"model/thesis.tex"}
+
+
 def test_the_whole_way(tmp_path, monkeypatch):
     """`askewq demo` trains, packs, reloads and prints one table; it may be run again."""
     original = demo.build

@@ -90,7 +90,11 @@ def test_other_threads_leave_signals_alone():
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nobody says who sent a signal")
 @pytest.mark.parametrize("start", ["spawn", "forkserver"])
 def test_a_worker_obeys_the_main_process_alone(start):
-    """A signal to all processes of a job leaves it at work; its own parent may end it."""
+    """A signal to all processes of a job leaves it at work; its own parent may end it.
+
+    With 0, as torch's own workers do: of another number the main process would say that its worker
+    exited unexpectedly.
+    """
     context = multiprocessing.get_context(start)
     ready = context.Event()
     worker = context.Process(target=_work, args=(ready,), daemon=True)
@@ -103,7 +107,7 @@ def test_a_worker_obeys_the_main_process_alone(start):
         assert worker.is_alive()
         worker.terminate()
         worker.join(20)
-        assert worker.exitcode == 128 + signal.SIGTERM
+        assert worker.exitcode == 0
     finally:
         worker.kill()
 

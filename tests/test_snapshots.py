@@ -281,6 +281,25 @@ class TestSignals:
         finetune("own", tmp_path / "uncut", **settings)
         assert digest(tmp_path / "out") == digest(tmp_path / "uncut")
 
+    def test_a_signal_that_ends_a_compiler(self, tmp_path, monkeypatch):
+        """The step that needed it fails; the run is stopped, no failure, and no byte is lost."""
+        original = loop.Loop._loss
+        steps = iter(range(100))
+
+        def signalled(*args):
+            if next(steps) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("the compiler was ended by a signal")
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Loop, "_loss", signalled)
+            with pytest.raises(StoppedError, match="stopped by SIGTERM") as caught:
+                finetune("own", tmp_path / "out", **{**PHASES, "save_every": 1})
+        assert caught.value.exit_code == 143
+        finetune("own", tmp_path / "out", resume=True)
+        assert digest(tmp_path / "out") == digest(uncut("sgd")[0])
+
     def test_the_command_line(self, tmp_path, monkeypatch):
         """The command ends with the exit code of the signal and the message on standard error."""
         at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))

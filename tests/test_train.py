@@ -246,10 +246,19 @@ class TestFigures:
         assert metrics["full_precision"] > without["full_precision"]
         assert metrics["steps"] == 106
 
-    def test_epochs_count_passes(self, tmp_path):
+    @pytest.mark.parametrize(("epochs", "steps"), [(1.5, 5), (1.1, 4), (0.7, 3), (0.1, 1)])
+    def test_epochs_count_passes(self, tmp_path, epochs, steps):
         """Without --max-steps the steps are the epochs times the batches, per accumulation."""
-        settings = {"max_steps": None, "epochs": 1.5, "grad_accumulation": 2}
-        assert finetune("own", tmp_path, **settings)["steps"] == math.ceil(1.5 * 6 / 2)
+        settings = {"max_steps": None, "epochs": epochs, "grad_accumulation": 2}
+        assert finetune("own", tmp_path, **settings)["steps"] == steps
+
+    def test_epochs_are_counted_in_decimals(self, tmp_path):
+        """In binary 0.28 times 25 batches is more than 7."""
+        assert math.ceil(0.28 * 25) == 8
+        builders.write_images(tmp_path / "train.parquet", builders.pictures(50))
+        builders.write_images(tmp_path / "test.parquet", builders.pictures(6))
+        settings = {"max_steps": None, "epochs": 0.28, "batch_size": 2, "dataset": str(tmp_path)}
+        assert finetune("own", tmp_path / "out", **settings)["steps"] == 7
 
     def test_the_figures_come_from_the_evaluation_split(self, tmp_path):
         """Evaluating the artifact on another split gives that split's figure."""
@@ -840,6 +849,11 @@ class TestOutput:
         with pytest.raises(OutputError, match=r"x is no folder"):
             finetune("own", tmp_path / "x" / "a" / "b", dataset="not read")
         assert (tmp_path / "x").read_text() == "mine"
+
+    def test_a_name_that_is_too_long(self, tmp_path):
+        """As the system says, before anything is read."""
+        with pytest.raises(OutputError, match=r"too long; name another folder"):
+            finetune("own", tmp_path / ("x" * 300), dataset="not read")
 
     def test_a_folder_that_cannot_be_made(self, tmp_path, monkeypatch):
         """Whatever the system says is passed on."""
