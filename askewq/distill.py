@@ -140,8 +140,9 @@ def _same_inputs(teacher: Preprocessing, student: Preprocessing) -> bool:
 
 def _segments(preprocessing: Preprocessing) -> bool:
     """Tell whether a tokenizer says which of two texts a token is of."""
-    texts = isinstance(preprocessing, TextPreprocessing)
-    return texts and "token_type_ids" in preprocessing.tokenizer.model_input_names
+    if not isinstance(preprocessing, TextPreprocessing):
+        return False
+    return "token_type_ids" in preprocessing.tokenizer.model_input_names
 
 
 def check(
