@@ -33,7 +33,7 @@ def label_ids(split: Any, column: str, labels: tuple[str, ...], flag: str) -> li
     import datasets
 
     feature = split.features[column]
-    values = list(split[column])
+    values = list(split[column][:])  # at once: datasets gives a column row by row else
     if None in values:
         raise DataError(f"the split for {flag} has rows without a label; remove them.")
     if isinstance(feature, datasets.ClassLabel):
@@ -124,7 +124,7 @@ class Texts(Dataset[dict[str, Any]]):
     def __init__(
         self, split: Any, columns: Columns, labels: list[int] | None, tokenizer: Any, length: int
     ) -> None:
-        self._texts = [list(split[name]) for name in columns.inputs]
+        self._texts = [split[name][:] for name in columns.inputs]
         self._labels = labels
         self._tokenizer = tokenizer
         self._length = length

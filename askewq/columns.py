@@ -159,7 +159,7 @@ def labels_of(train: Any, column: str) -> tuple[str, ...]:
     feature = train.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
-    values = set(train[column])
+    values = set(train[column][:])
     if None in values:
         raise DataError(
             f"the label column {column!r} has rows without a label (in a csv file also those that "

@@ -65,7 +65,7 @@ def open_data(recipe: Recipe, task: Task) -> OpenData:
         labels = labels_of(train, columns.label) if columns.label else ()
         notes += _untrained(train, evaluation, columns.label)
         if columns.label and "[" in f"{recipe.train_split}{recipe.eval_split}":
-            _check_order(train[columns.label], evaluation[columns.label], recipe)
+            _check_order(train[columns.label][:], evaluation[columns.label][:], recipe)
         notes += _empty_texts(train, columns, "--train-split")
         train = _sample(train, columns, recipe.max_train_samples, recipe.seed)
     _check_class_names(recipe, columns.label)
@@ -128,8 +128,8 @@ def _untrained(train: Any, evaluation: Any, column: str | None) -> tuple[str, ..
     feature = train.features[column] if column else None
     if not isinstance(feature, datasets.ClassLabel):
         return ()  # values that are new are refused, when they become numbers
-    judged = Counter(evaluation[column])
-    new = sorted(judged.keys() - {*train[column]} - {None})
+    judged = Counter(evaluation[column][:])
+    new = sorted(judged.keys() - {*train[column][:]} - {None})
     names = [feature.names[label] for label in new if 0 <= label < len(feature.names)]
     if not names:
         return ()
