@@ -107,9 +107,7 @@ class _Run:
                 self.accelerator.process_index,
                 count,
             )
-        # 1.1 * 390 is a little more than 429.
-        passes = round(recipe.epochs * len(train) / recipe.grad_accumulation, 6)
-        self.steps = recipe.max_steps or max(1, math.ceil(passes))
+        self.steps = recipe.max_steps or _steps_of(recipe, len(train))
         self.recipe = choices.resolve(recipe, self.loaded.spec.task, self.loaded.model, self.steps)
         self.loaded.model.to(self.accelerator.device)
         self.teacher = (
@@ -384,6 +382,12 @@ class _Run:
             "step_seconds": self.loop.progress.step_seconds,
             "peak_memory_bytes": report.peak_memory(),
         }
+
+
+def _steps_of(recipe: Recipe, batches: int) -> int:
+    """Return the steps of a recipe's epochs, of so many batches each."""
+    passes = recipe.epochs * batches / recipe.grad_accumulation
+    return max(1, math.ceil(round(passes, 6)))  # 0.28 * 25 is a little more than 7
 
 
 def load(recipe: Recipe) -> tuple[LoadedModel, OpenData]:

@@ -250,6 +250,7 @@ class TestWrongValues:
             ({"bits": "x"}, "bits"),
             ({"bits": None}, "bits"),
             ({"bits": True}, "bits"),
+            ({"act_bits": True}, "act_bits"),
             ({"group_size": True}, "group_size"),
             ({"max_steps": True}, "max_steps"),
             ({"distill": True}, "distill"),
