@@ -129,13 +129,13 @@ def _untrained(train: Any, evaluation: Any, column: str | None) -> tuple[str, ..
     if not isinstance(feature, datasets.ClassLabel):
         return ()  # values that are new are refused, when they become numbers
     judged = Counter(evaluation[column][:])
-    new = sorted(judged.keys() - {*train[column][:]} - {None})
-    names = [feature.names[label] for label in new if 0 <= label < len(feature.names)]
-    if not names:
+    new = sorted({*range(len(feature.names))} & judged.keys() - {*train[column][:]})
+    if not new:
         return ()
+    names = ", ".join(feature.names[label] for label in new[:8])
     return (
         f"{sum(judged[label] for label in new)} of {len(evaluation)} rows of --eval-split are of "
-        f"classes that --train-split has no row of: {', '.join(names[:8])}",
+        f"classes that --train-split has no row of: {names}",
     )
 
 
