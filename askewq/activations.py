@@ -100,22 +100,27 @@ def round_to(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 
 def moments(x: Tensor, grid: Grid | None = None) -> Tensor:
-    """Return the sums of squares and of sizes and the count of values.
+    """Return the sums of squares and of sizes, the count of what is not 0, and that of all.
 
-    Zeros are not counted: they are on a level at every scale. Nor is what `grid` cuts off at 0.
+    What `grid` cuts off at 0 is 0.
 
     Returns:
-        Float32 [3].
+        Float32 [4].
     """
     wide = x.detach().float()
     if grid is not None and grid.first == 0:
         wide = wide.relu()
-    return torch.stack([wide.square().sum(), wide.abs().sum(), (wide != 0).sum().float()])
+    sums = wide.square().sum(), wide.abs().sum(), (wide != 0).sum().float()
+    return torch.stack([*sums, torch.full_like(sums[0], x.numel())])
 
 
 def scale_of(sums: Tensor, grid: Grid) -> Tensor:
-    """Return SAWB's scale of inputs with these `moments`, 0-d."""
-    square, size = sums[:2] / sums[2].clamp_min(1)
+    """Return SAWB's scale of inputs with these `moments`, 0-d.
+
+    Zeros do not count where they are on a level, which is at every scale; among signs they do.
+    """
+    count = sums[3] if grid.step == 2 else sums[2]
+    square, size = sums[:2] / count.clamp_min(1)
     return sawb_scale(square, size, grid)
 
 
@@ -188,7 +193,7 @@ def round_inputs(
                 f"the input of {name} holds NaN or infinite values in calibration, so that it has "
                 "no scale; look at the samples, or exclude the layer."
             )
-    signed = {name: bool(sums[3] > 0) for name, sums in found.items() if sums[2] > 0}
+    signed = {name: bool(sums[4] > 0) for name, sums in found.items() if sums[2] > 0}
     if not signed:
         raise ModelError(
             "act_bits: no quantized layer was called with numbers but 0, so that there is no input "

@@ -20,6 +20,19 @@ def lr_factor(progress: float, hold: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (min(progress, 1.0) - hold) / (1 - hold)))
 
 
+def check_progress(progress: float) -> None:
+    """Check what an optimizer or a method is annealed with.
+
+    Raises:
+        RecipeError: it is no share, such as a number of steps.
+    """
+    if not 0 <= progress <= 1 + 1e-6:
+        raise RecipeError(
+            f"progress = {progress} is no share of the training steps, 0 to 1; after the step "
+            "numbered i from 0, out of n, it is (i + 1) / n."
+        )
+
+
 # The shape of the closing where it is left open.
 POWER: dict[ClosingKind, float] = {"lazy": 3.0, "staggered": 3.0, "single": 1.0}
 EVERY = 3  # steps

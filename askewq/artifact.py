@@ -71,7 +71,9 @@ def config_content(spec: ModelSpec, preprocessing: dict[str, Any]) -> dict[str, 
 def is_artifact(folder: Path) -> bool:
     """Tell whether a folder says that it is an artifact; it may still be damaged."""
     path = folder / CONFIG
-    return path.is_file() and '"askewq_version"' in path.read_text("utf-8", errors="replace")
+    if not path.is_file() or path.stat().st_size > trust.CONFIG_BYTES:
+        return False
+    return '"askewq_version"' in path.read_text("utf-8", errors="replace")
 
 
 def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
@@ -168,16 +170,62 @@ def _network(
     content = checkpoint.read(folder / ARTIFACT)
     model = plain_network(spec, folder, content)
     _fill(model, content, keep_packed)
-    if (folder / GENERATION).is_file() and hasattr(model, "generation_config"):
-        made: Any = model.generation_config
-        given = trust.read_json(folder / GENERATION)
-        try:
-            model.generation_config = type(made).from_dict(given)
-        except Exception as error:  # it comes from a stranger, perhaps
-            raise FormatError(
-                f"{folder / GENERATION} is damaged ({type(error).__name__}: {first_line(error)})."
-            ) from error
+    read_generation(model, folder)
     return model.eval(), spec, preprocessing
+
+
+def read_generation(model: nn.Module, folder: Path) -> None:
+    """Give a network that generates the settings of its folder for that, if there are any.
+
+    Raises:
+        FormatError: a damaged file.
+    """
+    if not (folder / GENERATION).is_file() or not hasattr(model, "generation_config"):
+        return
+    made: Any = model.generation_config
+    given = trust.read_json(folder / GENERATION)
+    try:
+        model.generation_config = type(made).from_dict(given)
+    except Exception as error:  # it comes from a stranger, perhaps
+        raise FormatError(
+            f"{folder / GENERATION} is damaged ({type(error).__name__}: {first_line(error)})."
+        ) from error
+
+
+def check_described(loaded: LoadedModel) -> None:
+    """Check, before anything is trained, that an artifact will describe the network itself.
+
+    Raises:
+        ModelError: a config from which another network is built, or none without code of its own.
+    """
+    spec = loaded.spec
+    if spec.source != "transformers":
+        return
+    advice = "so that its artifact could not be loaded; use another model"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            described = _on_meta(spec)
+    except Exception as error:
+        raise ModelError(
+            f"{spec.name!r} cannot be built from its config without code of its own "
+            f"({type(error).__name__}: {first_line(error)}), {advice}."
+        ) from error
+    have, had = ({n: t.shape for n, t in m.state_dict().items()} for m in (loaded.model, described))
+    if differing := sorted(name for name in have | had if have.get(name) != had.get(name)):
+        raise ModelError(
+            f"{spec.name!r} is another network than its config describes: {differing[0]} is "
+            f"{have.get(differing[0])} in the one and {had.get(differing[0])} in the other "
+            f"({len(differing)} tensors differ), {advice}."
+        )
+
+
+def _on_meta(spec: ModelSpec) -> nn.Module:
+    """Build a network without memory, where its class can do without."""
+    try:
+        with torch.device("meta"):
+            return build(spec)
+    except (NotImplementedError, RuntimeError):
+        return build(spec)
 
 
 def plain_network(spec: ModelSpec, folder: Path, content: checkpoint.Artifact) -> nn.Module:
@@ -281,7 +329,9 @@ def verify(folder: Path) -> list[str]:
     if spec.source == "module":
         lines.append(f"whether they fit {spec.name} shows when it is loaded: it is your own")
     else:
-        checkpoint.check_fit(_build_described(spec, folder, _parameters(content)), content)
+        model = _build_described(spec, folder, _parameters(content))
+        checkpoint.check_fit(model, content)
+        read_generation(model, folder)
         lines.append(f"they fit the network that {CONFIG} describes")
     restore(spec, preprocessing, folder)
     if spec.source == "transformers":
@@ -359,15 +409,19 @@ def load(
             that no file holds (rotary frequencies) stay float32 in a model of transformers, as
             they do in its own `from_pretrained`.
         packed: layers keep their codes and unpack them whenever they are used: less memory and a
-            slower forward pass with the very same result. Such a model cannot be trained.
+            slower forward pass, under torch.no_grad() with the very same result (with gradients
+            torch may choose other kernels). Such a model cannot be trained.
 
     Returns:
         The model in eval mode.
 
     Raises:
         FormatError: a damaged artifact, or one that does not fit `model`.
+        ModelError: no network as `model`, or no type as `dtype`.
     """
     folder = Path(folder)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ModelError(f"dtype = {dtype!r} must be a torch.dtype, such as torch.bfloat16.")
     if model is not None:
         _fill(model, checkpoint.read(folder / ARTIFACT), packed)
         return model.eval() if dtype is None else model.eval().to(dtype)

@@ -21,7 +21,7 @@ _PIPELINE: dict[str, str] = {
     "image-feature-extraction": "image-feature-extraction",
 }
 # Keys of a recipe that may name a file or folder.
-_NAMES = (
+NAMES = (
     *("model", "weights", "tokenizer", "dataset"),
     *("teacher", "teacher_weights", "output"),
 )
@@ -68,7 +68,7 @@ Fine-tuned by askewq with the method `{recipe.method}`{_source(recipe)}; the rec
 
 def _without_folders(recipe: Recipe) -> Recipe:
     """Return a recipe for a page: where its files lie on this machine is nobody's business."""
-    given = {key: getattr(recipe, key) for key in _NAMES}
+    given = {key: getattr(recipe, key) for key in NAMES}
     local = {
         key: type(name)(Path(name).name)
         for key, name in given.items()
@@ -86,8 +86,8 @@ def _metadata(metrics: dict[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[
     }
     if spec.task == "feature-extraction":
         header["tags"].append("sentence-similarity")
-    if spec.source != "module" and not path_of(recipe.model).exists():
-        header["base_model"] = recipe.model.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if base := _base_model(recipe, spec):
+        header["base_model"] = base
         header["base_model_relation"] = "quantized"
     public = not path_of(recipe.dataset).exists()
     if public:
@@ -102,6 +102,20 @@ def _metadata(metrics: dict[str, Any], recipe: Recipe, spec: ModelSpec) -> dict[
     return header
 
 
+def _base_model(recipe: Recipe, spec: ModelSpec) -> str | None:
+    """Return the Hub's id of the weights that a run started from, if they are there."""
+    pretrained = recipe.pretrained and recipe.weights is None
+    if spec.source == "module" or not pretrained or path_of(recipe.model).exists():
+        return None
+    name = recipe.model.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if spec.source == "transformers" or "/" in name:
+        return name
+    import timm
+
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return (known.hf_hub_id or None) if known else None
+
+
 def _how_to_load(spec: ModelSpec) -> str:
     """Return the calls that load an artifact, in every library that can."""
     own = spec.source == "module"
@@ -109,7 +123,7 @@ def _how_to_load(spec: ModelSpec) -> str:
     text = f"""```python
 import askewq
 model = askewq.load({call})  # a plain {spec.source} network with dense float32 weights
-model = askewq.load({call}, packed=True)  # the same logits, weights unpacked on use
+model = askewq.load({call}, packed=True)  # same logits under torch.no_grad(); unpacks on use
 ```"""
     if spec.source == "transformers":
         text += f"""

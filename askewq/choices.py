@@ -60,8 +60,6 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
     check_bits(recipe.method, recipe.bits)
     for pattern, bits in recipe.overrides.items():
         check_bits(recipe.method, bits, f"the override {pattern}={bits}")
-    widths = (recipe.bits, *recipe.overrides.values())
-    coarse = all(bits == "ternary" or bits <= COARSE for bits in widths)
     if recipe.method in RIVALS:
         check_strength(recipe.method, recipe.strength)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
@@ -72,7 +70,7 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
         )
     # Coarse levels and a normalised network: steps of one length, in levels, for every weight.
     lazy = recipe.method == "askewsgd" and recipe.closing in (None, "lazy")
-    ours = coarse and batch_norm and lazy and recipe.optimizer is None
+    ours = _coarse(recipe) and batch_norm and lazy and recipe.optimizer is None
     level_lr = recipe.level_lr or (level_lr_of(recipe.bits, steps) if ours else None)
     adamw = not batch_norm or level_lr is not None
     optimizer = recipe.optimizer or ("adamw" if adamw else "sgd")
@@ -92,6 +90,35 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
     resolved = recipe.model_copy(update=opened)
     config.check(resolved)
     return resolved
+
+
+def _coarse(recipe: Recipe) -> bool:
+    """Tell whether all grids are among those for which steps in level spacings were tried."""
+    widths = (recipe.bits, *recipe.overrides.values())
+    return all(bits == "ternary" or bits <= COARSE for bits in widths)
+
+
+def notes_of(recipe: Recipe, device: torch.device) -> list[str]:
+    """Return what is out of the ordinary in a recipe's choices, to be said before the run."""
+    notes = []
+    if recipe.level_lr is not None and not _coarse(recipe):
+        notes.append(
+            f"level_lr = {recipe.level_lr} is the length of a step in level spacings, and hardly "
+            f"moves weights of more than {COARSE} bits; pass --optimizer sgd for the default there"
+        )
+    if recipe.mixed_precision == "bf16" and _emulates_bf16(device):
+        notes.append(
+            "this processor has no instructions for bf16, and a step takes many times as long as "
+            "in float32; pass --mixed-precision no"
+        )
+    return notes
+
+
+def _emulates_bf16(device: torch.device) -> bool:
+    """Tell whether products in bf16 are computed bit by bit: on a CPU that cannot do them."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def plan_of(recipe: Recipe, model: nn.Module, task: Task) -> Plan:

@@ -20,7 +20,7 @@ UNSEALED = "0" * 64
 _entry_text = json.JSONEncoder(separators=(",", ":")).encode
 
 # The names of types in the header of a safetensors file.
-_TYPES = {
+TYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -53,9 +53,9 @@ def of_weights(manifest: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(manifest.encode() + b"\n")
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        if tensor.dtype not in _TYPES:
+        if tensor.dtype not in TYPES:
             raise FormatError(f"{name!r} is {tensor.dtype}, which the format does not have.")
-        entry = [name, _TYPES[tensor.dtype], list(tensor.shape)]
+        entry = [name, TYPES[tensor.dtype], list(tensor.shape)]
         digest.update(_entry_text(entry).encode() + b"\n")
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
     return digest.hexdigest()

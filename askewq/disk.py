@@ -15,7 +15,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from askewq.errors import DiskFullError
+from askewq import signals
+from askewq.errors import DiskFullError, OutputError
 
 PARTIAL = ".partial"
 # No room on the device, in the quota, or under the limit for the size of a file.
@@ -37,6 +38,25 @@ def appearing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_place(out: Path) -> None:
+    """Check that a folder may be made, or written to, under the name that --output gave.
+
+    Raises:
+        OutputError: a name that is too long, a file in its place or above it, no permission.
+    """
+    try:
+        out.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"--output {out}: {error.strerror}; name another folder.") from error
+    nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise OutputError(f"--output {out}: {nearest} is no folder; name another one.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"--output {out}: {nearest} may not be written to; name another folder.")
+
+
 def write(path: Path, text: str) -> None:
     """Write a text file that appears whole or not at all."""
     with appearing(path) as partial:
@@ -47,7 +67,8 @@ def write(path: Path, text: str) -> None:
 def appearing_folder(path: Path) -> Iterator[Path]:
     """Within the block, write to the folder it gives; after it, that folder is `path`.
 
-    If the block fails, nothing of it is left, and a `path` that was there is as it was.
+    If the block fails, or SIGTERM ends the process, nothing of it is left, and a `path` that was
+    there is as it was.
 
     Args:
         path: absolute; an empty folder, or nothing.
@@ -55,10 +76,11 @@ def appearing_folder(path: Path) -> Iterator[Path]:
     new_parents = [parent for parent in path.parents if not parent.exists()]
     partial = path.with_name(f"{path.name}{PARTIAL}-{os.getpid()}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process with the same number
-        partial.mkdir(parents=True)
-        yield partial
-        publish(partial, path)
+        with signals.ending():
+            shutil.rmtree(partial, ignore_errors=True)  # of a process with the same number
+            partial.mkdir(parents=True)
+            yield partial
+            publish(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # not ours any more if something else is in it

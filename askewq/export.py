@@ -87,6 +87,7 @@ def export(
     Raises:
         ExportError: an unknown format, a missing library, an option that decides nothing, an
             output that holds something, an artifact that the format cannot hold; a full disk.
+        OutputError: an output that can be no folder.
         FormatError: an artifact that is damaged or of a newer version.
         VerificationError: the target's loader fails, or gives logits beyond the bound.
     """
@@ -161,8 +162,7 @@ def _check_libraries(target: Target) -> None:
 
 
 def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise ExportError(f"--output {output} is a file; name a folder.")
+    disk.check_place(output)
     if output.is_dir() and any(output.iterdir()):
         raise ExportError(
             f"--output {output} is not empty, and an export replaces nothing; name another folder, "

@@ -39,7 +39,7 @@ def refusals(source: ExportSource, options: Options) -> list[str]:
     """Return why the model, or some of its weights, cannot be written."""
     if refused := rounded_inputs(source, "gguf"):
         return refused
-    if unknown := _unknown_model(source.loaded):
+    if unknown := _unknown_model(source):
         return [unknown]
     unplaced = [key for key, name in _names(source).items() if not name]
     if unplaced:
@@ -135,15 +135,16 @@ def _architecture(loaded: LoadedModel) -> str:
     return ARCHITECTURES[_settings(loaded)["model_type"]]
 
 
-def _unknown_model(loaded: LoadedModel) -> str:
+def _unknown_model(source: ExportSource) -> str:
     """Return why llama.cpp could not compute this model, or an empty string."""
+    loaded = source.loaded
     known = f"GGUF is written for causal language models of {', '.join(ARCHITECTURES)}"
     if loaded.spec.source != "transformers" or loaded.spec.task != "causal-lm":
-        return f"{loaded.spec.name!r} is a model for {loaded.spec.task}; {known}"
+        return f"{source.title!r} is a model for {loaded.spec.task}; {known}"
     settings = _settings(loaded)
     kind = settings["model_type"]
     if kind not in ARCHITECTURES:
-        return f"{loaded.spec.name!r} is a {kind}; {known}"
+        return f"{source.title!r} is a {kind}; {known}"
     if settings["hidden_act"] != "silu":
         return f"the activation {settings['hidden_act']!r}: llama.cpp computes silu in a {kind}"
     window = settings.get("sliding_window")

@@ -230,9 +230,10 @@ def _hide_parameters(program: Any, model: nn.Module, artifact: Artifact) -> dict
     """Make inputs of all parameters; return the values of the float ones by their names there.
 
     Raises:
-        ExportError: a quantized weight that the graph does not hold to the bit.
+        ExportError: quantized weights that the graph does not hold to the bit.
     """
     values = program.model.graph.initializers
+    lost = []
     for name, weight in artifact.weights.items():
         aliases = [name, *(key for key, first in artifact.shared.items() if first == name)]
         found = [values[PREFIX + alias] for alias in aliases if PREFIX + alias in values]
@@ -241,14 +242,17 @@ def _hide_parameters(program: Any, model: nn.Module, artifact: Artifact) -> dict
             torch.equal(torch.from_numpy(value.const_value.numpy().copy()), dense)
             for value in found
         ):
-            raise ExportError(
-                f"the exported graph does not hold the weight {name!r} as it is in the artifact, "
-                "so that it cannot be packed (the network transforms it or does not use it); "
-                "quantize without this layer (--exclude), or use another --to."
-            )
+            lost.append(name)
+            continue
         for value in found[1:]:
             value.replace_all_uses_with(found[0])
         found[0].name = PREFIX + name
+    if lost:
+        raise ExportError(
+            f"the exported graph does not hold {', '.join(lost)} as in the artifact, so that they "
+            "cannot be packed (the network transforms them or does not use them); quantize "
+            "without these layers (--exclude), or use another --to."
+        )
     kept = {}
     for name in model.state_dict():
         value = values.pop(PREFIX + name, None)

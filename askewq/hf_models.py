@@ -229,6 +229,9 @@ def hf_config(name: str, trust_remote_code: bool) -> Any:
             f"{name!r} is an artifact of askewq, the end of a run; pass the model that it was made "
             "of, or what `askewq export --to dense` makes of it."
         )
+    if config.model_type == "timm_wrapper":
+        own = f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"
+        raise ModelError(f"{name!r} is a network of timm: pass {own}, for it is loaded by timm.")
     return config
 
 

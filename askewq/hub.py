@@ -6,8 +6,10 @@ from typing import Any
 
 from askewq import checkpoint
 from askewq.artifact import ARTIFACT, read_spec, restore
+from askewq.card import NAMES
 from askewq.errors import FormatError, HubError
 from askewq.preprocessing import TextPreprocessing
+from askewq.recipe_files import RECIPE, read_yaml
 from askewq.spec import first_line, path_of
 from askewq.wording import width_name
 
@@ -35,6 +37,8 @@ def push(folder: Path, repo: str, *, private: bool = False, dry_run: bool = Fals
     size = sum((folder / name).stat().st_size for name in files)
     listing = [f"  {name} ({(folder / name).stat().st_size:,} bytes)" for name in files]
     lines = [*listing, f"{len(files)} files, {size:,} bytes; commit message: {message}"]
+    if paths := _local_paths(folder):
+        lines.append(f"recipe.yaml and the files beside it name {', '.join(paths)} of this machine")
     if dry_run:
         return [f"dry run, nothing is sent; to {repo}:", *lines]
     return [f"pushed to {_upload(folder, repo, files, message, private)}:", *lines]
@@ -60,6 +64,14 @@ def _files(folder: Path) -> list[str]:
         if path.is_file()
         and (path in weights or path.name in vocabulary or path.suffix in _SUFFIXES)
     )
+
+
+def _local_paths(folder: Path) -> list[str]:
+    """Return the files and folders outside the Hub that the recipe of an artifact names."""
+    path = folder / RECIPE
+    recipe = read_yaml(path) if path.is_file() else {}
+    names = [str(recipe[key]) for key in NAMES if recipe.get(key) is not None]
+    return [name for name in names if path_of(name).is_absolute() or path_of(name).exists()]
 
 
 def _message(folder: Path) -> str:

@@ -57,7 +57,7 @@ def _check_alone(recipe: Recipe, try_out: bool | None) -> None:
     if try_out is not None:
         flags += ["--trial and --no-trial"]
     if flags:
-        raise RecipeError(f"{', '.join(flags)} go with a model, not with an artifact.")
+        raise RecipeError(f"{', '.join(flags)}: for a model, not for an artifact; leave it out.")
 
 
 def _spec(recipe: Recipe) -> ModelSpec:

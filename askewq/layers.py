@@ -12,7 +12,7 @@ names (attention, experts) holds a `QuantizedPart` for each.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -38,8 +38,8 @@ class QuantizedWeight:
         channel_dim: the dimension of the weight that counts output channels.
         rule: how the forward pass sees the weight; None: as it is.
         strength: the present coefficient of that rule.
-        untouched: its own id where an optimizer holds intervals around it that have not begun to
-            close; a copy has another id, and nobody anneals it.
+        untouched: its own id where what trains it has not begun to anneal it; a copy has another
+            id, and nobody anneals it.
         seen: the weight that the forward pass sees, where it was made beforehand (`prepared`).
     """
 
@@ -275,7 +275,13 @@ def quantize_layer_(layer: nn.Module, grid: Grid, scale: Tensor, leaf: str = "we
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return a network itself, also where torch.compile has wrapped it."""
+    """Return a network itself, also where torch.compile has wrapped it.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{model!r:.60} is no network; pass the torch.nn.Module itself.")
     return cast(nn.Module, model._modules.get("_orig_mod", model))
 
 
@@ -296,7 +302,8 @@ def _weights_of(module: nn.Module, name: str) -> Iterator[tuple[str, QuantizedWe
 
 def quantized_modules(model: nn.Module) -> list[QuantizedWeight]:
     """Return the quantized weight of every layer, shared ones once for each layer."""
-    return [weight for module in model.modules() for _, weight in _weights_of(module, "")]
+    modules = uncompiled(model).modules()
+    return [weight for module in modules for _, weight in _weights_of(module, "")]
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
@@ -329,6 +336,20 @@ def follow_(model: nn.Module, rule: Rule | None) -> None:
             module.owner.register_buffer(name, scale)
 
 
+def check_rule(modules: Iterable[QuantizedWeight], rule: Rule | None) -> None:
+    """Check that weights still follow the rule of what trains them.
+
+    Raises:
+        ModelError: they were snapped, or follow another method.
+    """
+    if any(module.rule != rule for module in modules):
+        raise ModelError(
+            "the model was snapped for good, or follows another method by now, so that this "
+            "optimizer cannot go on; look at the model inside askewq.snapped(model), or make a new "
+            "optimizer to train on."
+        )
+
+
 @contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
     """Within the block every layer uses the weight that it saw at the beginning.
@@ -354,13 +375,14 @@ def prepared(model: nn.Module) -> Iterator[None]:
 def snap_(model: nn.Module) -> None:
     """Move every quantized weight of the model to its nearest level, in place, for good.
 
-    Warns where an optimizer was made for the model and its intervals never began to close, for
-    then this is plain rounding.
+    Warns where what trains the model is to be annealed and never was, for then this is plain
+    rounding.
     """
     if any(module.untouched == id(module) for module in quantized_modules(model)):
         warnings.warn(
-            "the intervals of this model never began to close, so its weights are rounded as they "
-            "are; call optimizer.anneal(progress) before every optimizer.step().",
+            "the intervals of this model never began to close, or its method to act, so that its "
+            "weights are rounded as they are; call anneal(progress), of the AskewSGD optimizer or "
+            "of the Follower, before every optimizer.step().",
             stacklevel=2,
         )
     for layer in quantized_layers(model).values():

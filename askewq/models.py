@@ -43,6 +43,8 @@ def find_source(name: str) -> Source:
         return "module"
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name.split(".")[0]):
         return "timm"
+    if name.startswith("timm/") and not Path(name).exists():  # as the Hub spells it
+        return "timm"
     local = Path(name).is_dir() or name.startswith((".", "/", "~"))
     if local and not (Path(name) / CONFIG).is_file():
         raise ModelError(f"--model {name!r}: the folder has no {CONFIG} (or does not exist).")

@@ -18,11 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from askewq import constraint, kernels, methods, sharding
-from askewq.anneal import Closing
+from askewq.anneal import Closing, check_progress
 from askewq.errors import ModelError, RecipeError
 from askewq.grid import Grid
 from askewq.kernels import DISTANCE_BINS, Interval, adamw_, compiled, distance_bins, sgd_
-from askewq.layers import QuantizedWeight, follow_, quantized_layers, quantized_modules
+from askewq.layers import (
+    QuantizedWeight,
+    check_rule,
+    follow_,
+    quantized_layers,
+    quantized_modules,
+)
 from askewq.level_groups import in_units, level_groups, trainable
 from askewq.vocabulary import Pull
 
@@ -53,7 +59,7 @@ class _Skewed(torch.optim.Optimizer):
 
         Raises:
             RecipeError: the group has an option of torch's that is not made for quantized weights,
-                or the optimizer makes its groups itself (`level_lr`).
+                or one of the pull, or the optimizer makes its groups itself (`level_lr`).
         """
         if hasattr(self, "closing") and any(group["in_levels"] for group in self.param_groups):
             raise RecipeError(
@@ -61,6 +67,12 @@ class _Skewed(torch.optim.Optimizer):
                 "build the optimizer while all that is ever to train requires a gradient, and "
                 "freeze with requires_grad_(False) afterwards."
             )
+        for name in ("alpha", "clip"):
+            if name in param_group:
+                raise RecipeError(
+                    f"a parameter group has {name} = {param_group[name]}, and the pull is the same "
+                    f"for all; pass {name} to the optimizer itself."
+                )
         if param_group.get("decoupled_weight_decay") is False:
             raise RecipeError(
                 "a parameter group has decoupled_weight_decay = False, but the weight decay of the "
@@ -139,11 +151,7 @@ class _Skewed(torch.optim.Optimizer):
         Raises:
             RecipeError: it is no share, such as a number of steps.
         """
-        if not 0 <= progress <= 1 + 1e-6:
-            raise RecipeError(
-                f"progress = {progress} is no share of the training steps, 0 to 1; after the step "
-                "numbered i from 0, out of n, it is (i + 1) / n."
-            )
+        check_progress(progress)
         for group in self.param_groups:
             group["progress"] = float(progress)
         for module in self._modules:
@@ -173,14 +181,9 @@ class _Skewed(torch.optim.Optimizer):
         """Make one update; call `anneal` with the current progress before it.
 
         Raises:
-            ModelError: lazy closing, and the model was snapped or follows another method by now.
+            ModelError: the model follows another method by now, or was snapped under lazy closing.
         """
-        if self.closing.kind == "lazy" and any(m.rule != self._rule for m in self._modules):
-            raise ModelError(
-                "the model was snapped for good, or follows another method by now, and the "
-                "intervals of this optimizer are gone; look at the model inside "
-                "askewq.snapped(model), or make a new optimizer to train on."
-            )
+        check_rule(self._modules, self._rule)
         loss = None
         if closure is not None:
             with torch.enable_grad():

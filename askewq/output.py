@@ -1,6 +1,5 @@
 """The output folder of a run: whether it may be written, and the recipe in it."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -17,17 +16,7 @@ _FREE = ("keep", "nan_policy")
 def check(recipe: Recipe) -> None:
     """Refuse a folder that holds something, unless the recipe says what to do with it."""
     out = recipe.output
-    nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
-    try:
-        out.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:  # a name that is too long
-        raise OutputError(f"--output {out}: {error.strerror}; name another folder.") from error
-    if not nearest.is_dir():
-        raise OutputError(f"--output {out}: {nearest} is no folder; name another one.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"--output {out}: {nearest} may not be written to; name another folder.")
+    disk.check_place(out)
     if recipe.overwrite and _holds_something(out):
         _check_may_delete(recipe)
     if _holds_something(out) and not (recipe.resume or recipe.overwrite):

@@ -25,6 +25,8 @@ def call_factory(name: str) -> nn.Module:
             that cannot be loaded into.
     """
     file, _, factory_name = name.rpartition(":")
+    if not file:
+        raise ModelError(f"{name!r} names no file: a model of your own is path/to/file.py:factory.")
     path = Path(file).resolve()
     # Known to Python by a name of its own, as dataclasses and pickle want it.
     unique = f"askewq_user_{path.stem}_{zlib.crc32(str(path).encode()):08x}"

@@ -258,8 +258,10 @@ def _find(
 
             def loss() -> float:
                 bar.update()
-                values = torch.tensor([(float(mean) * n, n) for mean, n in losses()])
-                total, count = values.double().sum(0).tolist()
+                values = torch.tensor(
+                    [(float(mean) * n, n) for mean, n in losses()], dtype=torch.float64
+                )
+                total, count = values.sum(0).tolist()
                 return float(total / count)
 
             found = sensitivity.measured(model, uniform, settings.candidates, recipe.grid, loss)

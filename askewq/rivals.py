@@ -9,9 +9,16 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from askewq import sharding
+from askewq.anneal import check_progress
 from askewq.errors import ModelError, RecipeError, near
 from askewq.kinds import leaves_of
-from askewq.layers import QuantizedWeight, follow_, quantized_layers, quantized_modules
+from askewq.layers import (
+    QuantizedWeight,
+    check_rule,
+    follow_,
+    quantized_layers,
+    quantized_modules,
+)
 from askewq.methods import RIVALS, check_bits, check_strength, quantize_gradient
 from askewq.vocabulary import Method
 
@@ -72,6 +79,9 @@ class Follower:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let every step of the optimizer end with the method's own part.
 
+        A step raises ModelError where the model was snapped, or follows another method, or was
+        cast below float32.
+
         Raises:
             RecipeError: the optimizer does not have the scales that the method learns.
         """
@@ -85,7 +95,13 @@ class Follower:
                 "the method learns the scales, and the optimizer does not have them: the Follower "
                 "made them parameters of the model; build the optimizer after it."
             )
+        optimizer.register_step_pre_hook(self._check)
         optimizer.register_step_post_hook(self._settle)
+
+    def _check(self, *_: Any) -> None:
+        check_rule(self._modules, self._rule)
+        for layer in self._layers:
+            layer.check_precision()
 
     def _settle(self, *_: Any) -> None:
         for layer in self._layers:
@@ -99,10 +115,16 @@ class Follower:
         """Set the method's coefficient for the next step.
 
         Args:
-            progress: share of all steps taken once it is made, up to 1; beyond, it stays.
+            progress: share of all steps taken once it is made, 0 to 1.
+
+        Raises:
+            RecipeError: it is no share, such as a number of steps.
         """
+        check_progress(progress)
+        annealed = progress > 0 or self._rule.strength is None
         for module in self._modules:
-            module.strength = self._rule.course(self._final, min(max(progress, 0.0), 1.0))
+            module.strength = self._rule.course(self._final, min(progress, 1.0))
+            module.untouched = None if annealed else id(module)
 
     def shown(self, progress: float) -> dict[str, float]:
         """Return what the progress bar shows: the method's coefficient, if it has one."""

@@ -9,6 +9,7 @@ process at once; what is on the disk is whole at any moment.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +48,23 @@ def listening() -> Iterator[None]:
         _noted = None
         for number, handler in before:
             signal.signal(number, handler)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Within the block SIGTERM ends the process by an exception, so that what it began is undone.
+
+    Raises:
+        SystemExit: of 143, as the shell knows it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def leave_to_main(_worker: int = 0) -> None:

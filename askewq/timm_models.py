@@ -26,6 +26,8 @@ def load_timm(
     """
     from timm.data.config import resolve_data_config
 
+    if name.startswith("timm/"):
+        name = f"hf-hub:{name}"
     arguments, cfg = _timm_arguments(name)
     notes = []
     default_classes = cfg.get("num_classes")

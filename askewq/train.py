@@ -94,6 +94,7 @@ class _Run:
         set_seed(recipe.seed)
         with self.accelerator.main_process_first():  # the others find the data set prepared
             self.loaded, self.data = load(recipe)
+        artifact.check_described(self.loaded)
         count = self.accelerator.num_processes
         train: Any
         train, evaluation = loaders(recipe, self.data, self.loaded.preprocessing, count)
@@ -136,7 +137,8 @@ class _Run:
         self.loop.progress.made_of = made_of
         self._prepare_output()
         if self.accelerator.is_main_process:
-            notes = (*self.data.notes, *self.loaded.notes)
+            device = self.accelerator.device
+            notes = (*self.data.notes, *self.loaded.notes, *choices.notes_of(self.recipe, device))
             report.print_start(notes, self.plan, self.recipe, self.steps, self.batch_size)
         phase = self.loop.progress.phase
         at = {FULL_PRECISION: None, LOW_BIT: None, POLISH: None, phase: folder}

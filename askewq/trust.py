@@ -21,6 +21,9 @@ CONFIG_BYTES = 2**24
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # Old tokenizers have a path of their maker's machine here, which nobody opens.
 _UNUSED = "special_tokens_map_file"
+# What names weights to fetch while a network is built, and what names a network of timm's.
+_FETCHED = ("checkpoint_path", "use_pretrained_backbone")
+_BACKBONES = ("architecture", "backbone")
 
 
 def read_json(path: Path) -> Any:
@@ -71,9 +74,10 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def check_arguments(arguments: Any, path: str) -> None:
-    """Check that a network's config has none of its parts fetched as code.
+    """Check that a network's config has none of its parts fetched, as code or as weights.
 
-    transformers takes an attention that is named like a repository, owner/name, from the Hub.
+    transformers takes an attention that is named like a repository, owner/name, from the Hub, and
+    lets timm take a backbone from a file, a folder or the Hub.
 
     Raises:
         FormatError: naming the key.
@@ -82,6 +86,9 @@ def check_arguments(arguments: Any, path: str) -> None:
     for key, value in pairs:
         if "implementation" in str(key) and "/" in str(value):
             raise FormatError(f"{path}: {key} = {value!r} would run code from the Hub.")
+        elsewhere = isinstance(value, str) and bool({*"/:"} & {*value})
+        if (key in _FETCHED and value) or (key in _BACKBONES and elsewhere):
+            raise FormatError(f"{path}: {key} = {value!r} would be read from elsewhere.")
         if isinstance(value, dict | list):
             check_arguments(value, path)
 

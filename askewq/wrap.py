@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from askewq import patterns, probe
+from askewq import digest, patterns, probe
 from askewq.activations import RoundedInput
 from askewq.errors import ModelError, PlanError, RecipeError
 from askewq.grid import (
@@ -171,6 +171,12 @@ def _check_plain(model: nn.Module) -> None:
             f"{lazy[0]} has no shape yet ({len(lazy)} lazy parameters in all); call the model on a "
             "batch once, then plan."
         )
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.dtype not in digest.TYPES:
+            raise PlanError(
+                f"{name} is {tensor.dtype}, which a packed file cannot hold; keep it in another "
+                "type, or out of the state dict (register_buffer(..., persistent=False))."
+            )
     own = nn.Module.get_extra_state
     if extra := [n for n, m in model.named_modules() if type(m).get_extra_state is not own]:
         raise PlanError(

@@ -29,6 +29,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 
 from contest_runs import (
@@ -244,24 +245,31 @@ def table(results: Results, arguments: argparse.Namespace) -> None:
         )
 
 
-def resolution(results: Results, arguments: argparse.Namespace) -> dict[tuple[str, str], float]:
-    """Return for each task and width which difference of two means of three seeds is no chance.
+def resolution(
+    results: Results, arguments: argparse.Namespace
+) -> dict[tuple[str, str, int], tuple[float, float]]:
+    """Return for each task, width and budget which lead of three seeds is no chance.
 
-    That is two standard errors, from the variances within the entries that have three seeds or
-    more; the paper's form, which ends anywhere, is left out.
+    That is two standard errors of the mean of three paired differences, whose variance is the mean
+    of those between any two entries that have three seeds or more; the paper's form, which ends
+    anywhere, is left out. With it comes how far the same seed ties two entries: their correlation.
     """
-    variances: dict[tuple[str, str], list[float]] = {}
+    kinds: dict[tuple[str, str, int], list[list[float]]] = {}
     for entry in entries(arguments):
         found = [results.of(run) for run in judged(entry, results, arguments)]
         values = [result["accuracy"] for result in found if result]
         if len(values) > 2 and entry.method != "askewsgd-paper":
-            kind = entry.task, entry.bits or "full precision"
-            variances.setdefault(kind, []).append(statistics.variance(values))
-    return {
-        kind: 2 * math.sqrt(2 / 3 * statistics.mean(some))
-        for kind, some in variances.items()
-        if len(some) > 1
-    }
+            kinds.setdefault((entry.task, entry.bits, entry.steps), []).append(values)
+    told = {}
+    for kind, some in kinds.items():
+        if len(some) > 1:
+            within = statistics.mean(map(statistics.variance, some))
+            between = statistics.mean(
+                statistics.variance([one - other for one, other in zip(*pair, strict=False)])
+                for pair in combinations(some, 2)
+            )
+            told[kind] = 2 * math.sqrt(between / 3), 1 - between / (2 * within)
+    return told
 
 
 def main() -> None:
@@ -296,8 +304,11 @@ def main() -> None:
             for some in (full, low_bit):  # what full precision chooses is the teacher's rate
                 list(pool.map(lambda entry: compete(entry, results, arguments), some))
     table(results, arguments)
-    for (task, bits), points in resolution(results, arguments).items():
-        print(f"\n{task}, {bits}: two means of three seeds differ by chance up to {points:.2f}")
+    for (task, bits, steps), (points, tied) in resolution(results, arguments).items():
+        print(
+            f"\n{task}, {bits}, {steps} steps: two means of three seeds differ by chance up to "
+            f"{points:.2f}; runs of the same seed correlate by {tied:+.2f}"
+        )
 
 
 if __name__ == "__main__":

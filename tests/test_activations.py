@@ -161,7 +161,13 @@ class TestScale:
     def test_what_is_cut_off_does_not_count(self):
         """Where the levels have no sign a negative value, which becomes 0, is a 0."""
         x, grid = torch.rand(100), input_grid(4, signed=False)
-        torch.testing.assert_close(moments(torch.cat([x, -5 * x]), grid), moments(x))
+        torch.testing.assert_close(moments(torch.cat([x, -5 * x]), grid)[:3], moments(x)[:3])
+
+    def test_zeros_count_among_signs(self):
+        """-1 and 1 have no 0: the scale of least squared error is the mean of all sizes."""
+        x, grid = torch.cat([torch.randn(100), torch.zeros(100)]), input_grid(1, signed=True)
+        scale = scale_of(moments(x), grid)
+        assert float(scale) == pytest.approx(float(x.abs().mean()), rel=1e-5)
 
 
 def network() -> nn.Module:

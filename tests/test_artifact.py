@@ -224,6 +224,32 @@ class TestSave:
         with pytest.raises(FormatError, match="meta device"):
             askewq.load(tmp_path, model=fresh)
 
+    @pytest.mark.parametrize(
+        ("call", "reason"),
+        [
+            (lambda network, path: askewq.save(network.state_dict(), path), "is no network; pass"),
+            (lambda _, path: askewq.quantize([], 2), "is no network; pass"),
+            (lambda _, path: askewq.snap_("net"), "is no network; pass"),
+            (lambda network, path: askewq.load(path, model=type(network)), "is no network; pass"),
+            (
+                lambda network, path: askewq.load(path, model=network, dtype="bfloat16"),
+                r"must be a torch\.dtype",
+            ),
+        ],
+    )
+    def test_what_is_no_network_or_no_type(self, tmp_path, call, reason):
+        """A class, a state dict or a name in its place is told."""
+        network = self.trained()
+        askewq.snap_(network)
+        askewq.save(network, tmp_path)
+        with pytest.raises(ModelError, match=reason):
+            call(builders.own_network("small"), tmp_path)
+
+    def test_a_long_config_is_not_read(self, tmp_path):
+        """A file that is no config of an artifact's is not searched for being one."""
+        (tmp_path / "config.json").write_text('{"askewq_version": 2}' + 2**24 * " ")
+        assert not artifact.is_artifact(tmp_path)
+
     def test_ordinary_weights_stay(self, tmp_path):
         """A file of that name that holds somebody's float weights is not replaced."""
         network = self.trained()

@@ -19,6 +19,26 @@ def resolve(**given):
     )
 
 
+def test_steps_in_levels_of_fine_grids_are_noted():
+    """As a recipe at few bits has them that is run at more."""
+    cpu = torch.device("cpu")
+    coarse, fine = (resolve(optimizer="adamw", level_lr=0.005, bits=bits) for bits in (4, 8))
+    assert not choices.notes_of(coarse, cpu)
+    (note,) = choices.notes_of(fine, cpu)
+    assert "hardly moves weights of more than 4 bits" in note
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_bf16_on_a_processor_without_it_is_noted(can, monkeypatch):
+    """A step takes many times as long there; a GPU has it."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: can)
+    recipe = resolve(mixed_precision="bf16")
+    assert bool(choices.notes_of(recipe, torch.device("cpu"))) == (not can)
+    assert not choices.notes_of(recipe, torch.device("cuda"))
+    assert not choices.notes_of(resolve(), torch.device("cpu"))
+
+
 def test_resolve_chooses_by_the_model():
     """Batch norm asks for SGD, everything else for AdamW, each with its own lr and closing."""
     recipe = config.build({"model": "m", "dataset": "d", "output": "o", "bits": 8})

@@ -162,12 +162,13 @@ def test_the_command_of_a_form_is_its_recipe(
 
 
 def test_what_three_seeds_can_tell(contest, tmp_path, monkeypatch, capsys):
-    """Two standard errors of a difference of means, from the variances within entries."""
+    """Two standard errors of a paired difference of means, from all pairs of entries."""
     path = tmp_path / "results.jsonl"
     results = contest.Results(path)
     accuracies = {
         "lsq": (80.0, 81.0, 82.0),  # a variance of 1
-        "luq": (70.0, 72.0, 74.0, 76.0),  # 20/3
+        "luq": (70.0, 72.0, 74.0, 76.0),  # 20/3; its first three are 10, 9, 8 less than lsq's
+        "proxquant": (60.0, 50.0, 70.0),  # 100; 20, 31, 12 less than lsq's, 10, 22, 4 than luq's
         "adaste": (1.0, 99.0),  # too few
         "askewsgd-paper": (1.0, 50.0, 99.0),
     }
@@ -178,9 +179,14 @@ def test_what_three_seeds_can_tell(contest, tmp_path, monkeypatch, capsys):
     flags = f"--tasks resnet20 --bits 1 --seeds 4 --lr 0.01 --results {path} --table-only"
     monkeypatch.setattr(sys, "argv", ["contest.py", *flags.split()])
     contest.main()
-    expected = 2 * ((1 + 20 / 3) / 2 * (1 / 3 + 1 / 3)) ** 0.5
+    between = (1 + 91 + 84) / 3  # the variances of those differences
+    within = (1 + 20 / 3 + 100) / 3
     *_, last = capsys.readouterr().out.splitlines()
-    assert last == f"resnet20, 1: two means of three seeds differ by chance up to {expected:.2f}"
+    assert last == (
+        "resnet20, 1, 600 steps: two means of three seeds differ by chance up to "
+        f"{2 * (between / 3) ** 0.5:.2f}; runs of the same seed correlate by "
+        f"{1 - between / 2 / within:+.2f}"
+    )
 
 
 def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeypatch, capsys):
@@ -458,18 +464,27 @@ class TestThePages:
         assert set(said) <= measured
 
     def test_what_three_seeds_can_tell_is_that_of_the_runs(self, contest):
-        """For each task and width, as the contest prints it below its tables."""
+        """For each task, budget and width, as the contest prints it below its tables."""
         text = (self.ROOT / "recipes" / "README.md").read_text()
-        said = text.split("**What three seeds can tell**")[1].split("That is")[0]
-        for task, told in zip(("resnet20", "minilm"), said.split("on text"), strict=True):
+        (table,) = re.findall(r"\| lead beyond chance \|.*\n(?:\|.*\n)+", text)
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        results = contest.Results(self.ROOT / "benchmarks" / "contest.jsonl")
+        expected = []
+        for task, label, steps in (
+            ("resnet20", "ResNet-20", 600),
+            ("resnet20", "ResNet-20", 3900),
+            ("minilm", "MiniLM", 600),
+        ):
             arguments = contest.argparse.Namespace(
-                tasks=[task], bits=contest.WIDTHS, steps=[600, 3900], trial_steps=600, lr=None,
+                tasks=[task], bits=contest.WIDTHS, steps=[steps], trial_steps=600, lr=None,
                 methods=contest.METHODS, seeds=3, distill=0.0,
             )  # fmt: skip
-            results = contest.Results(self.ROOT / "benchmarks" / "contest.jsonl")
             found = contest.resolution(results, arguments)
-            expected = [f"{found[task, bits]:.2f}" for bits in contest.WIDTHS]
-            assert re.findall(r"\d\.\d\d", told) == expected
+            told = [found[task, bits, steps] for bits in contest.WIDTHS]
+            cells = [f"{points:.2f} ({tied:+.2f})" for points, tied in told]
+            expected.append([f"{label}, {steps:,} steps", *cells])
+        assert rows == [["lead beyond chance", "1 bit", "ternary", "2 bits", "4 bits"], *rows[1:]]
+        assert rows[2:] == expected
 
     # The published ones that are runs of the contest: bits, steps and the rate of the weights.
     RECIPES = {  # noqa: RUF012  # a table

@@ -139,6 +139,14 @@ class TestVerify:
         assert outcome.code == 2
         assert "tokenizer" in outcome.err
 
+    def test_refuses_damaged_settings_of_generation(self, tmp_path):
+        """No network is loaded with them, and none is well without them."""
+        folder = copy_of("llama", tmp_path)
+        (folder / "generation_config.json").write_text('{"temperature": ')
+        outcome = builders.command("inspect", folder, "--verify")
+        assert outcome.code == 2
+        assert "generation_config.json cannot be read" in outcome.err
+
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
     def test_refuses_damage(self, tmp_path, name):
         """A changed byte in either file is an error with exit code 2."""

@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,21 @@ class TestAppearing:
         (tmp_path / "a").mkdir()
         disk.delete(tmp_path / "a")
         assert files(tmp_path) == set()
+        assert not list(tmp_path.iterdir())
+
+    def test_a_terminated_process_leaves_nothing(self, tmp_path):
+        """A scheduler ends a job by SIGTERM: what was begun goes, with the folders made for it."""
+        program = (
+            "import sys, time, pathlib; from askewq import disk\n"
+            "with disk.appearing_folder(pathlib.Path(sys.argv[1])) as partial:\n"
+            "    (partial / 'half').write_text('x'); print('begun', flush=True); time.sleep(60)\n"
+        )
+        command = [sys.executable, "-c", program, str(tmp_path / "new" / "out")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "begun\n"
+            assert files(tmp_path)
+            process.terminate()
+            assert process.wait(20) == 143
         assert not list(tmp_path.iterdir())
 
 

@@ -157,7 +157,9 @@ class TestRefuses:
         (tmp_path / "out" / "a").write_text("mine")
         refused(run(own, tmp_path / "out"), 2, "is not empty", "another folder")
         assert files(tmp_path) == {"out/a"}
-        refused(run(own, tmp_path / "out" / "a"), 2, "is a file")
+        refused(run(own, tmp_path / "out" / "a"), 2, "is no folder; name another one")
+        refused(run(own, tmp_path / "out" / "a" / "b"), 2, "is no folder; name another one")
+        refused(run(own, tmp_path / (300 * "x")), 2, "too long; name another folder")
         assert (tmp_path / "out" / "a").read_text() == "mine"
 
     def test_the_artifact_itself_is_no_output(self, own):
@@ -396,7 +398,7 @@ class TestLeavesNothing:
     def test_a_folder_that_may_not_be_written(self, own, tmp_path):
         """A parent that is a file is said so."""
         (tmp_path / "file").write_text("")
-        refused(run(own, tmp_path / "file" / "out"), 2, "failed and left nothing behind")
+        refused(run(own, tmp_path / "file" / "out"), 2, "file is no folder; name another one")
         assert files(tmp_path) == {"file"}
 
 

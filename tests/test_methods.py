@@ -3,6 +3,7 @@
 import functools
 import math
 import pickle
+import warnings
 
 import builders
 import pytest
@@ -505,6 +506,55 @@ class TestFollower:
             assert torch.equal(model[1].weight.abs().unique(), model[1].weight_scale.unique())
         assert torch.equal(model[1].latent, latent)
         assert torch.equal(model[1].weight, seen)
+
+    @pytest.mark.parametrize("progress", [7, -0.1, math.nan])
+    def test_annealed_by_a_share_of_the_steps(self, progress):
+        """The number of a step would close everything at once."""
+        model = small()
+        askewq.quantize(model, 1)
+        follower = rivals.Follower(model, "proxquant")
+        with pytest.raises(RecipeError, match=r"no share of the training steps.*\(i \+ 1\) / n"):
+            follower.anneal(progress)
+
+    @pytest.mark.parametrize(("method", "warns"), [("binaryrelax", True), ("lsq", False)])
+    def test_snapping_what_was_never_annealed_warns(self, method, warns):
+        """For then the method never acted; one without a course acts from the start."""
+        model = small()
+        askewq.quantize(model, 1)
+        follower = rivals.Follower(model, method)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            askewq.snap_(model)
+        assert ["Follower" in str(one.message) for one in caught] == [True] * warns
+        askewq.quantize(other := small(), 1)
+        follower = rivals.Follower(other, method)
+        follower.anneal(0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            askewq.snap_(other)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (askewq.snap_, "was snapped for good"),
+            (lambda model: rivals.Follower(model, "lsq"), "follows another method"),
+            (lambda model: model.to(torch.bfloat16), "became torch.bfloat16"),
+        ],
+    )
+    def test_no_step_goes_on_after_a_change_of_the_model(self, change, reason):
+        """The weights would leave the grid, or hardly move, without a word."""
+        model = small()
+        askewq.quantize(model, 1)
+        follower = rivals.Follower(model, "binaryconnect")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        follower.attach(optimizer)
+        change(model)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with pytest.raises(ModelError, match=reason):
+            optimizer.step()
+        assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
 
     def test_what_cannot_be_is_refused(self):
         """An unknown method, a strength without use, a model without low-bit layers."""

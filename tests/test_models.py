@@ -7,6 +7,7 @@ from pathlib import Path
 
 import builders
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
@@ -34,6 +35,7 @@ class TestFindSource:
             ("resnet50.a1_in1k", "timm"),
             ("hf-hub:org/name", "timm"),
             ("local-dir:/some/where", "timm"),
+            ("timm/resnet50.a1_in1k", "timm"),
             ("org/name", "transformers"),
             ("bert-base-uncased", "transformers"),
             ("resnt50", "transformers"),
@@ -325,6 +327,14 @@ class TestHuggingFace:
         with pytest.raises(ModelError) as caught:
             models.load(str(folder), "text-classification", ("a", "b"))
         assert str(folder) in str(caught.value)
+
+    def test_a_timm_folder_is_loaded_by_timm(self, tmp_path):
+        """Wrapped by transformers it would be trained, and not be built again."""
+        timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=3), tmp_path)
+        with pytest.raises(ModelError, match=f"pass local-dir:{tmp_path}"):
+            models.load(str(tmp_path), "image-classification", ("a", "b", "c"))
+        loaded = models.load(f"local-dir:{tmp_path}", "image-classification", ("a", "b", "c"))
+        assert loaded.spec.source == "timm"
 
     def test_code_of_a_model_does_not_run(self, tmp_path):
         """A folder that brings its own classes is refused unless trust_remote_code is given."""

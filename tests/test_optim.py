@@ -1269,7 +1269,7 @@ def test_a_snap_of_intervals_that_never_closed_is_no_secret(closing):
     with snapped(model):  # a look at it says nothing
         pass
     snap_(copy.deepcopy(model))  # a copy that only receives weights, such as their average
-    with pytest.warns(UserWarning, match=r"never began to close.*call optimizer\.anneal"):
+    with pytest.warns(UserWarning, match=r"never began to close.*call anneal\(progress\)"):
         snap_(model)
     optimizer = AskewSGD(model, lr=0.1, closing=closing)
     optimizer.anneal(0.1)
@@ -1342,6 +1342,23 @@ class TestWhatItIsGiven:
         snap_(layer)
         with pytest.raises(ModelError, match=r"snapped for good.*askewq\.snapped\(model\)"):
             optimizer.step()
+
+    @pytest.mark.parametrize("closing", [STAGGERED, SINGLE], ids=lambda c: c.kind)
+    def test_a_model_that_another_optimizer_has_taken(self, closing):
+        """Two sets of intervals would pull at the same weights."""
+        layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
+        optimizer = AskewSGD(layer, lr=0.1, closing=closing)
+        AskewSGD(layer, lr=0.1)
+        with pytest.raises(ModelError, match="follows another method by now"):
+            optimizer.step()
+
+    @pytest.mark.parametrize("name", ["alpha", "clip"])
+    def test_a_pull_of_a_group_alone(self, name):
+        """The optimizer's checks of the pull are for all weights; lazy closing has none."""
+        layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
+        group = {"params": [layer.latent], name: -1.0}
+        with pytest.raises(RecipeError, match=f"a parameter group has {name} = -1.0"):
+            AskewSGD(layer, lr=0.1, params=[group], closing=SINGLE)
 
 
 @pytest.mark.parametrize("closing", [LAZY, STAGGERED], ids=lambda c: c.kind)

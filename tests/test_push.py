@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import yaml
 from builders import command, copy_of, finished
 
 from askewq import artifact, hub
@@ -67,7 +68,9 @@ def test_one_commit_with_exactly_these_files(fake, tmp_path, kind):
     assert fake.made == [("me/model", True, True)]
     (commit,) = fake.commits
     assert commit["files"] == FILES[kind]
-    assert commit["message"] in lines[-1]
+    assert commit["message"] in lines[-2]
+    assert lines[-1].endswith("of this machine")
+    assert str(finished(kind)[0]) in lines[-1]  # the recipe's output
     assert lines[0] == "pushed to hub/me/model/commit/1:"
 
 
@@ -101,8 +104,19 @@ def test_a_dry_run_sends_nothing_and_prints_what_a_push_sends(fake):
     hub.push(folder, "me/model")
     (commit,) = fake.commits
     lines = done.out.splitlines()
-    assert [line.split()[0] for line in lines[1:-1]] == commit["files"]
-    assert lines[-1].endswith(f"commit message: {commit['message']}")
+    assert [line.split()[0] for line in lines[1:-2]] == commit["files"]
+    assert lines[-2].endswith(f"commit message: {commit['message']}")
+
+
+def test_names_of_the_hub_are_no_paths(fake, tmp_path):
+    """What the recipe names of this machine is said, and nothing where that is nothing."""
+    folder = copy_of("timm", tmp_path)
+    recipe = {"model": "test_resnet", "dataset": "owner/set", "output": str(tmp_path / "out")}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    last = hub.push(folder, "me/model", dry_run=True)[-1]
+    assert last == f"recipe.yaml and the files beside it name {tmp_path / 'out'} of this machine"
+    (folder / "recipe.yaml").unlink()
+    assert "commit message" in hub.push(folder, "me/model", dry_run=True)[-1]
 
 
 class TestBadInput:

@@ -143,8 +143,7 @@ class TestModelCard:
         content = yaml.safe_load(header)
         assert content["library_name"] == "askewq"
         assert "askewq" in content["tags"]
-        assert ("base_model" in content) == (kind == "timm")  # the others are folders of ours
-        assert content.get("base_model_relation") == ("quantized" if kind == "timm" else None)
+        assert "base_model" not in content  # random weights of timm's, and folders of ours
         assert content["pipeline_tag"] in ("image-classification", "text-classification")
         assert "datasets" not in content
         (entry,) = content["model-index"]
@@ -153,6 +152,23 @@ class TestModelCard:
         metrics = finished(kind)[1]
         assert figure == {"type": "accuracy", "value": round(metrics["reloaded"], 4)}
         assert str(builders.ROOT) not in header
+
+    @pytest.mark.parametrize(
+        ("more", "base"),
+        [
+            ({}, "timm/resnet18.a1_in1k"),
+            ({"pretrained": False}, None),
+            ({"weights": "mine.safetensors"}, None),
+        ],
+    )
+    def test_the_base_model_is_where_the_weights_are_from(self, more, base):
+        """By timm's own id on the Hub; other weights than those are of no model there."""
+        recipe = config.build({"model": "resnet18", "dataset": "d", "output": "o", **more})
+        spec = ModelSpec("timm", "resnet18", "image-classification", ("a",), {})
+        loaded = LoadedModel(builders.own_network("small"), spec, None)
+        header = yaml.safe_load(model_card(METRICS, recipe, loaded).split("---\n")[1])
+        assert header.get("base_model") == base
+        assert header.get("base_model_relation") == (base and "quantized")
 
     def test_nothing_of_a_name_is_obeyed(self):
         """Markup, HTML, fences and control characters in names are shown, not obeyed."""

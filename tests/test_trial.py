@@ -163,5 +163,5 @@ class TestCommand:
         """An artifact has been tried by the run that made it, and its plan was made there."""
         outcome = command("inspect", builders.finished("timm")[0], *flags)
         assert outcome.code == 2
-        assert "go with a model" in outcome.err
+        assert "for a model, not for an artifact" in outcome.err
         assert flags[0] in outcome.err

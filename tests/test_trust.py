@@ -132,6 +132,12 @@ class TestRemoteCode:
         models.hf_config(str(stranger), True)
         assert (tmp_path / "executed").exists()
 
+    def test_is_not_trained_in_vain(self, tmp_path, stranger):
+        """An artifact brings no code, so that nothing could load what such a network becomes."""
+        with pytest.raises(ModelError, match="cannot be built from its config without code"):
+            builders.finetune("bert", tmp_path / "out", model=str(stranger), trust_remote_code=True)
+        assert not (tmp_path / "out").exists()
+
     def test_an_artifact_brings_none(self, tmp_path, monkeypatch):
         """An artifact that names code of a repository is built by the library's own, or refused."""
         monkeypatch.setattr("builtins.input", lambda *_: "y")
@@ -161,6 +167,28 @@ class TestRemoteCode:
         auto = transformers.AutoModelForSequenceClassification
         load = askewq.load if how == "askewq" else auto.from_pretrained
         with pytest.raises(FormatError, match="would run code from the Hub"):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {"architecture": "hf-hub:owner/evil"},
+            {"architecture": "local-dir:/secret"},
+            {"model_args": {"checkpoint_path": "/secret/evil.pth"}},
+            {"backbone_config": {"model_type": "timm_backbone", "backbone": "hf_hub:owner/evil"}},
+            {"use_pretrained_backbone": True},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("how", ["askewq", "transformers"])
+    def test_parts_from_elsewhere(self, tmp_path, extra, how):
+        """timm, asked by transformers, would open files and repositories that the config names."""
+        folder = copy_of("bert", tmp_path)
+        arguments = artifact.read_spec(folder)[0].arguments
+        edit_config(folder, arguments={**arguments, **extra})
+        auto = transformers.AutoModelForSequenceClassification
+        load = askewq.load if how == "askewq" else auto.from_pretrained
+        with pytest.raises(FormatError, match="would be read from elsewhere"):
             load(folder)
 
 

@@ -165,6 +165,16 @@ def test_apply_follows_the_plan():
     assert [type(model[i]) for i in (0, 1, 3)] == [nn.Linear, nn.LayerNorm, nn.Linear]
 
 
+def test_a_type_that_no_file_holds_is_refused():
+    """Before training rather than after it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(PlanError, match=r"phases is torch\.complex128.*persistent=False"):
+        askewq.quantize(model, 2)
+    model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128), persistent=False)
+    askewq.quantize(model, 2)
+
+
 def test_quantize_is_plan_and_apply():
     """`quantize` returns the plan that it has applied."""
     model = mlp()
