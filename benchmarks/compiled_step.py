@@ -1,10 +1,11 @@
 """What `--compile` brings: training steps of ResNet-20 with and without it, interleaved.
 
-Batch 128, bf16 autocast, the network compiled as `askewq finetune --compile` does it, on weights
-that are made beforehand. Printed: medians of whole steps, the ratio, and the seconds that the first
-two steps take, compiling included.
+Batch 128, bf16 autocast (or float32), the network compiled as `askewq finetune --compile` does it,
+on weights that are made beforehand. Printed: medians of whole steps, the ratio, and the seconds
+that the first two steps take, compiling included.
 
     python benchmarks/compiled_step.py [--threads 1] [--rounds 15] [--bits 1] [--act-bits 4]
+        [--mixed-precision no]
 """
 
 import argparse
@@ -23,7 +24,7 @@ from askewq.layers import prepared
 class Contestant:
     """A network with its optimizer, compiled or not."""
 
-    def __init__(self, bits: int, act_bits: int | None, compiled: bool) -> None:
+    def __init__(self, bits: int, act_bits: int | None, bf16: bool, compiled: bool) -> None:
         torch.manual_seed(0)
         self.model = resnet20().train()
         askewq.quantize(self.model, bits)
@@ -31,7 +32,7 @@ class Contestant:
             askewq.round_inputs(self.model, act_bits, lambda: self.model(torch.randn(8, 3, 32, 32)))
             askewq.follow_inputs_(self.model, True)
         self.optimizer = askewq.AskewAdamW(self.model, 3e-3, level_lr=0.01)
-        self.compiled = compiled
+        self.bf16, self.compiled = bf16, compiled
         self.network = torch.compile(self.model) if compiled else self.model
         self.seconds: list[float] = []
 
@@ -40,7 +41,7 @@ class Contestant:
         began = time.perf_counter()
         self.optimizer.anneal(progress)
         weights = prepared(self.model) if self.compiled else nullcontext()
-        with torch.autocast("cpu", torch.bfloat16), weights:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16), weights:
             logits = self.network(images)
         nn.functional.cross_entropy(logits.float(), labels).backward()
         self.optimizer.step()
@@ -55,10 +56,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--bits", type=int, default=1)
     parser.add_argument("--act-bits", type=int)
+    parser.add_argument("--mixed-precision", choices=("bf16", "no"), default="bf16")
     arguments = parser.parse_args()
+    bf16 = arguments.mixed_precision == "bf16"
     torch.set_num_threads(arguments.threads)
     eager, compiled = (
-        Contestant(arguments.bits, arguments.act_bits, compiled) for compiled in (False, True)
+        Contestant(arguments.bits, arguments.act_bits, bf16, compiled) for compiled in (False, True)
     )
     generator = torch.Generator().manual_seed(0)
     warm_up = 2

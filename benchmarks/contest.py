@@ -251,8 +251,9 @@ def resolution(
     """Return for each task, width and budget which lead of three seeds is no chance.
 
     That is two standard errors of the mean of three paired differences, whose variance is the mean
-    of those between any two entries that have three seeds or more; the paper's form, which ends
-    anywhere, is left out. With it comes how far the same seed ties two entries: their correlation.
+    of those between any two of at least three entries that have three seeds or more; the paper's
+    form, which ends anywhere, is left out. With it comes how far the same seed ties two entries:
+    their correlation.
     """
     kinds: dict[tuple[str, str, int], list[list[float]]] = {}
     for entry in entries(arguments):
@@ -262,7 +263,7 @@ def resolution(
             kinds.setdefault((entry.task, entry.bits, entry.steps), []).append(values)
     told = {}
     for kind, some in kinds.items():
-        if len(some) > 1:
+        if len(some) > 2:
             within = statistics.mean(map(statistics.variance, some))
             between = statistics.mean(
                 statistics.variance([one - other for one, other in zip(*pair, strict=False)])

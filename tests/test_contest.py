@@ -389,6 +389,34 @@ class TestThePages:
             told = [(", ".join(f"{v:.2f}" for v in run), self.shown(run)) for run in of_three]
             assert (seeds, mean) in told, row
 
+    # What prints the rows of the log: its three tables, and the rows of a teacher or another rate.
+    LONG = "--tasks resnet20 --steps 3900 --trial-steps 600"
+    TABLES = ("--tasks resnet20", LONG, "--tasks minilm")
+    FURTHER = (
+        f"{LONG} --bits 1 --methods askewsgd --lr 0.005",
+        "--tasks resnet20 --bits 1 --distill 0.5",
+        "--tasks resnet20 --bits 2 --distill 0.5 --lr 0.02",
+        f"{LONG} --bits 1 --distill 0.5",
+        f"{LONG} --bits 1 --distill 0.5 --methods askewsgd --lr 0.005",
+    )
+
+    def test_the_rows_of_the_log_are_printed(self, contest, monkeypatch, capsys):
+        """To the last cell, by the commands that it names, and every row of a table is there."""
+
+        def printed(commands):
+            results = ["--results", str(self.ROOT / "benchmarks" / "contest.jsonl")]
+            for flags in commands:
+                words = ["contest.py", *flags.split(), *results, "--table-only"]
+                monkeypatch.setattr(sys, "argv", words)
+                contest.main()
+            return set(re.findall(r"^\| (?:resnet20|minilm) \|.*", capsys.readouterr().out, re.M))
+
+        text = (self.ROOT / "recipes" / "README.md").read_text()
+        told = set(re.findall(r"^\| (?:resnet20|minilm) \|.*", text, re.M))
+        tables = printed(self.TABLES)
+        assert tables <= told
+        assert told - tables <= printed(self.FURTHER)
+
     def test_rates_are_those_of_the_trials(self):
         """But for the two rows of the default at 1 bit and 3,900 steps, as the log says there."""
         text = (self.ROOT / "recipes" / "README.md").read_text()
@@ -480,8 +508,8 @@ class TestThePages:
                 methods=contest.METHODS, seeds=3, distill=0.0,
             )  # fmt: skip
             found = contest.resolution(results, arguments)
-            told = [found[task, bits, steps] for bits in contest.WIDTHS]
-            cells = [f"{points:.2f} ({tied:+.2f})" for points, tied in told]
+            told = [found.get((task, bits, steps)) for bits in contest.WIDTHS]
+            cells = [f"{one[0]:.2f} ({one[1]:+.2f})" if one else "" for one in told]
             expected.append([f"{label}, {steps:,} steps", *cells])
         assert rows == [["lead beyond chance", "1 bit", "ternary", "2 bits", "4 bits"], *rows[1:]]
         assert rows[2:] == expected

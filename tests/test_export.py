@@ -310,6 +310,15 @@ class TestVerifies:
         refused(run(own, tmp_path / "new" / "out"), 1, "does not give the artifact's logits")
         assert list(tmp_path.iterdir()) == []
 
+    def test_logits_that_say_nothing_are_noted(self, own, tmp_path, monkeypatch):
+        """Where those of all samples are one within the bound, whatever the layers compute."""
+        use(monkeypatch, bound=lambda options: 2.0)
+        outcome = run(own, tmp_path / "out")
+        assert outcome.code == 0, outcome.err
+        assert "the random inputs all have the same logits" in outcome.out
+        (note,) = json.loads((tmp_path / "out" / "export.json").read_text())["notes"]
+        assert "compare on data of yours" in note
+
     def test_the_bound_is_the_targets(self, own, tmp_path, monkeypatch):
         """A difference within the bound is accepted, printed and stored."""
 
