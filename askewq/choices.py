@@ -104,7 +104,8 @@ def notes_of(recipe: Recipe, device: torch.device) -> list[str]:
     if recipe.level_lr is not None and not _coarse(recipe):
         notes.append(
             f"level_lr = {recipe.level_lr} is the length of a step in level spacings, and hardly "
-            f"moves weights of more than {COARSE} bits; pass --optimizer sgd for the default there"
+            f"moves weights of more than {COARSE} bits; leave it out, or, where a recipe has it, "
+            "name an --optimizer"
         )
     if recipe.mixed_precision == "bf16" and _emulates_bf16(device):
         notes.append(

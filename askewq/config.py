@@ -75,7 +75,7 @@ class Recipe(BaseModel):
     pretrained: bool = _key(True, MODEL, "start from the pretrained weights")
     task: Task | None = _key(None, MODEL, "guessed from the model where that is safe")
     tokenizer: str | None = _key(None, MODEL, "Hugging Face id or folder, if not the model's own")
-    trust_remote_code: bool = _key(False, MODEL, "run code that comes with a Hub model")
+    trust_remote_code: bool = _key(False, MODEL, "run code that comes with a tokenizer or teacher")
 
     dataset: str = _key(
         ..., DATA, "Hub id, or a local file or folder (parquet, csv, json, text, images)"

@@ -7,7 +7,7 @@ from typing import Any
 from askewq import checkpoint
 from askewq.artifact import ARTIFACT, read_spec, restore
 from askewq.card import NAMES
-from askewq.errors import FormatError, HubError
+from askewq.errors import FormatError, HubError, RecipeError
 from askewq.preprocessing import TextPreprocessing
 from askewq.recipe_files import RECIPE, read_yaml
 from askewq.spec import first_line, path_of
@@ -68,10 +68,16 @@ def _files(folder: Path) -> list[str]:
 
 def _local_paths(folder: Path) -> list[str]:
     """Return the files and folders outside the Hub that the recipe of an artifact names."""
-    path = folder / RECIPE
-    recipe = read_yaml(path) if path.is_file() else {}
+    try:
+        recipe = read_yaml(folder / RECIPE)
+    except RecipeError:  # none, or one that says nothing
+        return []
     names = [str(recipe[key]) for key in NAMES if recipe.get(key) is not None]
-    return [name for name in names if path_of(name).is_absolute() or path_of(name).exists()]
+    return [
+        name
+        for name in names
+        if name.startswith((".", "~")) or path_of(name).is_absolute() or path_of(name).exists()
+    ]
 
 
 def _message(folder: Path) -> str:

@@ -67,12 +67,6 @@ class _Skewed(torch.optim.Optimizer):
                 "build the optimizer while all that is ever to train requires a gradient, and "
                 "freeze with requires_grad_(False) afterwards."
             )
-        for name in ("alpha", "clip"):
-            if name in param_group:
-                raise RecipeError(
-                    f"a parameter group has {name} = {param_group[name]}, and the pull is the same "
-                    f"for all; pass {name} to the optimizer itself."
-                )
         if param_group.get("decoupled_weight_decay") is False:
             raise RecipeError(
                 "a parameter group has decoupled_weight_decay = False, but the weight decay of the "
@@ -85,6 +79,18 @@ class _Skewed(torch.optim.Optimizer):
                     "and that of the quantized weights does not; leave it out."
                 )
         super().add_param_group(param_group)
+        if hasattr(self, "closing"):
+            self._check_pulls()
+
+    def _check_pulls(self) -> None:
+        """Check that no parameter group has a pull of its own."""
+        for group in self.param_groups:
+            for name in ("alpha", "clip"):
+                if group[name] != self.defaults[name]:
+                    raise RecipeError(
+                        f"a parameter group has {name} = {group[name]}, and the pull is the same "
+                        f"for all, {self.defaults[name]}; pass {name} to the optimizer itself."
+                    )
 
     def _constrain(
         self,
@@ -123,6 +129,7 @@ class _Skewed(torch.optim.Optimizer):
         self.defaults.update(own)
         for group in self.param_groups:
             group.update({**own, **group})
+        self._check_pulls()
         self._decoupled = pull == "decoupled"
         self.closing = closing
         self._modules = quantized_modules(model)

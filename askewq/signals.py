@@ -54,17 +54,20 @@ def listening() -> Iterator[None]:
 def ending() -> Iterator[None]:
     """Within the block SIGTERM ends the process by an exception, so that what it began is undone.
 
+    A process that handles or ignores it goes on to do that.
+
     Raises:
         SystemExit: of 143, as the shell knows it.
     """
-    if threading.current_thread() is not threading.main_thread():
+    ends = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not ends or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def leave_to_main(_worker: int = 0) -> None:

@@ -57,7 +57,8 @@ def unreachable(name: str, error: Exception) -> ModelError:
 
     if "custom code" in str(error):
         return ModelError(
-            f"the model {name!r} brings code of its own, which askewq does not run. Read it; if "
+            f"the model {name!r} brings code of its own, which askewq does not run: a network that "
+            "needs it cannot be trained, for an artifact brings none. For a teacher: read it; if "
             "you trust it, pass --trust-remote-code."
         )
     if "Unrecognized configuration class" in str(error):

@@ -26,8 +26,7 @@ def load_timm(
     """
     from timm.data.config import resolve_data_config
 
-    if name.startswith("timm/"):
-        name = f"hf-hub:{name}"
+    name = _of_hub(name)
     arguments, cfg = _timm_arguments(name)
     notes = []
     default_classes = cfg.get("num_classes")
@@ -54,6 +53,16 @@ def load_timm(
     )
     spec = ModelSpec("timm", name, task, labels, arguments)
     return LoadedModel(model, spec, preprocessing, tuple(notes))
+
+
+def _of_hub(name: str) -> str:
+    """Return the name that timm knows of weights that the Hub has as timm/name."""
+    import timm
+
+    if not name.startswith("timm/"):
+        return name
+    bare = name.removeprefix("timm/")
+    return bare if timm.is_model_pretrained(bare) else f"hf-hub:{name}"
 
 
 def _timm_arguments(name: str) -> tuple[dict[str, Any], dict[str, Any]]:

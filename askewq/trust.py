@@ -21,9 +21,6 @@ CONFIG_BYTES = 2**24
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # Old tokenizers have a path of their maker's machine here, which nobody opens.
 _UNUSED = "special_tokens_map_file"
-# What names weights to fetch while a network is built, and what names a network of timm's.
-_FETCHED = ("checkpoint_path", "use_pretrained_backbone")
-_BACKBONES = ("architecture", "backbone")
 
 
 def read_json(path: Path) -> Any:
@@ -77,18 +74,19 @@ def check_arguments(arguments: Any, path: str) -> None:
     """Check that a network's config has none of its parts fetched, as code or as weights.
 
     transformers takes an attention that is named like a repository, owner/name, from the Hub, and
-    lets timm take a backbone from a file, a folder or the Hub.
+    lets timm take a network from a file, a folder or the Hub.
 
     Raises:
         FormatError: naming the key.
     """
+    if isinstance(arguments, dict):
+        kind, name = arguments.get("model_type"), str(arguments.get("backbone"))
+        if kind == "timm_wrapper" or (kind == "timm_backbone" and {*"/:"} & {*name}):
+            raise FormatError(f"{path}: a {kind} may be read from elsewhere, and is not built.")
     pairs = arguments.items() if isinstance(arguments, dict) else enumerate(arguments)
     for key, value in pairs:
         if "implementation" in str(key) and "/" in str(value):
             raise FormatError(f"{path}: {key} = {value!r} would run code from the Hub.")
-        elsewhere = isinstance(value, str) and bool({*"/:"} & {*value})
-        if (key in _FETCHED and value) or (key in _BACKBONES and elsewhere):
-            raise FormatError(f"{path}: {key} = {value!r} would be read from elsewhere.")
         if isinstance(value, dict | list):
             check_arguments(value, path)
 

@@ -171,18 +171,18 @@ def _check_plain(model: nn.Module) -> None:
             f"{lazy[0]} has no shape yet ({len(lazy)} lazy parameters in all); call the model on a "
             "batch once, then plan."
         )
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.dtype not in digest.TYPES:
-            raise PlanError(
-                f"{name} is {tensor.dtype}, which a packed file cannot hold; keep it in another "
-                "type, or out of the state dict (register_buffer(..., persistent=False))."
-            )
     own = nn.Module.get_extra_state
     if extra := [n for n, m in model.named_modules() if type(m).get_extra_state is not own]:
         raise PlanError(
             f"{extra[0] or 'the model'} keeps extra state beside its tensors (get_extra_state), "
             "which a packed file cannot hold; make it a buffer."
         )
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.dtype not in digest.TYPES:
+            raise PlanError(
+                f"{name} is {tensor.dtype}, which a packed file cannot hold; keep it in another "
+                "type, or out of the state dict (register_buffer(..., persistent=False))."
+            )
     if quantized := quantized_layers(model):
         raise PlanError(
             f"the model is quantized already ({next(iter(quantized))} and {len(quantized) - 1} "

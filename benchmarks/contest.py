@@ -255,20 +255,22 @@ def resolution(
     form, which ends anywhere, is left out. With it comes how far the same seed ties two entries:
     their correlation.
     """
-    kinds: dict[tuple[str, str, int], list[list[float]]] = {}
+    kinds: dict[tuple[str, str, int], list[dict[int, float]]] = {}
     for entry in entries(arguments):
-        found = [results.of(run) for run in judged(entry, results, arguments)]
-        values = [result["accuracy"] for result in found if result]
-        if len(values) > 2 and entry.method != "askewsgd-paper":
-            kinds.setdefault((entry.task, entry.bits, entry.steps), []).append(values)
+        found = {run.seed: results.of(run) for run in judged(entry, results, arguments)}
+        by_seed = {seed: result["accuracy"] for seed, result in found.items() if result}
+        if len(by_seed) > 2 and entry.method != "askewsgd-paper":
+            kinds.setdefault((entry.task, entry.bits, entry.steps), []).append(by_seed)
     told = {}
     for kind, some in kinds.items():
-        if len(some) > 2:
-            within = statistics.mean(map(statistics.variance, some))
-            between = statistics.mean(
-                statistics.variance([one - other for one, other in zip(*pair, strict=False)])
-                for pair in combinations(some, 2)
-            )
+        within = statistics.mean(statistics.variance(one.values()) for one in some)
+        differences = [
+            [one[seed] - other[seed] for seed in one.keys() & other.keys()]
+            for one, other in combinations(some, 2)
+        ]
+        paired = [statistics.variance(values) for values in differences if len(values) > 2]
+        if len(some) > 2 and paired and within:
+            between = statistics.mean(paired)
             told[kind] = 2 * math.sqrt(between / 3), 1 - between / (2 * within)
     return told
 
@@ -307,8 +309,8 @@ def main() -> None:
     table(results, arguments)
     for (task, bits, steps), (points, tied) in resolution(results, arguments).items():
         print(
-            f"\n{task}, {bits}, {steps} steps: two means of three seeds differ by chance up to "
-            f"{points:.2f}; runs of the same seed correlate by {tied:+.2f}"
+            f"\n{task}, {bits}, {steps} steps: a lead of three seeds is more than chance from "
+            f"{points:.2f} on; runs of the same seed correlate by {tied:+.2f}"
         )
 
 

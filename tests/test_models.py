@@ -36,6 +36,7 @@ class TestFindSource:
             ("hf-hub:org/name", "timm"),
             ("local-dir:/some/where", "timm"),
             ("timm/resnet50.a1_in1k", "timm"),
+            ("timm/somebodys", "timm"),
             ("org/name", "transformers"),
             ("bert-base-uncased", "transformers"),
             ("resnt50", "transformers"),
@@ -335,6 +336,16 @@ class TestHuggingFace:
             models.load(str(tmp_path), "image-classification", ("a", "b", "c"))
         loaded = models.load(f"local-dir:{tmp_path}", "image-classification", ("a", "b", "c"))
         assert loaded.spec.source == "timm"
+
+    def test_what_its_config_does_not_describe_is_not_trained(self, tmp_path):
+        """A head of its own where the config ties it to the embedding: loaded, not built again."""
+        folder = shutil.copytree(builders.llama(), tmp_path / "llama")
+        state = load_file(folder / "model.safetensors")
+        state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match=r"another network than its config.*one with model\."):
+            builders.finetune("llama", tmp_path / "out", model=str(folder))
+        assert not (tmp_path / "out").exists()
 
     def test_code_of_a_model_does_not_run(self, tmp_path):
         """A folder that brings its own classes is refused unless trust_remote_code is given."""

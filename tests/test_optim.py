@@ -1359,6 +1359,8 @@ class TestWhatItIsGiven:
         group = {"params": [layer.latent], name: -1.0}
         with pytest.raises(RecipeError, match=f"a parameter group has {name} = -1.0"):
             AskewSGD(layer, lr=0.1, params=[group], closing=SINGLE)
+        groups = AskewSGD(layer, lr=0.1, closing=SINGLE).param_groups
+        AskewSGD(layer, lr=0.1, params=groups, closing=SINGLE)
 
 
 @pytest.mark.parametrize("closing", [LAZY, STAGGERED], ids=lambda c: c.kind)

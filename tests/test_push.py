@@ -115,8 +115,12 @@ def test_names_of_the_hub_are_no_paths(fake, tmp_path):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     last = hub.push(folder, "me/model", dry_run=True)[-1]
     assert last == f"recipe.yaml and the files beside it name {tmp_path / 'out'} of this machine"
-    (folder / "recipe.yaml").unlink()
-    assert "commit message" in hub.push(folder, "me/model", dry_run=True)[-1]
+    for damage in (
+        (folder / "recipe.yaml").write_text,
+        lambda _: (folder / "recipe.yaml").unlink(),
+    ):
+        damage("")
+        assert "commit message" in hub.push(folder, "me/model", dry_run=True)[-1]
 
 
 class TestBadInput:

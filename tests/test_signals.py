@@ -72,6 +72,18 @@ def test_a_second_one_ends_the_process_at_once(number):
     child.stdout.close()
 
 
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, _: None])
+def test_a_process_that_handles_sigterm_goes_on_to(handler):
+    """Ending by an exception is for one that the signal would end."""
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with signals.ending():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_other_threads_leave_signals_alone():
     """A run in a thread of a larger program does not touch the program's handlers."""
     before = signal.getsignal(signal.SIGTERM)
