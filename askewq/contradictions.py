@@ -139,6 +139,8 @@ def overruled(stored: dict[str, Any], given: dict[str, Any]) -> set[str]:
     if "level_lr" in useless and stored.get("level_lr") is not None:  # the three are one choice
         useless |= {"optimizer", "lr"}
     useless |= {other for key, other in INSTEAD.items() if key in given}
+    if given.get("bits") in (1, "ternary"):  # with one grid each
+        useless.add("grid")
     if given.get("streaming"):
         useless |= {"epochs", "max_train_samples"}
     both, shares = stored | given, ("distill", "distill_hidden")

@@ -56,7 +56,13 @@ class QuantizedWeight:
     @property
     def latent(self) -> nn.Parameter:
         """The trained Parameter."""
-        return cast(nn.Parameter, self.owner._parameters[self.leaf])
+        parameter = self.owner._parameters.get(self.leaf)
+        if parameter is None:
+            raise ModelError(
+                f"the Parameter {self.leaf!r} of a quantized layer was taken away; prune and "
+                "parametrize before askewq.quantize, which leaves such layers in float."
+            )
+        return parameter
 
     @property
     def weight(self) -> Tensor:
@@ -192,10 +198,38 @@ class QuantizedWeight:
         sharding.local(self.latent).copy_(self.from_rows(rows))
 
 
+# The key of a module's metadata in a state dict under which its grids are.
+_GRIDS = "askewq_grids"
+
+
 class _Quantized(Mixin):
     """What the mixins of quantized layers share."""
 
     prefix = "Quantized"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Give the module's tensors to a state dict, and its grids to the metadata beside them."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if metadata := getattr(destination, "_metadata", None):
+            metadata[prefix[:-1]][_GRIDS] = self._grids()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *more: Any
+    ) -> None:
+        """Take the module's tensors from a state dict, unless they were on other grids."""
+        stored = local_metadata.get(_GRIDS, self._grids())
+        if stored != self._grids():
+            *_, errors = more
+            errors.append(
+                f"{prefix[:-1]!r} was trained on the levels {stored} and is on {self._grids()} "
+                "(bits, the lowest level and the spacing); quantize the model as it was."
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+
+    def _grids(self) -> dict[str, list[Any]]:
+        """Return what tells the grids of the weights apart, by name, as plain values."""
+        grids = {weight.leaf: weight.grid for _, weight in _weights_of(self, "")}
+        return {leaf: [grid.bits, grid.first, grid.step] for leaf, grid in grids.items()}
 
     def _replicate_for_data_parallel(self) -> Any:
         """Refuse torch.nn.DataParallel, which puts a tensor in the place of every weight.

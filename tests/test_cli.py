@@ -346,6 +346,9 @@ class TestFinetune:
         ("stored", "flags", "stay"),
         [
             ({"max_steps": 5}, {"epochs": 2}, []),
+            ({"bits": 2, "grid": "half-integer"}, {"bits": "ternary"}, []),
+            ({"bits": 2, "grid": "half-integer"}, {"bits": 1}, []),
+            ({"bits": 2, "grid": "half-integer"}, {"bits": 4}, ["grid"]),
             ({"epochs": 2}, {"max_steps": 5}, []),
             ({"distill": 0.5, "teacher": "t", "teacher_weights": "w"}, {"distill": 0.0}, []),
             (

@@ -11,6 +11,7 @@ import torch
 from conftest import GRIDS, grid_name
 from timm.layers import Conv2dSame
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from transformers.pytorch_utils import Conv1D
 
 import askewq
@@ -102,6 +103,44 @@ def test_state_dict_keeps_its_keys(build, inputs):
     after = quantized(layer).state_dict()
     assert list(after) == [*before, "weight_scale"]
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "levels"),
+    [
+        ({"bits": 3}, r"\[3, -4\.0, 1\.0\]"),
+        ({"bits": 2, "grid": "integer"}, r"\[2, -2\.0, 1\.0\]"),
+        ({"bits": "ternary"}, r"\['ternary', -1\.0, 1\.0\]"),
+    ],
+)
+def test_a_state_of_other_levels_is_refused(settings, levels):
+    """The scale has the same shape for any: the weights would be on no level, without a word."""
+
+    def network(**given):
+        model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16))
+        askewq.quantize(model, include=["*"], **given)
+        return model
+
+    file = io.BytesIO()
+    torch.save(network(bits=2).state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    network(bits=2).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=rf"'0' was trained.*\[2, -1\.5, 1\.0\].*{levels}"):
+        network(**settings).load_state_dict(state, strict=False)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16))
+    network(**settings).load_state_dict(plain.state_dict(), strict=False)  # says nothing of levels
+    plain.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("change", [prune.random_unstructured, parametrizations.weight_norm])
+def test_what_takes_the_weight_away_is_told(change):
+    """The ways of torch to make a weight out of others go before quantizing."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    askewq.quantize(model, 2, include=["0"])
+    amount = {"amount": 0.5} if change is prune.random_unstructured else {}
+    with pytest.raises(ModelError, match=r"prune and parametrize before askewq\.quantize"):
+        change(model[0], "weight", **amount)
 
 
 def test_a_layer_of_no_kind_is_refused():
