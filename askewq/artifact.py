@@ -388,7 +388,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
         if layer.latent.dtype != torch.float32:
             raise ModelError(
                 f"{name} is {layer.latent.dtype}, and packed weights are float32: quantize and "
-                "train a network in float32 (bf16 by autocast), and cast what was loaded."
+                "train a network in float32 (bf16 by autocast), and cast what was loaded; one in "
+                "float64 goes by model.float()."
             )
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; name a folder.")

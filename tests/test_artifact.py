@@ -168,6 +168,17 @@ class TestSave:
             askewq.save(network, tmp_path / "own")
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("bits", [1, "ternary", 2, 8])
+    def test_a_float64_network_goes_by_float32(self, tmp_path, bits):
+        """Levels times a fitted scale are the same numbers there."""
+        network = builders.own_network("small").double()
+        askewq.quantize(network, bits)
+        askewq.snap_(network)
+        levels = network[2].weight.clone()
+        askewq.save(network.float(), tmp_path)
+        again = askewq.load(tmp_path, model=builders.own_network("small"))
+        assert torch.equal(again[2].weight.double(), levels)
+
     def test_from_distributed_data_parallel(self, tmp_path):
         """The names in the file are the network's own, whatever wraps it."""
         network = builders.own_network("small")
