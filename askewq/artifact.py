@@ -192,56 +192,6 @@ def read_generation(model: nn.Module, folder: Path) -> None:
         ) from error
 
 
-def check_described(loaded: LoadedModel) -> None:
-    """Check, before anything is trained, that an artifact will describe the network itself.
-
-    Raises:
-        ModelError: a config from which another network is built, or none without code of its own.
-    """
-    spec = loaded.spec
-    if spec.source != "transformers":
-        return
-    advice = "so that its artifact could not be loaded; use another model"
-    trust.check_arguments(spec.arguments, spec.name)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            described = _on_meta(spec)
-    except Exception as error:
-        raise ModelError(
-            f"{spec.name!r} cannot be built again from its config by the installed transformers "
-            f"alone ({type(error).__name__}: {first_line(error)}), {advice}."
-        ) from error
-    have, had = map(_tensors_of, (loaded.model, described))
-    if differing := sorted(name for name in have | had if have.get(name) != had.get(name)):
-        one, other = (found.get(differing[0], "not there") for found in (have, had))
-        raise ModelError(
-            f"{spec.name!r} is another network than its config describes: {differing[0]} is {one} "
-            f"in the one and {other} in the other ({len(differing)} differ), {advice}."
-        )
-
-
-def _tensors_of(model: nn.Module) -> dict[str, str]:
-    """Return what is to agree of every tensor in a state dict: its shape, and of which it is one.
-
-    What is no tensor has no part in it; `wrap.plan` refuses it.
-    """
-    shared = checkpoint.shared_names(model)
-    return {
-        name: f"{list(value.shape)}" + (f", one with {shared[name]}" if name in shared else "")
-        for name, value in model.state_dict().items()
-        if isinstance(value, torch.Tensor)
-    }
-
-
-def _on_meta(spec: ModelSpec) -> nn.Module:
-    """Build a network without memory, where its class can do without."""
-    try:
-        with torch.device("meta"):
-            return build(spec)
-    except (NotImplementedError, RuntimeError):
-        return build(spec)
-
-
 def plain_network(spec: ModelSpec, folder: Path, content: checkpoint.Artifact) -> nn.Module:
     """Return the network of an artifact before it is filled.
 

@@ -22,6 +22,7 @@ from askewq import (
     checkpoint,
     choices,
     contradictions,
+    described,
     disk,
     distill,
     layers,
@@ -94,7 +95,7 @@ class _Run:
         set_seed(recipe.seed)
         with self.accelerator.main_process_first():  # the others find the data set prepared
             self.loaded, self.data = load(recipe)
-        artifact.check_described(self.loaded)
+        described.check(self.loaded)
         count = self.accelerator.num_processes
         train: Any
         train, evaluation = loaders(recipe, self.data, self.loaded.preprocessing, count)

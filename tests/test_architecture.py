@@ -46,6 +46,7 @@ FLOORS = [
             "embeddings",
             "hidden_states",
             "distill",
+            "described",
             "artifact",
             "samples",
             "evaluate",

@@ -131,21 +131,20 @@ class TestVerify:
         assert ("they fit the network" in outcome.out) == (kind != "own")
         assert ("the tokenizer beside them" in outcome.out) == (kind == "bert")
 
-    def test_refuses_a_damaged_tokenizer(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("kind", "file", "reason"),
+        [
+            ("bert", "tokenizer.json", "tokenizer"),
+            ("llama", "generation_config.json", "generation_config.json cannot be read"),
+        ],
+    )
+    def test_refuses_damaged_files_beside_the_weights(self, tmp_path, kind, file, reason):
         """The weights are whole, and the artifact cannot be used."""
-        folder = copy_of("bert", tmp_path)
-        (folder / "tokenizer.json").write_text("{")
+        folder = copy_of(kind, tmp_path)
+        (folder / file).write_text("{")
         outcome = builders.command("inspect", folder, "--verify")
         assert outcome.code == 2
-        assert "tokenizer" in outcome.err
-
-    def test_refuses_damaged_settings_of_generation(self, tmp_path):
-        """No network is loaded with them, and none is well without them."""
-        folder = copy_of("llama", tmp_path)
-        (folder / "generation_config.json").write_text('{"temperature": ')
-        outcome = builders.command("inspect", folder, "--verify")
-        assert outcome.code == 2
-        assert "generation_config.json cannot be read" in outcome.err
+        assert reason in outcome.err
 
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
     def test_refuses_damage(self, tmp_path, name):

@@ -94,6 +94,9 @@ class Model(BertForSequenceClassification):
 """
 
 
+CODE_OF_THE_HUB, ELSEWHERE = "would run code from the Hub", "may be read from elsewhere"
+
+
 class TestRemoteCode:
     @pytest.fixture
     def stranger(self, tmp_path):
@@ -151,45 +154,28 @@ class TestRemoteCode:
         assert type(model).__module__.startswith("transformers.models.bert")
 
     @pytest.mark.parametrize(
-        "extra",
+        ("extra", "reason"),
         [
-            {"attn_implementation": "owner/kernel"},
-            {"_attn_implementation": "owner/kernel:attention"},
-            {"text_config": {"experts_implementation": "owner/kernel@main"}},
-            {"parts": [{"_attn_implementation_internal": "owner/kernel"}]},
+            ({"attn_implementation": "owner/kernel"}, CODE_OF_THE_HUB),
+            ({"_attn_implementation": "owner/kernel:attention"}, CODE_OF_THE_HUB),
+            ({"text_config": {"experts_implementation": "owner/kernel@main"}}, CODE_OF_THE_HUB),
+            ({"parts": [{"_attn_implementation_internal": "owner/kernel"}]}, CODE_OF_THE_HUB),
+            ({"model_type": "timm_wrapper", "architecture": "local-dir:/secret"}, ELSEWHERE),
+            ({"part": {"model_type": "timm_wrapper", "architecture": "resnet18"}}, ELSEWHERE),
+            ({"part": {"model_type": "timm_backbone", "backbone": "hf_hub:o/evil"}}, ELSEWHERE),
+            ({"part": {"model_type": "timm_backbone", "backbone": "owner/evil"}}, ELSEWHERE),
         ],
         ids=str,
     )
     @pytest.mark.parametrize("how", ["askewq", "transformers"])
-    def test_kernels_of_the_hub(self, tmp_path, extra, how):
-        """An attention that is named like a repository is not fetched and run."""
+    def test_parts_from_elsewhere(self, tmp_path, extra, reason, how):
+        """No attention of the Hub is run, and no file or repository opened that a config names."""
         folder = copy_of("bert", tmp_path)
         arguments = artifact.read_spec(folder)[0].arguments
         edit_config(folder, arguments={**arguments, **extra})
         auto = transformers.AutoModelForSequenceClassification
         load = askewq.load if how == "askewq" else auto.from_pretrained
-        with pytest.raises(FormatError, match="would run code from the Hub"):
-            load(folder)
-
-    @pytest.mark.parametrize(
-        "extra",
-        [
-            {"model_type": "timm_wrapper", "architecture": "local-dir:/secret"},
-            {"backbone_config": {"model_type": "timm_wrapper", "architecture": "resnet18"}},
-            {"backbone_config": {"model_type": "timm_backbone", "backbone": "hf_hub:owner/evil"}},
-            {"backbone_config": {"model_type": "timm_backbone", "backbone": "owner/evil"}},
-        ],
-        ids=str,
-    )
-    @pytest.mark.parametrize("how", ["askewq", "transformers"])
-    def test_parts_from_elsewhere(self, tmp_path, extra, how):
-        """timm, asked by transformers, would open files and repositories that the config names."""
-        folder = copy_of("bert", tmp_path)
-        arguments = artifact.read_spec(folder)[0].arguments
-        edit_config(folder, arguments={**arguments, **extra})
-        auto = transformers.AutoModelForSequenceClassification
-        load = askewq.load if how == "askewq" else auto.from_pretrained
-        with pytest.raises(FormatError, match="may be read from elsewhere"):
+        with pytest.raises(FormatError, match=reason):
             load(folder)
 
     def test_names_that_nobody_reads(self, tmp_path):
