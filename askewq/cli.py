@@ -4,6 +4,7 @@ A bad input ends with one clear message on standard error and exit code 2; an ex
 the artifact's model, with 1; a run that SIGTERM or Ctrl-C ended, after saving, with 143 or 130.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -37,6 +38,8 @@ app = App(
 recipes = App(name="recipes", help="The recipes that come with askewq.")
 app.command(recipes)
 
+# Why a file cannot be opened that somebody named, whatever its name was read for.
+_UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP)
 _PLAN_KEYS = ("bits", "grid", "group_size", "act_bits", "include", "exclude", "bits_override")
 _MODEL_KEYS = ("task", "trust_remote_code", "image_size")
 _DATA_KEYS = (
@@ -348,6 +351,8 @@ def main() -> None:
             _leave(int(end.code or 0))
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename:
+            _end(f"{error.filename} cannot be opened: {error.strerror}.", 2)
         if "WORLD_SIZE" not in os.environ:
             raise
         _end_together(error)

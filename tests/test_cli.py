@@ -631,6 +631,27 @@ class TestInspect:
         refused(command("inspect", *words), expected)
 
 
+TOO_LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", TOO_LONG),
+        ("eval", TOO_LONG, "--dataset", "x"),
+        ("recipes", "show", TOO_LONG),
+        ("finetune", "--model", TOO_LONG, "--bits", 2, "--dataset", "x", "--output", "out"),
+        ("finetune", "--recipe", TOO_LONG),
+    ],
+    ids=lambda words: " ".join(map(str, words[:2])).replace(TOO_LONG, "it"),
+)
+def test_a_name_that_no_file_can_have(words, tmp_path, monkeypatch):
+    """It is said to be too long, whatever it should have named."""
+    monkeypatch.chdir(tmp_path)
+    refused(command(*words), TOO_LONG, "cannot be opened: File name too long.")
+    assert not files(tmp_path)
+
+
 class TestRecipes:
     def test_ls(self):
         """Each recipe has a line with what it is for."""
