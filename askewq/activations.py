@@ -143,7 +143,7 @@ def rounded_layers(model: nn.Module) -> dict[str, RoundedInput]:
 
 
 def follow_inputs_(model: nn.Module, on: bool) -> None:
-    """Let the scales of all inputs follow the batches that are trained on, or stay."""
+    """Let the scales of all inputs that `round_inputs` rounds follow the training, or stay."""
     for layer in rounded_layers(model).values():
         if layer.follows is None:
             layer.follows = torch.zeros_like(layer.input_scale, dtype=torch.bool)
@@ -165,7 +165,8 @@ def round_inputs(
 
     Args:
         act_bits: 1 to 8.
-        run: calls the model on samples; the more there are the surer the signs.
+        run: calls the model on samples, in evaluation mode; the more there are the surer the
+            signs.
         reduce: adds up a tensor over all processes.
 
     Returns:
@@ -216,8 +217,9 @@ def attach_(model: nn.Module, act_bits: ActBits, signed: dict[str, bool]) -> Non
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within the block, gather the moments of what the quantized layers are given, by name."""
+    """Within the block, in evaluation mode, gather the moments of the layers' inputs, by name."""
     seen: dict[str, Tensor] = {}
+    modes = [(module, module.training) for module in model.modules()]
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -232,9 +234,12 @@ def _watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLayer) and takes_numbers(module)
     ]
+    model.eval()
     try:
         yield seen
     finally:
+        for module, training in modes:
+            module.training = training
         for hook in hooks:
             hook.remove()
 

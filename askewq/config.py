@@ -6,7 +6,7 @@ class. A recipe read back from the file that a run wrote equals the recipe of th
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -64,9 +64,21 @@ def at_home(path: str | Path) -> Path:
 
 
 class Recipe(BaseModel):
-    """All settings of `askewq finetune`."""
+    """All settings of `askewq finetune`: each field is the flag of the same name.
+
+    Raises:
+        RecipeError: with every unknown key, wrong value and contradiction in one message.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    if not TYPE_CHECKING:  # a checker knows the fields
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise _refusal(error, "the settings") from error
 
     model: str = _key(
         ..., MODEL, "timm name, Hugging Face id or folder, or path/to/file.py:factory"
@@ -221,13 +233,13 @@ class Recipe(BaseModel):
         None,
         CLOSING,
         "lazy (the forward pass sees the nearest point of the intervals), staggered (weight by "
-        "weight, no copy of the weights), or single: one radius, as in the paper",
+        "weight, no copy of the weights), or single: one radius for all",
     )
     close_start: float | None = _key(
-        None, CLOSING, "progress at which closing starts; 0, or 0.5 as in the paper", ge=0, lt=1
+        None, CLOSING, "progress at which closing starts; 0, of askewsgd-paper 0.5", ge=0, lt=1
     )
     close_end: float | None = _key(
-        None, CLOSING, "progress at which all is closed; 0.9, or 1 as in the paper", gt=0, le=1
+        None, CLOSING, "progress at which all is closed; 0.9, of askewsgd-paper 1", gt=0, le=1
     )
     close_power: float | None = _key(None, CLOSING, "shape 1-(1-t)^power; 3, for single 1", gt=0)
     close_every: int = _key(3, CLOSING, "steps between closings (staggered)", ge=1)
@@ -342,20 +354,24 @@ def build(values: dict[str, Any], source: str = "the settings") -> Recipe:
     Raises:
         RecipeError: with every unknown key and wrong value in one message.
     """
-    known = Recipe.model_fields
-    wrong = [f"{key}: no such key{near(key, known)}" for key in values if key not in known]
     try:
-        recipe = Recipe(**{key: value for key, value in values.items() if key in known})
-    except ValidationError as error:
-        wrong += [_describe(dict(item)) for item in error.errors()]
-    if wrong:
-        raise RecipeError(f"{source} cannot be used:\n  " + "\n  ".join(wrong))
-    return recipe
+        return Recipe(**values)
+    except RecipeError as error:
+        if isinstance(error.__cause__, ValidationError):
+            raise _refusal(error.__cause__, source) from error.__cause__
+        raise
+
+
+def _refusal(error: ValidationError, source: str) -> RecipeError:
+    wrong = [_describe(dict(item)) for item in error.errors()]
+    return RecipeError(f"{source} cannot be used:\n  " + "\n  ".join(wrong))
 
 
 def _describe(item: dict[str, Any]) -> str:
     key = str(item["loc"][0]) if item["loc"] else ""
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        return f"{key}: no such key{near(key, Recipe.model_fields)}"
     if item["type"] == "missing":
         return f"{key}: missing; give --{key.replace('_', '-')} or the recipe key"
     return f"{key}: {message}, not {item['input']!r}" if key else message

@@ -73,8 +73,9 @@ def flags_of(name: str, keys: tuple[str, ...]) -> Any:
         title = str(extra["group"]) if isinstance(extra, dict) else ""
         group = groups.setdefault(title, Group.create_ordered(title))
         help = field.description or ""
-        if not field.is_required() and field.default not in (None, (), False, True):
-            help += f" [default: {field.default}]"
+        default = field.default
+        if not (field.is_required() or isinstance(default, bool) or default in (None, ())):
+            help += f" [default: {default}]"
         parts = [*_parts(field.annotation)]
         number = any(part is int or type(part) is int for part in parts)
         annotations[key] = Annotated[

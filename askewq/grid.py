@@ -33,7 +33,15 @@ BITS: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 5, 6, 7, 8)
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Levels (first + step * code) * scale, code = 0 .. size - 1."""
+    """Levels (first + step * code) * scale, code = 0 .. size - 1.
+
+    Weights are finite floats [out, ...], channels first; scales [out, groups], or [1, 1] for all.
+
+    Attributes:
+        first: the lowest level, in units of the scale.
+        step: the distance between two levels, in units of the scale.
+        size: how many levels there are.
+    """
 
     bits: Bits
     first: float

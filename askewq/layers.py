@@ -410,7 +410,10 @@ def snap_(model: nn.Module) -> None:
     """Move every quantized weight of the model to its nearest level, in place, for good.
 
     Warns where what trains the model is to be annealed and never was, for then this is plain
-    rounding.
+    rounding. A model without quantized layers stays as it is.
+
+    Raises:
+        DivergenceError: a weight that is NaN or infinite; the layers before it are snapped.
     """
     if any(module.untouched == id(module) for module in quantized_modules(model)):
         warnings.warn(
@@ -426,7 +429,11 @@ def snap_(model: nn.Module) -> None:
 
 @contextmanager
 def snapped(model: nn.Module) -> Iterator[None]:
-    """Within the block the quantized weights sit on their levels; after it they are as before."""
+    """Within the block the quantized weights sit on their levels; after it they are as before.
+
+    Raises:
+        DivergenceError: a weight that is NaN or infinite; all are as before.
+    """
     layers, modules = quantized_layers(model).values(), quantized_modules(model)
     relaxed = [layer.latent.detach().clone() for layer in layers]
     rules = [module.rule for module in modules]

@@ -337,7 +337,6 @@ class Loop:
 
     def calibrate(self) -> None:
         """Show the network training samples, the first of the first epoch, without augmentation."""
-        self.model.eval()
         loader = self.train_loader
         place = loader.state() if isinstance(loader, StreamLoader) else None
         count = -(-CALIBRATION_SAMPLES // self.recipe.batch_size)

@@ -318,6 +318,8 @@ class AskewSGD(_Skewed, torch.optim.SGD):
         w     <- w + v                                    where psi > 0, or v * psi' >= -pull * psi
         w     <- w + clip(-pull * psi / psi', clip)       elsewhere
 
+    with w, v and clip in level spacings there (`constraint`).
+
     With every weight inside the grid and eps = 1 this is torch.optim.SGD. Not for models without
     low-bit layers, nor for weights below float32.
 
@@ -334,6 +336,11 @@ class AskewSGD(_Skewed, torch.optim.SGD):
             paper's M). 0.1 by default, 5 coupled.
         pull: "decoupled" from the learning rate (default), or "coupled" to it as in the paper.
         compile: compile the step; by default from 1,000,000 quantized weights on.
+
+    Raises:
+        ModelError: a model without quantized layers.
+        RecipeError: options that do not go together, or a parameter group with one of its own.
+        ValueError: lr, momentum or weight_decay that torch refuses.
 
     Example:
         >>> askewq.quantize(model, bits=2)
@@ -397,6 +404,9 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
             move by about lr times their root mean square at the start, each in a parameter group
             that keeps it as its `unit`; those of fewer by lr. None: lr, in the weights' own units.
         params, closing, alpha, clip, pull, compile: as in AskewSGD.
+
+    Raises:
+        ModelError, RecipeError, ValueError: as AskewSGD, and level_lr with params or not finite.
     """
 
     def __init__(

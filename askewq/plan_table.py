@@ -85,7 +85,11 @@ class PlannedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What happens to every layer with parameters, in the order of the model."""
+    """What happens to every layer with parameters, in the order of the model.
+
+    Attributes:
+        layers: one entry a weight; layers that share one are one entry.
+    """
 
     layers: tuple[PlannedLayer, ...]
 

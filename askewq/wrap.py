@@ -353,15 +353,15 @@ def _unselected(
 def apply(model: nn.Module, plan: Plan, *, fit: bool = True) -> None:
     """Make the planned layers quantization-aware, in place, with scales fitted to their weights.
 
-    Inputs are rounded by `round_inputs`, which needs samples.
+    Inputs are rounded by `round_inputs`, which needs samples, whatever act_bits the plan has.
 
     Args:
         fit: without it the scales are 1, for whoever fills weights and scales in afterwards.
 
     Raises:
         PlanError: a plan of another model, or one that was applied already.
-        ModelError: a weight that is not float32 (masters are trained in float32), not finite, or
-            all zeros, to which no scale can be fitted.
+        ModelError: a weight below float32 (masters are trained in float32; float64 trains, but is
+            not saved), without values, not finite, or all zeros, to which no scale can be fitted.
     """
     model = uncompiled(model)
     _check_plain(model)
@@ -437,7 +437,14 @@ def quantize(
     bits_override: Mapping[str, Bits] | None = None,
     keep_last: bool = True,
 ) -> Plan:
-    """Plan and apply in one call; see `plan` for the arguments. Returns the plan."""
+    """Plan and apply in one call; see `plan` for the arguments.
+
+    Returns:
+        The plan.
+
+    Raises:
+        RecipeError, ModelError, PlanError: as `plan` and `apply`.
+    """
     chosen = plan(
         model,
         bits,

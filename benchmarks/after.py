@@ -5,7 +5,7 @@ checkpoint after the last low-bit step; the average needs a run of its own, whos
 same way. So their differences are those of the end alone. Steps that polish could have been low-bit
 steps: there is a run with so many more, too. Prints a table, the last column paired over the seeds.
 
-    python benchmarks/after.py --data ../shared/data --output out/after  # a new folder
+    python benchmarks/after.py --data FOLDER --output out/after  # a new folder
 """
 
 import argparse
@@ -31,7 +31,7 @@ EXTRA = 50
 def main() -> None:
     """Train, end in every way, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("out/after"))
     parser.add_argument("--bits", default="2")
     parser.add_argument("--steps", type=int, default=300)

@@ -8,8 +8,8 @@ text, whose validation split is too small to tell methods apart, on eight tenths
 set, judged on the ninth. A finished run is a line of --results and is not made again: stop and
 start this command as you like.
 
-    python benchmarks/contest.py --data ../shared/data                # everything that is missing
-    python benchmarks/contest.py --tasks resnet20 --bits 1 --methods askewsgd binaryconnect
+    python benchmarks/contest.py --data FOLDER      # everything that is missing
+    python benchmarks/contest.py --data FOLDER --tasks resnet20 --bits 1 --methods askewsgd parq
     python benchmarks/contest.py --table-only
 
 With --lr a rate is judged that the trials did not choose, to see what the choice cost.
@@ -279,7 +279,7 @@ def main() -> None:
     """Run what is missing and print the table."""
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, help="folder of the data, for what is to be trained")
     parser.add_argument("--output", type=Path, default=Path("out/contest"))
     parser.add_argument("--results", type=Path, default=here / "contest.jsonl")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -296,6 +296,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
+    if not (arguments.table_only or arguments.data):
+        parser.error("give --data FOLDER, or --table-only to print what was run")
     results = Results(arguments.results)
     if not arguments.table_only:
         listed = list(entries(arguments))

@@ -4,7 +4,7 @@ Tiny models with random weights, and all-MiniLM-L6-v2 fine-tuned for a few steps
 --data), at every width; each is exported as a user would, so that each figure is from the format's
 own loader in a fresh process.
 
-    python benchmarks/exports.py --data ../shared/data
+    python benchmarks/exports.py --data FOLDER
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """An encoder of images without labels: ResNet-20 without its head, on the images of CIFAR-10.
 
-    python benchmarks/image_encoder.py --data ../shared/data --output out/encoder
+    python benchmarks/image_encoder.py --data FOLDER --output out/encoder
 
 Fine-tunes it, then compares the packed artifact with the network that it started from. Flags
 that it does not give itself go to `askewq finetune`.
@@ -19,7 +19,7 @@ ENCODER = str(Path(__file__).parent / "resnet20.py") + ":encoder"
 def main() -> None:
     """Write the weights without those of the head, then run finetune and eval."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("out/image-encoder"))
     arguments, more = parser.parse_known_args()
     state = load_file(arguments.data / "resnet20-cifar10" / "model.safetensors")

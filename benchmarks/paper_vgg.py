@@ -4,7 +4,7 @@ Every layer is binary, one scale a tensor, batch norm without affine after it, A
 batch 128, crops and flips; the network is benchmarks/vgg_small.py. The paper trains 100 epochs
 (39,000 steps); --steps says how many are made here, and the table repeats it.
 
-    python benchmarks/paper_vgg.py --data ../shared/data --steps 390      # one epoch
+    python benchmarks/paper_vgg.py --data FOLDER --steps 390      # one epoch
 """
 
 import argparse
@@ -53,7 +53,7 @@ def accuracy(method: str, seed: int, arguments: argparse.Namespace) -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("out/paper-vgg"))
     parser.add_argument("--steps", type=int, default=39_000)
     parser.add_argument("--seeds", type=int, default=1)

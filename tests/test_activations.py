@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+from contextlib import nullcontext
 
 import builders
 import pytest
@@ -203,6 +204,20 @@ class TestCalibration:
             "3": 0,
             "5": -8,
         }
+
+    @pytest.mark.parametrize("error", [False, True])
+    def test_samples_change_nothing_else(self, error):
+        """Neither batch norm's statistics nor the mode of any module, and nothing is dropped."""
+        model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(1.0), nn.Linear(6, 6), nn.Linear(6, 2))
+        askewq.quantize(model, 2, include=["2"])
+        model[1].eval()
+        x = torch.randn(8, 6) if not error else torch.full((8, 6), torch.nan)
+        before = {name: value.clone() for name, value in model[0].state_dict().items()}
+        with pytest.raises(ModelError) if error else nullcontext():
+            askewq.round_inputs(model, 4, lambda: model(x))
+        assert all(torch.equal(before[name], v) for name, v in model[0].state_dict().items())
+        assert [module.training for module in model] == [True, False, True, True]
+        assert error or isinstance(model[2], RoundedInput)
 
     def test_the_scale_is_that_of_all_samples(self):
         """Several calls count as one; processes add their sums up."""

@@ -36,6 +36,15 @@ class TestFlags:
         wanted = {f"--{key.replace('_', '-')}" for key in Recipe.model_fields}
         assert wanted <= finetune_flags()
 
+    def test_help_has_every_default(self):
+        """Also those that equal False or True, such as 0 steps."""
+        flags = {a.name: a for a in cli.app["finetune"].assemble_argument_collection()}
+        for key, field in Recipe.model_fields.items():
+            told = f"[default: {field.default}]"
+            switch_or_open = isinstance(field.default, bool) or field.default in (None, ())
+            listed = told in (flags[f"--{key.replace('_', '-')}"].parameter.help or "")
+            assert listed == (not field.is_required() and not switch_or_open), key
+
     def test_every_flag_is_a_recipe_key(self):
         """The command takes no setting that a recipe cannot hold, but it and what starts runs."""
         names = {flag.removeprefix("--") for flag in finetune_flags()}
@@ -231,6 +240,14 @@ class TestWrongValues:
         """A misspelt key is named together with what it may have meant."""
         with pytest.raises(RecipeError, match=r"bitz: no such key \(did you mean bits\?\)"):
             build({**ESSENTIALS, "bitz": 3})
+
+    def test_in_python_as_on_the_command_line(self):
+        """A Recipe that is made directly has the same errors, askewq's own."""
+        wanted = r"(?s)the settings cannot be used:.* bits: .* not 9.* bitz: no such key"
+        with pytest.raises(RecipeError, match=wanted):
+            Recipe(**ESSENTIALS, bits=9, bitz=3)
+        with pytest.raises(RecipeError, match="epochs does not go with max_steps"):
+            Recipe(**ESSENTIALS, epochs=3, max_steps=5)
 
     def test_all_errors_come_in_one_message(self):
         """Unknown keys, missing keys and wrong values are listed together, one a line."""

@@ -216,6 +216,7 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
     monkeypatch.setattr(contest.subprocess, "run", train)
     flags = "--tasks resnet20 --bits 1 --methods askewsgd --distill 0.5 --seeds 2 --jobs 1"
     paths = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results.jsonl")]
+    paths += ["--data", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["contest.py", *flags.split(), *paths])
     contest.main()
     trials = [f"trial-lr-{lr}" for lr in ("0.005", "0.01", "0.02", "0.014")]
