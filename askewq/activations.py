@@ -39,6 +39,12 @@ class RoundedInput(Mixin):
     input_scale: Tensor
     follows: Tensor | None = None
 
+    def _grids(self) -> dict[str, list[Any]]:
+        """Return what tells the grids of the weights and of the input apart, as plain values."""
+        grid = self.input_grid
+        weights: dict[str, list[Any]] = super()._grids()  # type: ignore[misc]  # of the mixin below
+        return {**weights, "input": [grid.bits, grid.first, grid.step]}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the layer makes of its rounded input, which is its first argument."""
         if not args:
@@ -187,14 +193,15 @@ def round_inputs(
         raise ModelError(f"the model rounds its inputs already ({next(iter(rounded))}).")
     with torch.no_grad(), _watched(model) as seen:
         run()
-    found = {name: sums if reduce is None else reduce(sums) for name, sums in seen.items()}
-    for name, sums in found.items():
+    if seen and reduce is not None:  # all at once: processes may have called other layers first
+        seen = dict(zip(seen, reduce(torch.stack([*seen.values()])), strict=True))
+    for name, sums in seen.items():
         if not sums.isfinite().all():
             raise ModelError(
                 f"the input of {name} holds NaN or infinite values in calibration, so that it has "
                 "no scale; look at the samples, or exclude the layer."
             )
-    signed = {name: bool(sums[4] > 0) for name, sums in found.items() if sums[2] > 0}
+    signed = {name: bool(sums[4] > 0) for name, sums in seen.items() if sums[2] > 0}
     if not signed:
         raise ModelError(
             "act_bits: no quantized layer was called with numbers but 0, so that there is no input "
@@ -202,7 +209,7 @@ def round_inputs(
         )
     attach_(model, act_bits, signed)
     for name, layer in rounded_layers(model).items():
-        layer.input_scale.copy_(scale_of(found[name], layer.input_grid))
+        layer.input_scale.copy_(scale_of(seen[name], layer.input_grid))
     return signed
 
 
@@ -217,22 +224,29 @@ def attach_(model: nn.Module, act_bits: ActBits, signed: dict[str, bool]) -> Non
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within the block, in evaluation mode, gather the moments of the layers' inputs, by name."""
-    seen: dict[str, Tensor] = {}
+    """Within the block, in evaluation mode, gather the moments of the layers' inputs, by name.
+
+    Layers that are not called have zeros, so that all are there, in the order of the model.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer) and takes_numbers(module)
+    }
+    seen = {name: torch.zeros(5, device=m.weight_scale.device) for name, m in layers.items()}
     modes = [(module, module.training) for module in model.modules()]
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs[_named_input(kwargs)]
             sums = torch.cat([moments(x), (x < 0).sum().float().view(1)])
-            seen[name] = seen[name] + sums if name in seen else sums
+            seen[name] += sums
 
         return hook
 
     hooks = [
         module.register_forward_pre_hook(watch(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer) and takes_numbers(module)
+        for name, module in layers.items()
     ]
     model.eval()
     try:

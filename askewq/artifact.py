@@ -16,7 +16,7 @@ from torch import nn
 
 from askewq import checkpoint, digest, disk, layers, trust
 from askewq import packed as packed_layers
-from askewq.errors import FormatError, ModelError, OutputError
+from askewq.errors import FormatError, ModelError
 from askewq.hf_models import cast_, load_processor, load_tokenizer
 from askewq.models import build
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
@@ -30,6 +30,8 @@ GENERATION = "generation_config.json"
 VERSION = 2
 # A config.json of version 1 has no digest; everything else is the same.
 WITHOUT_DIGEST = 1
+# Types that a network may be loaded in.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What decides which network is built, and how its inputs are prepared.
 _SEALED = ("source", "name", "task", "labels", "arguments", "preprocessing")
 LOAD_WITH = "import askewq, then AutoModelFor*.from_pretrained(folder) or askewq.load(folder)"
@@ -341,8 +343,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
                 "train a network in float32 (bf16 by autocast), and cast what was loaded; one in "
                 "float64 goes by model.float()."
             )
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; name a folder.")
+    disk.check_place(folder, "")
     if is_artifact(folder):
         raise FormatError(
             f"{folder} is an artifact of `askewq finetune`, whose config.json belongs to its "
@@ -385,8 +386,9 @@ def load(
         ModelError: no network as `model`, or no type as `dtype`.
     """
     folder = Path(folder)
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ModelError(f"dtype = {dtype!r} must be a torch.dtype, such as torch.bfloat16.")
+    if dtype is not None and dtype not in _DTYPES:
+        known = ", ".join(map(str, _DTYPES))
+        raise ModelError(f"dtype = {dtype!r} must be a torch.dtype, one of {known}.")
     if model is not None:
         _fill(model, checkpoint.read(folder / ARTIFACT), packed)
         return model.eval() if dtype is None else model.eval().to(dtype)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from PIL.Image import DecompressionBombError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from askewq import signals
 from askewq.columns import Columns
@@ -18,7 +18,7 @@ from askewq.data import OpenData, reading
 from askewq.errors import DataError
 from askewq.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 
-# Decoded images are kept in memory up to this many bytes (CIFAR-10 takes 150 MB).
+# Decoded images of a loader are kept in memory up to this many bytes (CIFAR-10 takes 150 MB).
 CACHE_BYTES = 2**30
 # What reading a sample raises that is damaged, or larger than Pillow decodes.
 UNREADABLE = (OSError, ValueError, DecompressionBombError)
@@ -105,7 +105,8 @@ class Images(Dataset[dict[str, Any]]):
         if pixels is None:
             pixels = self._decode(index)
             self._cached_bytes += pixels.nbytes
-            if self._cached_bytes <= CACHE_BYTES:
+            worker = get_worker_info()  # each has a cache of its own
+            if self._cached_bytes <= CACHE_BYTES // (worker.num_workers if worker else 1):
                 self._cache[index] = pixels
         made = {"pixel_values": pixels}
         return made if self._labels is None else {**made, "labels": self._labels[index]}
@@ -115,7 +116,15 @@ class Images(Dataset[dict[str, Any]]):
             image = self._split[index][self._column]
             return prepared_image(image, self._preprocessing)
         except UNREADABLE as error:
-            raise DataError(f"image {index} of the data set cannot be decoded: {error}") from error
+            raise DataError(f"{self._called(index)} cannot be decoded: {error}") from error
+
+    def _called(self, index: int) -> str:
+        """Return by what name a person finds an image: its file, or where it lies among all."""
+        import datasets
+
+        raw = self._split.cast_column(self._column, datasets.Image(decode=False))
+        path = raw[index][self._column]["path"]
+        return f"the image {path}" if path else f"image {index} of the {len(self)} of its split"
 
 
 class Texts(Dataset[dict[str, Any]]):

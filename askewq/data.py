@@ -183,8 +183,8 @@ def _check_order(train: Sequence[Any], evaluation: Sequence[Any], recipe: Recipe
     new = sum(count for label, count in judged.items() if label not in trained)
     if (len(judged) == 1 < len(trained) and judged.total() > 9) or 2 * new > judged.total():
         raise DataError(
-            f"--train-split {recipe.train_split!r} has {len(trained)} classes and --eval-split "
-            f"{recipe.eval_split!r} {len(judged)}: the rows are sorted by class. Shuffle them, or "
+            f"--train-split {recipe.train_split!r} has {len(trained)} classes and the evaluation "
+            f"split {len(judged)}: the rows are sorted by class. Shuffle them, or "
             "put images into the folders train/CLASS and test/CLASS."
         )
 
@@ -206,32 +206,36 @@ def _call_datasets(recipe: Recipe, split: str | None) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    name, arguments = _source(recipe)
+    with reading(recipe.dataset):
+        return datasets.load_dataset(name, split=split, streaming=recipe.streaming, **arguments)
+
+
+def _source(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """Return by what name and arguments datasets knows the data set."""
     path = Path(recipe.dataset)
-    arguments: dict[str, Any] = {"name": recipe.dataset_config, "split": split}
-    if recipe.streaming:
-        arguments["streaming"] = True
+    arguments: dict[str, Any] = {"name": recipe.dataset_config}
     looks_local = recipe.dataset.startswith((".", "/")) or path.suffix in _FILE_BUILDERS
     if looks_local and not path.exists():
         raise DataError(f"--dataset {recipe.dataset!r}: there is no such file or folder.")
-    with reading(recipe.dataset):
-        if path.is_file():
-            if path.suffix not in _FILE_BUILDERS:
-                raise DataError(
-                    f"--dataset {recipe.dataset!r}: files of type {path.suffix!r} are not read; "
-                    f"use one of {', '.join(_FILE_BUILDERS)}, or a folder."
-                )
-            if recipe.dataset_config is not None:
-                raise DataError(
-                    f"--dataset-config {recipe.dataset_config!r}: the file {recipe.dataset} has no "
-                    "configurations; leave it out."
-                )
-            arguments["data_files"] = glob.escape(str(path))
-            if path.suffix == ".tsv":
-                arguments |= _TSV
-            return datasets.load_dataset(_FILE_BUILDERS[path.suffix], **arguments)
-        if path.is_dir() and _most_files(path) == ".tsv":
+    if path.is_file():
+        if path.suffix not in _FILE_BUILDERS:
+            raise DataError(
+                f"--dataset {recipe.dataset!r}: files of type {path.suffix!r} are not read; use "
+                f"one of {', '.join(_FILE_BUILDERS)}, or a folder."
+            )
+        if recipe.dataset_config is not None:
+            raise DataError(
+                f"--dataset-config {recipe.dataset_config!r}: the file {recipe.dataset} has no "
+                "configurations; leave it out."
+            )
+        arguments["data_files"] = glob.escape(str(path))
+        if path.suffix == ".tsv":
             arguments |= _TSV
-        return datasets.load_dataset(str(path) if path.exists() else recipe.dataset, **arguments)
+        return _FILE_BUILDERS[path.suffix], arguments
+    if path.is_dir() and _most_files(path) == ".tsv":
+        arguments |= _TSV
+    return str(path) if path.exists() else recipe.dataset, arguments
 
 
 def _most_files(folder: Path) -> str:
@@ -309,22 +313,37 @@ def _eval_split(recipe: Recipe, splits: Any) -> Any:
     split = _split(recipe, splits, name, "--eval-split")
     if recipe.streaming:
         with reading(recipe.dataset):
-            split = _on_disk(split)
+            split = _on_disk(recipe, name, split)
         if len(split) == 0:
             raise DataError(f"--eval-split {name!r} of {recipe.dataset!r} is empty.")
     return split
 
 
-def _on_disk(stream: Any) -> Any:
-    """Return all samples of a stream as a split in datasets' cache: it is read again and again."""
-    import datasets
+def _on_disk(recipe: Recipe, name: str, stream: Any) -> Any:
+    """Return all samples of a stream as a split in datasets' cache: it is read again and again.
 
+    The next run, and every other process, finds the copy there while the data set's files are the
+    same.
+    """
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    source, arguments = _source(recipe)
+    builder = datasets.load_dataset_builder(source, **arguments)
+    read = [str(file) for files in builder.config.data_files.values() for file in files]
+    # The Hub's addresses name the commit.
+    states = [Path(file).stat() for file in read if Path(file).exists()]
+    versions = [(state.st_size, state.st_mtime_ns) for state in states]
+    known_by = [builder.name, builder.config_id, read, versions, name]
     features = stream.features or {}
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     for name in images:  # copied as they are, not decoded and encoded again
         stream = stream.cast_column(name, datasets.Image(decode=False))
     split = datasets.Dataset.from_generator(
-        _rows, gen_kwargs={"stream": stream}, features=stream.features
+        _rows,
+        gen_kwargs={"stream": stream},
+        features=stream.features,
+        fingerprint=Hasher.hash(known_by),
     )
     for name in images:
         split = split.cast_column(name, datasets.Image())

@@ -27,19 +27,31 @@ _PIECE = 2**20
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Give the place to write a file to; after the block it is at `path`, whole, for good."""
-    partial = path.with_name(path.name + PARTIAL)
+    """Give the place to write a file to; after the block it is at `path`, whole, for good.
+
+    The place is in a folder of its own, for safetensors writes under another name beside it first.
+    """
+    folder = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    partial = folder / path.name
     try:
         yield partial
+        _open_to_readers(partial, folder)
         sync(partial)
         partial.replace(path)
         sync(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_place(out: Path) -> None:
-    """Check that a folder may be made, or written to, under the name that --output gave.
+def _open_to_readers(path: Path, folder: Path) -> None:
+    """Let those read a new file whom its new folder lets in; safetensors has its owner alone."""
+    path.chmod(folder.stat().st_mode & 0o666)
+
+
+def check_place(out: Path, flag: str = "--output ") -> None:
+    """Check that a folder may be made, or written to, under the name that a flag gave.
 
     Raises:
         OutputError: a name that is too long, a file in its place or above it, no permission.
@@ -49,12 +61,12 @@ def check_place(out: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # a name that is too long
-        raise OutputError(f"--output {out}: {error.strerror}; name another folder.") from error
+        raise OutputError(f"{flag}{out}: {error.strerror}; name another folder.") from error
     nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():
-        raise OutputError(f"--output {out}: {nearest} is no folder; name another one.")
+        raise OutputError(f"{flag}{out}: {nearest} is no folder; name another one.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"--output {out}: {nearest} may not be written to; name another folder.")
+        raise OutputError(f"{flag}{out}: {nearest} may not be written to; name another folder.")
 
 
 def write(path: Path, text: str) -> None:
@@ -92,6 +104,8 @@ def appearing_folder(path: Path) -> Iterator[Path]:
 def publish(partial: Path, path: Path) -> None:
     """Sync a folder with all that is in it and rename it to `path`, an empty one or nothing."""
     for inner in partial.rglob("*"):
+        if inner.is_file():
+            _open_to_readers(inner, partial)
         sync(inner)
     sync(partial)
     if path.is_dir():

@@ -260,10 +260,10 @@ def _names_in(model: Any, names: list[str]) -> dict[str, str]:
 
 
 def _check_complete(model: Any, stored: checkpoint.Artifact, names: dict[str, str]) -> None:
-    """Check that nothing of the model is left for transformers to make up.
+    """Check that nothing of the model is left for transformers to make up, nor of the artifact out.
 
     Raises:
-        FormatError: naming what is missing.
+        FormatError: naming what is missing, of another shape, or in a head that the model has not.
     """
     scales = [tensor_name(name, "input_scale") for name in stored.inputs]
     given = {names[name] for name in (*stored.tensors, *stored.shared, *scales) if name in names}
@@ -273,10 +273,23 @@ def _check_complete(model: Any, stored: checkpoint.Artifact, names: dict[str, st
         if name in names
         for leaf in ("codes", "scale")
     }
-    missing = [n for n in model.state_dict() if n not in given and n not in inside]
+    state = model.state_dict()
+    shapes = {names[n]: tensor.shape for n, tensor in stored.tensors.items() if n in names}
+    if other := [name for name, shape in shapes.items() if state[name].shape != shape]:
+        raise FormatError(
+            f"{other[0]} is {list(shapes[other[0]])} in the artifact and "
+            f"{list(state[other[0]].shape)} in the model that was asked for."
+        )
+    missing = [n for n in state if n not in given and n not in inside]
     if missing:
         raise FormatError(
             f"the artifact has no {', '.join(missing[:5])} ({len(missing)} keys) for "
             f"{type(model).__name__}, and askewq makes no weights up; use the Auto class of the "
             "task that it was trained for."
+        )
+    over = [n for n in (*stored.tensors, *stored.weights, *stored.shared) if n not in names]
+    if over and model.base_model is not model:
+        raise FormatError(
+            f"the artifact has {', '.join(over[:5])}, and {type(model).__name__} has no place for "
+            "it; use the Auto class of the task that it was trained for."
         )

@@ -14,8 +14,10 @@ from askewq.spec import first_line, path_of
 from askewq.wording import width_name
 
 METRICS, CARD = "metrics.json", "README.md"
-# What an artifact and the preprocessing beside it consist of; folders are never pushed.
+# What an artifact and the preprocessing beside it consist of.
 _SUFFIXES = (".json", ".jinja", ".md", ".model", ".txt", ".yaml")
+# The one folder that is pushed: a tokenizer's chat templates beside the first.
+_TEMPLATES = "additional_chat_templates"
 
 
 def push(folder: Path, repo: str, *, private: bool = False, dry_run: bool = False) -> list[str]:
@@ -59,8 +61,8 @@ def _files(folder: Path) -> list[str]:
     if isinstance(preprocessing, TextPreprocessing):
         vocabulary = {*type(preprocessing.tokenizer).vocab_files_names.values()}
     return sorted(
-        path.name
-        for path in folder.iterdir()
+        str(path.relative_to(folder))
+        for path in (*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja"))
         if path.is_file()
         and (path in weights or path.name in vocabulary or path.suffix in _SUFFIXES)
     )

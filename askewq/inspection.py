@@ -64,6 +64,11 @@ def _spec(recipe: Recipe) -> ModelSpec:
     source = models.find_source(recipe.model)
     trust = recipe.trust_remote_code
     task = recipe.task or models.guess_task(recipe.model, source, trust_remote_code=trust)
+    if recipe.image_size is not None and source == "transformers":
+        raise RecipeError(
+            f"--image-size does not go with {recipe.model!r}, whose own config says the size of "
+            "its images, if it takes any; leave it out."
+        )
     return ModelSpec(source, recipe.model, task, (), {})
 
 

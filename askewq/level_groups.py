@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from askewq.layers import quantized_layers
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require a gradient."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 def level_groups(model: nn.Module, level_lr: float) -> list[dict[str, Any]]:
     """Return the quantized weights, updated in level spacings, and the other parameters.
 
     Of these, every one with two dimensions and more is a group of its own, updated in its `unit`.
     """
     latents = {id(layer.latent) for layer in quantized_layers(model).values()}
-    weights = [p for p in trainable(model) if id(p) in latents]
-    others = [p for p in trainable(model) if id(p) not in latents]
+    weights = [p for p in model.parameters() if id(p) in latents]
+    others = [p for p in model.parameters() if id(p) not in latents]
     matrices = [{"params": [p], "unit": _unit(p)} for p in others if p.dim() > 1]
     vectors = [p for p in others if p.dim() <= 1]
     return [{"params": weights, "lr": level_lr, "in_levels": True}, *matrices, {"params": vectors}]

@@ -56,6 +56,11 @@ class Rule:
     learns_scale: bool = False
     rescale: Callable[[Tensor, Grid], Tensor] | None = None
 
+    @property
+    def annealed(self) -> bool:
+        """Whether its coefficient follows the progress."""
+        return self.course is not _constant
+
 
 class _Straight(torch.autograd.Function):
     """Gives `value` forward, to the bit, and hands its gradient to `weight`, times `factor`."""

@@ -127,6 +127,10 @@ def load(
     if weights is not None:
         load_weights(loaded.model, weights)
     loaded.model.float()
+    # Each in memory of its own: where a mapped file begins decides how sums are made, and buffers
+    # that are views of one table are no longer so.
+    for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
+        tensor.data = tensor.data.clone()
     return loaded
 
 

@@ -29,7 +29,7 @@ from askewq.layers import (
     quantized_layers,
     quantized_modules,
 )
-from askewq.level_groups import in_units, level_groups, trainable
+from askewq.level_groups import in_units, level_groups
 from askewq.vocabulary import Pull
 
 # Below this many quantized weights the eager step costs less than compiling (10 to 20 s) saves.
@@ -41,6 +41,8 @@ PULLS: dict[Pull, dict[str, float]] = {
     "decoupled": {"alpha": 0.5, "clip": 0.1},
     "coupled": {"alpha": 5.0, "clip": 5.0},
 }
+# What torch's load_state_dict fills in where an older torch did not have it (2.7).
+_FILLED_IN = {"decoupled_weight_decay"}
 # Options of a parameter group that only torch's own step would heed.
 _TORCHS_OWN = ("maximize", "dampening", "amsgrad")
 
@@ -63,9 +65,9 @@ class _Skewed(torch.optim.Optimizer):
         """
         if hasattr(self, "closing") and any(group["in_levels"] for group in self.param_groups):
             raise RecipeError(
-                "with level_lr the parameter groups are made once, each with a unit of its own: "
-                "build the optimizer while all that is ever to train requires a gradient, and "
-                "freeze with requires_grad_(False) afterwards."
+                "with level_lr the parameter groups are made once, of all parameters, each with a "
+                "unit of its own: build the optimizer once the model is whole, and freeze and "
+                "unfreeze with requires_grad_."
             )
         if param_group.get("decoupled_weight_decay") is False:
             raise RecipeError(
@@ -171,7 +173,8 @@ class _Skewed(torch.optim.Optimizer):
         Raises:
             RecipeError: another optimizer gave it.
         """
-        if missing := [k for g in state_dict["param_groups"] for k in self.defaults.keys() - g]:
+        wanted = self.defaults.keys() - _FILLED_IN
+        if missing := [k for g in state_dict["param_groups"] for k in wanted - g.keys()]:
             raise RecipeError(
                 f"the state is not that of {type(self).__name__}: its parameter groups have no "
                 f"{', '.join(sorted({*missing}))}; load what the state_dict() of one gave."
@@ -369,9 +372,9 @@ class AskewSGD(_Skewed, torch.optim.SGD):
         pull: Pull | None = None,
         compile: bool | None = None,
     ) -> None:
-        trained = _checked(model, closing)
+        _check(model, closing)
         super().__init__(
-            trained if params is None else params,
+            model.parameters() if params is None else params,
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
@@ -425,7 +428,7 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
         pull: Pull | None = None,
         compile: bool | None = None,
     ) -> None:
-        trained = _checked(model, closing)
+        _check(model, closing)
         if level_lr is not None:
             if not 0 <= level_lr < math.inf:
                 raise RecipeError(f"level_lr = {level_lr} must be a finite number from 0.")
@@ -433,7 +436,7 @@ class AskewAdamW(_Skewed, torch.optim.AdamW):
                 raise RecipeError("level_lr makes the parameter groups itself; leave params out.")
             params = level_groups(model, level_lr)
         super().__init__(
-            trained if params is None else params,
+            model.parameters() if params is None else params,
             lr=lr,
             betas=betas,
             eps=eps,
@@ -476,8 +479,8 @@ def _as_rows(layer: QuantizedWeight, *tensors: Tensor) -> Iterator[list[Tensor]]
             tensor.copy_(layer.from_rows(part))
 
 
-def _checked(model: nn.Module, closing: Closing) -> list[nn.Parameter]:
-    """Return the parameters to train, after a check of what an optimizer is made of."""
+def _check(model: nn.Module, closing: Closing) -> None:
+    """Check what an optimizer is made of."""
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"the first argument is a {type(model).__name__}: pass the quantized model itself, "
@@ -488,7 +491,6 @@ def _checked(model: nn.Module, closing: Closing) -> list[nn.Parameter]:
             f"closing = {closing!r} is a {type(closing).__name__}; pass an askewq.Closing, such as "
             "askewq.Closing('staggered')."
         )
-    return trainable(model)
 
 
 def _knobs(like: Tensor, **numbers: float) -> dict[str, Tensor]:

@@ -41,6 +41,11 @@ def call_factory(name: str) -> nn.Module:
         model = factory()
     except ModelError:
         raise
+    except SystemExit as end:
+        raise ModelError(
+            f"{name} ended Python ({end.code}) while it was read; what a script does when it is "
+            'run belongs under if __name__ == "__main__".'
+        ) from end
     except Exception as error:
         raise ModelError(f"{name} failed: {type(error).__name__}: {error}") from error
     finally:

@@ -131,9 +131,9 @@ class PackedLayer(Mixin):
 class PackedEmbedding(PackedLayer):
     """Mixin of an nn.Embedding, which unpacks the rows that it looks up and no others."""
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """Return the rows of the dense weight."""
-        return self.packed.rows(indices)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of the dense weight that the indices name."""
+        return self.packed.rows(input)
 
 
 def attach_(slot: Slot, packed: PackedTensor) -> None:
@@ -152,8 +152,10 @@ def attached(layer: nn.Module) -> tuple[str, ...]:
 
 def seal_(layer: nn.Module) -> None:
     """Let a layer unpack its attached weights from now on, in place."""
+    leaves = attached(layer)
     looks_up = type(layer).forward is nn.Embedding.forward
-    mix_(layer, PackedEmbedding if looks_up else PackedLayer, attached(layer))
+    by_row = all(cast(PackedTensor, layer._modules[leaf]).channel_dim == 0 for leaf in leaves)
+    mix_(layer, PackedEmbedding if looks_up and by_row else PackedLayer, leaves)
 
 
 def unpack_(model: nn.Module) -> None:

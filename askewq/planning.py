@@ -89,6 +89,7 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
         group_size=recipe.group_size,
         include=recipe.include,
         exclude=recipe.exclude,
+        act_bits=recipe.act_bits,
     )
     budget = code_budget(loaded.model, uniform, settings)
     found = _find(calibration, settings, loaded, loader, uniform)
@@ -144,6 +145,7 @@ def _check(recipe: Recipe, settings: Settings) -> None:
             "imported: pip install 'askewq[plan]'."
         )
     out = recipe.output
+    disk.check_place(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(
             f"--output {out} exists, and a plan replaces nothing; name another folder."
@@ -225,6 +227,9 @@ def bytes_beside_codes(model: nn.Module, uniform: Plan) -> int:
     # and its entry in the manifest.
     header = 400 + sum(len(name) + 96 for name in state)
     packed = sum(2 * len(layer.label) + 272 for layer in uniform.quantized)
+    # A rounded input has a scale, its name twice in the header, and an entry.
+    inputs = [layer.label for layer in uniform.quantized if layer.act_bits != "none"]
+    packed += sum(3 * len(label) + 200 for label in inputs)
     return uniform.predicted_bytes - codes + buffers + header + packed
 
 

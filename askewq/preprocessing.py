@@ -5,6 +5,7 @@ batch of those to the network's input (cheap and vectorised).
 """
 
 import functools
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Tokens of a text, where neither the user nor the tokenizer sets a lower limit.
 DEFAULT_LENGTH = 512
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")  # timm's
+# What a stranger's config may ask for: beyond it an image would fill the memory.
+LARGEST_SIDE = 2**13
+LEAST_CROP = 0.1
 
 
 class Preprocessing(Protocol):
@@ -120,8 +125,20 @@ class ImagePreprocessing:
             )
             if len(restored.mean) != len(restored.std) or len(restored.mean) not in (1, 3):
                 raise ValueError("mean and std must have one value each, or three")
+            if not all(math.isfinite(n) for n in (*restored.mean, *restored.std)):
+                raise ValueError("mean and std must be numbers")
             if not min(restored.std) > 0:
                 raise ValueError("std must be above 0")
+            if size is not None and not (
+                isinstance(size, list | tuple)
+                and len(size) == 2
+                and all(type(n) is int and 0 < n <= LARGEST_SIDE for n in size)
+            ):
+                raise ValueError(f"size must be null or two numbers from 1 to {LARGEST_SIDE}")
+            if not LEAST_CROP <= restored.crop_pct <= 1:
+                raise ValueError(f"crop_pct must be {LEAST_CROP} to 1")
+            if restored.crop_mode not in CROP_MODES:
+                raise ValueError(f"crop_mode must be one of {', '.join(CROP_MODES)}")
             if restored.interpolation not in INTERPOLATIONS:
                 raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}")
             _transform(restored)

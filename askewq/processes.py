@@ -176,15 +176,19 @@ def is_sharded(accelerator: Any) -> bool:
     return bool(accelerator.is_fsdp2)
 
 
-def expect(accelerator: Any, model: Any) -> None:
-    """Prepare DDP for parameters to which a first backward pass brought no gradient, and drop it.
+def expect(accelerator: Any, model: Any, *, always: bool) -> None:
+    """Prepare DDP for parameters to which a backward pass brings no gradient; drop the first one's.
 
-    It would wait for theirs otherwise; looking for them costs time, so only where there are some.
+    It would wait for theirs otherwise, without end; looking for them costs time.
+
+    Args:
+        always: not only where the first backward pass of any process left some out, for a network
+            that may choose its layers batch by batch.
     """
     from accelerate import DistributedDataParallelKwargs
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    if any(p.grad is None for p in trained):
+    if anyone(accelerator, int(always or any(p.grad is None for p in trained))):
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     model.zero_grad()
 

@@ -45,19 +45,26 @@ def _register(module: ModuleType) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds one module, once, as it would be found anyway, and registers after its import."""
+    """Finds one module as it would be found anyway, and registers after its import."""
+
+    _asks = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != REGISTER:
+        if name != REGISTER or self._asks:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asks = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asks = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 execute(module)
                 _register(module)
 

@@ -18,6 +18,7 @@ from askewq.layers import (
     follow_,
     quantized_layers,
     quantized_modules,
+    uncompiled,
 )
 from askewq.methods import RIVALS, check_bits, check_strength, quantize_gradient
 from askewq.vocabulary import Method
@@ -66,10 +67,18 @@ class Follower:
             raise ModelError(
                 "the model has no quantized layer; call askewq.quantize(model, bits=2) first."
             )
+        if self._rule.learns_scale and isinstance(
+            uncompiled(model), nn.parallel.DistributedDataParallel
+        ):
+            raise ModelError(
+                f"the model is in DistributedDataParallel, which does not know the scales that "
+                f"{method} learns; make the Follower of model.module, and wrap it afterwards."
+            )
         for layer in self._layers:
             check_bits(method, layer.grid.bits)
             layer.check_precision()
         self._modules = quantized_modules(model)
+        self._attached: list[torch.optim.Optimizer] = []
         if gradient_bits is not None:
             _round_gradients(self._modules, gradient_bits)
         follow_(model, self._rule)
@@ -95,8 +104,18 @@ class Follower:
                 "the method learns the scales, and the optimizer does not have them: the Follower "
                 "made them parameters of the model; build the optimizer after it."
             )
+        self._attached.append(optimizer)
+        self._hook(optimizer)
+
+    def _hook(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_pre_hook(self._check)
         optimizer.register_step_post_hook(self._settle)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, made together with model and optimizer: torch copies no hooks."""
+        self.__dict__.update(state)
+        for optimizer in self._attached:
+            self._hook(optimizer)
 
     def _check(self, *_: Any) -> None:
         check_rule(self._modules, self._rule)
@@ -121,10 +140,10 @@ class Follower:
             RecipeError: it is no share, such as a number of steps.
         """
         check_progress(progress)
-        annealed = progress > 0 or self._rule.strength is None
+        waits = self._rule.annealed and progress == 0
         for module in self._modules:
             module.strength = self._rule.course(self._final, min(progress, 1.0))
-            module.untouched = None if annealed else id(module)
+            module.untouched = id(module) if waits else None
 
     def shown(self, progress: float) -> dict[str, float]:
         """Return what the progress bar shows: the method's coefficient, if it has one."""

@@ -23,6 +23,7 @@ from askewq import (
     choices,
     contradictions,
     described,
+    digest,
     disk,
     distill,
     layers,
@@ -158,12 +159,12 @@ class _Run:
 
     def _made_of(self) -> dict[str, Any]:
         """Return what the files behind the recipe decide, which it does not say itself."""
-        teacher = self.recipe.teacher_weights
+        teacher = self.teacher and self.teacher.model.state_dict()
         return {
             "steps": self.steps,
             "training samples": None if self.recipe.streaming else len(self.data.train),
             "evaluation samples": len(self.data.eval),
-            "SHA-256 of teacher_weights": teacher and disk.sha256_of(teacher),
+            "SHA-256 of the teacher": teacher and digest.of_weights("", teacher),
         }
 
     def _checkpoint(self, made_of: dict[str, Any]) -> Path | None:
@@ -215,7 +216,7 @@ class _Run:
             check_length(self.model, spec, batch, length)
         if several and logits.requires_grad:
             logits.sum().backward()
-            processes.expect(self.accelerator, self.model)
+            processes.expect(self.accelerator, self.model, always=spec.source == "module")
         distill.check(self.recipe, self.loaded, self.teacher, batch, logits)
         if self.teacher is not None and length is not None:
             check_length(self.teacher.model, self.teacher.spec, batch, length, "teacher")
@@ -246,7 +247,15 @@ class _Run:
         """Evaluate, wrap the model, and evaluate plain rounding."""
         recipe = self.recipe
         if self.loop.progress.full_precision is None:
-            self.loop.progress.full_precision = self.loop.evaluate().value
+            start = self.loop.evaluate()
+            if not math.isfinite(start.loss):
+                raise DivergenceError(
+                    f"in full precision, before any low-bit step, the loss on the evaluation split "
+                    f"is {start.loss}; look at the model's weights and at the samples of "
+                    f"{recipe.eval_split or 'that split'}, some of which the network does not "
+                    "stand."
+                )
+            self.loop.progress.full_precision = start.value
         # Of a run that goes on from there, weights and scales are in the checkpoint.
         trained = self.loop.progress.phase in (LOW_BIT, POLISH)
         wrap.apply(self.model, self.plan, fit=not trained)

@@ -81,7 +81,8 @@ def check_arguments(arguments: Any, path: str) -> None:
     """
     if isinstance(arguments, dict):
         kind, name = arguments.get("model_type"), str(arguments.get("backbone"))
-        if kind == "timm_wrapper" or (kind == "timm_backbone" and {*"/:"} & {*name}):
+        elsewhere = kind == "timm_backbone" and {*"/:"} & {*name}
+        if kind == "timm_wrapper" or elsewhere or _fetches_backbone(arguments):
             raise FormatError(f"{path}: a {kind} may be read from elsewhere, and is not built.")
     pairs = arguments.items() if isinstance(arguments, dict) else enumerate(arguments)
     for key, value in pairs:
@@ -89,6 +90,16 @@ def check_arguments(arguments: Any, path: str) -> None:
             raise FormatError(f"{path}: {key} = {value!r} would run code from the Hub.")
         if isinstance(value, dict | list):
             check_arguments(value, path)
+
+
+def _fetches_backbone(arguments: dict[str, Any]) -> bool:
+    """Tell whether transformers would look up a network's part by a name that its config gives."""
+    if arguments.get("backbone") is None or arguments.get("backbone_config") is not None:
+        return False
+    from transformers import CONFIG_MAPPING
+
+    kind = arguments.get("model_type")
+    return kind in CONFIG_MAPPING and "backbone_config" in CONFIG_MAPPING[kind].sub_configs
 
 
 def is_inside(name: Any) -> bool:

@@ -70,8 +70,9 @@ def plan(
             no row.
     """
     for key, given in (("include", include), ("exclude", exclude)):
-        if isinstance(given, str):
-            raise RecipeError(f"{key} = {given!r} must be a list of patterns: [{given!r}].")
+        if given is None or isinstance(given, str):
+            example = [given] if given else []
+            raise RecipeError(f"{key} = {given!r} must be a list of patterns: {example!r}.")
     if bits_override and not isinstance(bits_override, Mapping):
         raise RecipeError(
             f"bits_override = {bits_override!r} must name the bits of patterns: {{'layer4.*': 4}}."
@@ -325,8 +326,12 @@ def _main(module: nn.Module) -> list[str]:
     return leaves_of(module) or ["weight" if "weight" in named else next(iter(named))]
 
 
+# The parts of a weight that a hook or a parametrization makes, such as weight_norm's.
+_MADE_OF = {"weight_v", "weight_orig", "original", "original0", "original1"}
+
+
 def _has_matrix(module: nn.Module) -> bool:
-    weights = {"weight", *leaves_of(module)}
+    weights = {"weight", *_MADE_OF, *leaves_of(module)}
     return any(p.dim() > 1 for n, p in module.named_parameters(recurse=False) if n in weights)
 
 

@@ -52,6 +52,7 @@ from askewq.methods import RIVALS
 AGAIN = 0.5  # how far, in points, a run with the same seed may end from another machine's
 DIVERGED = ("the loss is", "the weights are not finite")  # what such a run ends with
 TEACHING = threading.Lock()
+STOPPED = threading.Event()  # no run begins after it
 
 
 class Results:
@@ -175,6 +176,8 @@ def make(
     command = [*run.command(arguments.data, output, weights), "--overwrite"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     log = folder.with_name(f"{folder.name}.log")
+    if STOPPED.is_set():
+        return
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
     if done.returncode == 0:
@@ -305,9 +308,13 @@ def main() -> None:
         low_bit = [entry for entry in listed if not entry.full]
         starts = {replace(e, trial=trial).start() for e in listed for trial in (True, False)}
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda run: make(run, results, arguments, True), starts - {None}))
-            for some in (full, low_bit):  # what full precision chooses is the teacher's rate
-                list(pool.map(lambda entry: compete(entry, results, arguments), some))
+            try:
+                list(pool.map(lambda run: make(run, results, arguments, True), starts - {None}))
+                for some in (full, low_bit):  # what full precision chooses is the teacher's rate
+                    list(pool.map(lambda entry: compete(entry, results, arguments), some))
+            except KeyboardInterrupt:
+                STOPPED.set()
+                raise
     table(results, arguments)
     for (task, bits, steps), (points, tied) in resolution(results, arguments).items():
         print(

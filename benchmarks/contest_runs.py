@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ BESIDE_LEVELS = (
     "binaryconnect, adamw",
     "binaryrelax, adamw",
 )
+ASSEMBLING = threading.Lock()
 WIDTHS = ("1", "ternary", "2", "4")
 HALF_INTEGER = ("2", "4")  # where the contest has that grid
 METHODS = [FULL, *FORMS, *RIVALS, PARQ]
@@ -190,14 +192,15 @@ class Run:
 def assembled(folder: Path) -> Path:
     """Return the start of a text task as a Hugging Face folder, made of a finished run."""
     place = folder / "huggingface"
-    if not place.is_dir():
-        partial = folder / "partial"
-        shutil.copytree(minilm_folder(), partial, dirs_exist_ok=True)
-        config = json.loads((partial / "config.json").read_text())
-        config |= {"architectures": ["BertForSequenceClassification"]}
-        config |= {"id2label": {"0": "negative", "1": "positive"}}
-        config |= {"label2id": {"negative": 0, "positive": 1}}
-        (partial / "config.json").write_text(json.dumps(config))
-        shutil.copy(folder / WEIGHTS, partial / "model.safetensors")
-        partial.replace(place)
+    with ASSEMBLING:
+        if not place.is_dir():
+            partial = folder / "partial"
+            shutil.copytree(minilm_folder(), partial, dirs_exist_ok=True)
+            config = json.loads((partial / "config.json").read_text())
+            config |= {"architectures": ["BertForSequenceClassification"]}
+            config |= {"id2label": {"0": "negative", "1": "positive"}}
+            config |= {"label2id": {"negative": 0, "positive": 1}}
+            (partial / "config.json").write_text(json.dumps(config))
+            shutil.copy(folder / WEIGHTS, partial / "model.safetensors")
+            partial.replace(place)
     return place

@@ -151,6 +151,27 @@ def fails():
     raise OSError("no such luck")
 
 
+def exits():
+    raise SystemExit(2)
+
+
+class Routed(nn.Module):  # one of two layers, chosen batch by batch
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(3 * 8 * 8, 12)
+        self.paths = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)
+        path = self.paths[int(x.mean() > 0) if self.training else 0]
+        return self.head(path(self.stem(x).relu()).relu())
+
+
+def routed():
+    return Routed()
+
+
 def expanded():
     layers = nn.Sequential(*_layers(3, 3))
     layers[2].register_buffer("gains", torch.ones(8).expand(4, 8))

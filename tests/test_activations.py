@@ -236,6 +236,46 @@ class TestCalibration:
         assert scales[0] == float(scale_of(moments(x), input_grid(4, signed=True)))
         assert scales[1:] == pytest.approx(scales[:1] * 2)
 
+    def test_the_order_of_the_calls_does_not_matter(self):
+        """Processes that call other layers, or in another order, add up the sums of the same."""
+
+        def calibrated(order: list[int], other: list[int]) -> dict[str, float]:
+            model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+            askewq.quantize(model, 2, include=["*"])
+            sent: list[torch.Tensor] = []
+            twin = copy.deepcopy(model)
+
+            def run(model: nn.Module, calls: list[int]) -> None:
+                for i in calls:
+                    model[i](inputs[i])
+
+            askewq.round_inputs(
+                twin, 4, lambda: run(twin, other), reduce=lambda sums: sent.append(sums) or sums
+            )
+            askewq.round_inputs(
+                model, 4, lambda: run(model, order), reduce=lambda sums: sums + sent.pop()
+            )
+            return {n: float(layer.input_scale) for n, layer in rounded_layers(model).items()}
+
+        inputs = [torch.randn(5, 6) * 4**i for i in range(3)]
+        alike = calibrated([0, 1, 2], [0, 1, 2])
+        assert calibrated([0, 1, 2], [2, 1, 0]) == alike
+        assert calibrated([0, 1], [2, 0, 1]) == pytest.approx(alike)
+
+    @pytest.mark.parametrize(("bits", "negative"), [(2, True), (4, False)])
+    def test_a_state_dict_says_the_levels_of_inputs(self, bits, negative):
+        """Other bits, or another sign, are another network with the same tensors."""
+        models = []
+        for width, low in ((4, True), (bits, negative)):
+            model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+            askewq.quantize(model, 2, include=["1"])
+            x = torch.randn(5, 6)
+            askewq.round_inputs(model, width, lambda m=model, x=x, n=low: m[1](x if n else x.abs()))
+            models.append(model)
+        models[0].load_state_dict(copy.deepcopy(models[0]).state_dict())
+        with pytest.raises(RuntimeError, match=r"'1' was trained on the levels .*'input': \[4, -8"):
+            models[1].load_state_dict(models[0].state_dict())
+
     def test_only_quantized_layers(self):
         """First and last layer keep float weights and float inputs."""
         assert list(rounded_layers(rounded(include=["3"]))) == ["3"]

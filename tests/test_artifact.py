@@ -200,7 +200,7 @@ class TestSave:
         network = self.trained()
         askewq.snap_(network)
         (tmp_path / "file").write_text("mine")
-        with pytest.raises(OutputError, match="file is a file; name a folder"):
+        with pytest.raises(OutputError, match="file is no folder; name another one"):
             askewq.save(network, tmp_path / "file")
         with torch.no_grad():
             network[2].weight[0] = float("nan")
@@ -245,6 +245,10 @@ class TestSave:
             (
                 lambda network, path: askewq.load(path, model=network, dtype="bfloat16"),
                 r"must be a torch\.dtype",
+            ),
+            (
+                lambda network, path: askewq.load(path, model=network, dtype=torch.int8),
+                r"torch\.int8 must be a torch\.dtype, one of torch\.float32",
             ),
         ],
     )

@@ -3,8 +3,10 @@
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import builders
+import datasets
 import numpy as np
 import pyarrow
 import pytest
@@ -501,6 +503,13 @@ class TestPreprocessing:
             {"crop_pct": "all"},
             {"size": [8, 8], "crop_pct": 1e-310},
             {"size": [float("inf"), 32]},
+            {"size": [-5, 3]},
+            {"size": [100_000, 100_000]},
+            {"size": "32"},
+            {"size": [8, 8], "crop_pct": 1e-4},
+            {"size": [8, 8], "crop_pct": float("inf")},
+            {"size": [8, 8], "crop_mode": "x"},
+            {"mean": [float("nan")] * 3},
             {"std": [0.0, 1.0, 1.0]},
             {"mean": [0.5]},
             {"interpolation": "magic"},
@@ -565,7 +574,7 @@ class TestBatches:
                 path.write_bytes(b"no picture")
         source = recipe(tmp_path)
         _, evaluation = loaders(source, open_data(source, IMAGES), plain())
-        with pytest.raises(DataError, match="image 0 "):
+        with pytest.raises(DataError, match=r"the image .*/test/class0/x\.png cannot be decoded"):
             next(iter(evaluation))
 
     def test_texts_are_padded_within_a_batch(self):
@@ -718,8 +727,35 @@ class TestBatches:
             builders.write_images(tmp_path / f"{split}.parquet", COLOURED)
         source = recipe(tmp_path)
         _, evaluation = loaders(source, open_data(source, IMAGES), plain())
-        with pytest.raises(DataError, match=r"image 0 of the data set cannot be decoded.*pixels"):
+        wanted = r"image 0 of the 6 of its split cannot be decoded.*pixels"
+        with pytest.raises(DataError, match=wanted):
             list(evaluation)
+
+    def test_workers_share_the_memory_for_images(self, monkeypatch):
+        """Each keeps decoded images of its own."""
+        source = recipe(builders.image_parquet())
+        opened = open_data(source, IMAGES)
+        kept = {}
+        for workers in (None, 4):
+            info = workers and SimpleNamespace(num_workers=workers)
+            monkeypatch.setattr(batches, "get_worker_info", lambda info=info: info)
+            samples = batches.Images(opened.train, "image", None, plain())
+            monkeypatch.setattr(batches, "CACHE_BYTES", 12 * samples[0]["pixel_values"].nbytes)
+            for i in range(len(samples)):
+                samples[i]
+            kept[workers] = len(samples._cache)
+        assert kept == {None: 12, 4: 3}
+
+    def test_a_streamed_evaluation_is_copied_once(self, tmp_path, monkeypatch):
+        """The next run finds the copy, as long as the files are the same."""
+        cache = tmp_path / "cache"
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        for images, copies in ((COLOURED, 1), (None, 1), (COLOURED[2:], 2)):
+            for split in ("train", "test") if images else ():
+                builders.write_images(tmp_path / "d" / f"{split}.parquet", images)
+            found = opened(tmp_path / "d", IMAGES, streaming=True, max_steps=1)
+            assert len(found.eval) == len(images or COLOURED)
+            assert len([*cache.glob("generator/*")]) == copies
 
     def test_evaluation_alone(self):
         """An artifact's evaluation opens one split and has no training loader."""

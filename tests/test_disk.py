@@ -57,6 +57,29 @@ class TestAppearing:
         assert path.read_text() == "old"
         assert files(tmp_path) == {"a.txt"}
 
+    @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+    def test_those_may_read_it_whom_the_umask_lets(self, tmp_path, umask, mode):
+        """Safetensors writes files for their owner alone; beside others those would be lost."""
+        before = os.umask(umask)
+        try:
+            with disk.appearing(tmp_path / "a.safetensors") as partial:
+                save_file({"x": torch.ones(3)}, partial)
+                assert files(tmp_path) == {"a.safetensors.partial/a.safetensors"}
+            with disk.appearing_folder(tmp_path / "b") as folder:
+                (folder / "c").mkdir()
+                save_file({"x": torch.ones(3)}, folder / "c" / "d.safetensors")
+        finally:
+            os.umask(before)
+        for path in (tmp_path / "a.safetensors", tmp_path / "b" / "c" / "d.safetensors"):
+            assert path.stat().st_mode & 0o777 == mode
+
+    def test_what_a_killed_process_left_is_replaced(self, tmp_path):
+        """Whatever it is called, for it lies in a folder of a known name."""
+        (tmp_path / "a.partial").mkdir()
+        (tmp_path / "a.partial" / ".tmpX").write_text("x")
+        disk.write(tmp_path / "a", "new")
+        assert files(tmp_path) == {"a"}
+
     def test_everything_is_synced_before_and_after_the_rename(self, tmp_path, monkeypatch):
         """First the content, then the name, then the folder of the name."""
         calls = []
@@ -78,7 +101,7 @@ class TestAppearing:
         monkeypatch.setattr(os, "rename", renamed(real_rename))
         monkeypatch.setattr(os, "replace", renamed(real_replace))
         disk.write(tmp_path / "a.txt", "x")
-        assert calls == ["/a.txt.partial", "rename", ""]
+        assert calls == ["/a.txt.partial/a.txt", "rename", ""]
         calls.clear()
         (tmp_path / "b.partial").mkdir()
         (tmp_path / "b.partial" / "c").write_text("x")

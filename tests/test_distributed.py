@@ -309,6 +309,17 @@ class TestCounting:
         expected = [closing.radius((i + 1) / steps) for i in range(steps)]
         assert all(one["steps"][:steps] == expected for one in found)
 
+    def test_layers_that_are_chosen_batch_by_batch(self, data, tmp_path):
+        """DDP waits for no gradient that never comes, whatever the first batch used."""
+
+        def body(process: int) -> None:
+            given = uneven(data, model=builders.own("routed"), max_steps=6, lr=1e-3)
+            finetune("own", tmp_path / "out", **given)
+
+        for outcome in together(2, body, tmp_path):
+            assert outcome.code == 0, outcome.err[-3000:]
+        assert metrics(tmp_path / "out")["steps"] == 6
+
     def test_fewer_samples_than_processes(self, data, tmp_path, monkeypatch):
         """A process without a sample is refused, before anything is written."""
         monkeypatch.setattr(train, "loaders", lambda r, d, p, n: batches.loaders(r, d, p, 46))

@@ -360,6 +360,19 @@ class TestRefusals:
         with pytest.raises(FormatError, match="makes no weights up"):
             transformers.AutoModelForSequenceClassification.from_pretrained(finished("llama")[0])
 
+    def test_a_head_of_another_task(self):
+        """One with the same names, that would leave a part of the artifact out."""
+        with pytest.raises(FormatError, match=r"bert\.pooler.* has no place for"):
+            transformers.AutoModelForTokenClassification.from_pretrained(finished("bert")[0])
+
+    def test_a_head_of_another_size(self):
+        """It is refused, also where transformers would draw a new one."""
+        auto = transformers.AutoModelForSequenceClassification
+        with pytest.raises(
+            FormatError, match=r"classifier\.\w+ is \[.*in the model that was asked"
+        ):
+            auto.from_pretrained(finished("bert")[0], num_labels=5, ignore_mismatched_sizes=True)
+
     def test_a_lost_weight(self, tmp_path):
         """A file that lacks a weight of the network is refused by name."""
         folder = copy_of("bert", tmp_path)

@@ -1,5 +1,6 @@
 """Each method against its published equations: scalar loops, brute force over a fine line."""
 
+import copy
 import functools
 import math
 import pickle
@@ -462,6 +463,39 @@ class TestFollower:
         optimizer.step()
         assert (model[1].weight_scale > 0).all()
 
+    def test_learned_scales_are_not_ddps(self, tmp_path):
+        """DDP, which was there before them, would let every process learn its own."""
+        model = small()
+        askewq.quantize(model, 2)
+        store = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
+        try:
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+            with pytest.raises(ModelError, match=r"Follower of model\.module, and wrap it after"):
+                rivals.Follower(wrapped, "lsq")
+            rivals.Follower(wrapped, "binaryconnect")
+        finally:
+            torch.distributed.destroy_process_group()
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda all: pickle.loads(pickle.dumps(all))])
+    def test_a_copy_goes_on_as_the_original(self, copied):
+        """Model, optimizer and Follower together: torch copies no hooks of an optimizer."""
+        model = small()
+        askewq.quantize(model, 2)
+        follower = rivals.Follower(model, "projected-gradient")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        follower.attach(optimizer)
+        other, its_optimizer, _ = copied((model, optimizer, follower))
+        x = torch.randn(5, 8)
+        for network, trains in ((model, optimizer), (other, its_optimizer)):
+            network[1](x).square().sum().backward()
+            trains.step()
+        assert torch.equal(other[1].latent, model[1].latent)
+        assert other[1].is_snapped() is False  # it follows its method
+        assert torch.equal(
+            other[1].latent, other[1].grid.snap(other[1].latent, other[1].weight_scale)
+        )
+
     def test_an_optimizer_without_the_learned_scales_is_refused(self):
         """Built before the Follower it would train the weights and leave the scales."""
         model = small()
@@ -516,7 +550,9 @@ class TestFollower:
         with pytest.raises(RecipeError, match=r"no share of the training steps.*\(i \+ 1\) / n"):
             follower.anneal(progress)
 
-    @pytest.mark.parametrize(("method", "warns"), [("binaryrelax", True), ("lsq", False)])
+    @pytest.mark.parametrize(
+        ("method", "warns"), [("binaryrelax", True), ("adaste", True), ("lsq", False)]
+    )
     def test_snapping_what_was_never_annealed_warns(self, method, warns):
         """For then the method never acted; one without a course acts from the start."""
         model = small()

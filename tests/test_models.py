@@ -436,6 +436,7 @@ class TestOwnModules:
         [
             ("smal", ["no function 'smal'", "did you mean small?", "ten_classes"]),
             ("fails", ["OSError", "no such luck"]),
+            ("exits", ["ended Python (2)", 'if __name__ == "__main__"']),
             ("text", ["returned a str"]),
             ("expanded", ["'2.gains'", "was expanded", ".clone()"]),
         ],
@@ -445,6 +446,14 @@ class TestOwnModules:
         with pytest.raises(ModelError) as caught:
             own(factory)
         assert all(word in str(caught.value) for word in words)
+
+    @pytest.mark.parametrize("kind", ["bert", "gpt2", "timm", "own"])
+    def test_every_tensor_has_memory_of_its_own(self, kind):
+        """Not a mapped file's, where an odd place makes sums other than a reloaded network's."""
+        model = builders.untrained(kind).model
+        tensors = [*model.parameters(), *model.buffers()]
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+        assert all(t.data_ptr() % 64 == 0 for t in tensors)
 
     def test_tied_weights_under_one_name(self, tmp_path):
         """As safetensors' save_model writes them; a weight that is really missing is named."""

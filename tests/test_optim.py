@@ -491,13 +491,11 @@ def test_a_group_added_later_is_trained():
 
 
 def test_only_the_given_parameters_are_trained():
-    """Parameters that are not in `params`, or that need no gradient, stay as they are."""
+    """Parameters that are not in `params` stay as they are."""
     _, twin = network()
-    twin[0].weight.requires_grad_(False)
-    frozen, params = twin[0].weight, [twin[2].weight, twin[4].bias]
-    assert all(p is not frozen for p in AskewSGD(twin, lr=0.1).param_groups[0]["params"])
-    before = [p.detach().clone() for p in twin.parameters()]
+    params = [twin[2].weight, twin[4].bias]
     optimizer = AskewSGD(twin, lr=0.1, params=params)
+    before = [p.detach().clone() for p in twin.parameters()]
     give_gradients([twin], 0)
     optimizer.step()
     changed = [not torch.equal(p, b) for p, b in zip(twin.parameters(), before, strict=True)]
@@ -552,6 +550,42 @@ def test_what_only_torchs_step_would_do_is_refused(option):
     optimizer = AskewAdamW(twin, params=list(twin[2].parameters()))
     with pytest.raises(RecipeError, match=f"{option} = True"):
         optimizer.add_param_group({"params": list(twin[4].parameters()), option: True})
+
+
+@pytest.mark.parametrize("level_lr", [None, 0.01])
+def test_a_layer_that_is_unfrozen_later_trains(level_lr):
+    """As with torch's optimizers, which have every parameter from the start."""
+    _, twin = network()
+    twin[2].requires_grad_(False)
+    frozen = [parameter for parameter in twin.parameters() if not parameter.requires_grad]
+    assert twin[2].latent in {*frozen}
+    optimizer = AskewAdamW(twin, lr=0.1, level_lr=level_lr)
+    before = [parameter.clone() for parameter in frozen]
+    for unfrozen in (False, True):
+        give_gradients([twin], 0)
+        twin[2].requires_grad_(unfrozen)
+        for parameter in frozen:
+            parameter.grad = parameter.grad if unfrozen else None
+        optimizer.anneal(0.5)
+        optimizer.step()
+        moved = [not torch.equal(now, then) for now, then in zip(frozen, before, strict=True)]
+        assert moved == [unfrozen] * len(frozen)
+
+
+def test_the_state_of_an_older_torch_is_taken():
+    """Before 2.7 AdamW's groups had no decoupled_weight_decay; torch's own loading fills it in."""
+    _, twin = network()
+    optimizer = AskewAdamW(twin, lr=0.1)
+    optimizer.anneal(0.25)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group.pop("decoupled_weight_decay", None)
+    _, other = network()
+    again = AskewAdamW(other, lr=0.3)
+    again.load_state_dict(state)
+    assert (again.param_groups[0]["lr"], again.param_groups[0]["progress"]) == (0.1, 0.25)
+    give_gradients([other], 0)
+    again.step()
 
 
 def test_the_state_of_another_optimizer_is_refused():
@@ -1315,10 +1349,10 @@ class TestWhatItIsGiven:
         model = nn.Sequential(spread(nn.Linear(4, 4), make_grid(2, "integer")), nn.Linear(4, 2))
         model[1].requires_grad_(False)
         optimizer = AskewAdamW(model, level_lr=0.01)
-        with pytest.raises(RecipeError, match="freeze with requires_grad_"):
-            optimizer.add_param_group({"params": list(model[1].parameters())})
-        other = AskewAdamW(model, lr=0.01)
-        other.add_param_group({"params": list(model[1].parameters())})
+        new = list(nn.Linear(2, 2).parameters())
+        with pytest.raises(RecipeError, match="freeze and unfreeze with requires_grad_"):
+            optimizer.add_param_group({"params": new})
+        AskewAdamW(model, lr=0.01).add_param_group({"params": new})
 
     def test_a_weight_decay_that_is_not_decoupled(self):
         """Torch's AdamW knows it, the step of the quantized weights does not."""

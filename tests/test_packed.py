@@ -20,7 +20,16 @@ from askewq.grid import fit_scale
 from askewq.kinds import channel_dim
 from askewq.layers import quantize_layer_, snap_
 from askewq.manifest import PackedWeight
-from askewq.packed import PackedLayer, PackedTensor, artifact_of, load_packed_into
+from askewq.pack import pack
+from askewq.packed import (
+    PackedLayer,
+    PackedTensor,
+    Slot,
+    artifact_of,
+    attach_,
+    load_packed_into,
+    seal_,
+)
 
 INPUTS = {
     "timm": lambda: {"x": torch.randn(2, 3, 32, 32)},
@@ -101,6 +110,22 @@ def test_every_kind_of_layer_on_every_grid(tmp_path, grid):
 
 
 class TestEmbeddings:
+    @pytest.mark.parametrize("dim", [0, 1])
+    def test_channels_of_either_dimension(self, dim):
+        """Rows are unpacked one by one where each has its scale, else with all others."""
+        table = nn.Embedding(6, 6)
+        first = table.weight.detach().movedim(dim, 0).contiguous()
+        grid = GRIDS[0]
+        scale = fit_scale(first, grid, "channel")
+        codes = pack(grid.codes(first, scale).reshape(-1), grid.bits)
+        weight = PackedWeight(grid, (6, 6), codes, scale, dim)
+        attach_(Slot(table, "weight"), PackedTensor(weight))
+        seal_(table)
+        indices = torch.tensor([[0, 3], [5, 1]])
+        expected = nn.functional.embedding(indices, weight.dense())
+        assert torch.equal(table(indices), expected)
+        assert torch.equal(table(input=indices), expected)
+
     @pytest.mark.parametrize("columns", [1, 5, 7, 8, 40])
     @pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
     def test_rows_are_the_dense_ones(self, grid, columns):

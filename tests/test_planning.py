@@ -96,6 +96,22 @@ def test_what_is_beside_codes_is_not_underestimated(kind):
     assert actual <= bound < actual + 100 + 120 * len(model.state_dict())
 
 
+def test_what_is_beside_codes_with_rounded_inputs(tmp_path):
+    """Their scales and entries count, too."""
+    builders.finetune("llama", tmp_path, act_bits=4)
+    stored = checkpoint.read(tmp_path / "model.safetensors")
+    codes = sum(w.codes.nbytes for w in stored.weights.values())
+    actual = (tmp_path / "model.safetensors").stat().st_size - codes
+    model = builders.untrained("llama").model
+    assert stored.inputs
+    bounds = [
+        planning.bytes_beside_codes(model, wrap.plan(model, 2, act_bits=act_bits))
+        for act_bits in ("none", 4)
+    ]
+    assert bounds[1] - bounds[0] > 150 * len(stored.inputs)
+    assert actual <= bounds[1] < actual + 100 + 200 * len(model.state_dict())
+
+
 def test_the_artifact_is_no_larger_than_the_size(words, tmp_path):
     """As a user runs it."""
     assert command("plan", *words, "--size", "4 kB").code == 0
@@ -184,6 +200,11 @@ def test_an_output_that_is_there(words, tmp_path):
     (folder / "mine").write_text("x")
     outcome = command("plan", *words, "--average-bits", 2)
     assert (outcome.code, files(folder)) == (2, {"mine"})
+    place = words.index("--output") + 1
+    for no_folder in (folder / "mine" / "plan", tmp_path / ("a" * 300)):
+        outcome = command("plan", *words[:place], no_folder, *words[place + 1 :], "--size", "1MB")
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "name another" in outcome.err
     (folder / "mine").unlink()
     assert command("plan", *words, "--average-bits", 2).code == 0
 

@@ -179,5 +179,9 @@ def test_a_vocabulary_of_any_name(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "vocab_files_names", {"merges_file": "bpe.codes"})
     (folder / "bpe.codes").write_text("a b")
     (folder / "other.codes").write_text("mine")
+    template = "additional_chat_templates/tool_use.jinja"
+    for name in (template, "additional_chat_templates/x.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{{ messages }}")
     hub.push(folder, "me/model")
-    assert fake.commits[0]["files"] == sorted([*FILES["bert"], "bpe.codes"])
+    assert fake.commits[0]["files"] == sorted([*FILES["bert"], "bpe.codes", template])

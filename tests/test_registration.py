@@ -24,8 +24,10 @@ def run(program: str, *words: object) -> subprocess.CompletedProcess[str]:
         ("import transformers", "import askewq", IMPORTS),
         ("import askewq", "import askewq.registration as r", "r.register_with_transformers()",
          IMPORTS),
+        ("import askewq", "import importlib.util",
+         "importlib.util.find_spec('transformers.models.auto.configuration_auto')", IMPORTS),
     ],
-    ids=["before", "after", "after the lazy package", "twice"],
+    ids=["before", "after", "after the lazy package", "twice", "looked for before"],
 )  # fmt: skip
 def test_either_order(lines):
     """Whichever is imported first, an Auto class loads the artifact with packed layers."""

@@ -16,6 +16,7 @@ import builders
 import pytest
 import torch
 from builders import files, finetune, finished
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import askewq
@@ -703,8 +704,20 @@ class TestResume:
             finetune("own", tmp_path / "cut", **given)
         other = {name: t + 1 for name, t in load_file(teacher).items()}
         save_file(other, teacher)
-        with pytest.raises(OutputError, match=r"SHA-256 of teacher_weights [0-9a-f]{64}, now"):
+        with pytest.raises(OutputError, match=r"SHA-256 of the teacher [0-9a-f]{64}, now"):
             finetune("own", tmp_path / "cut", resume=True)
+
+    def test_another_teacher_in_a_folder_is_refused(self, tmp_path, monkeypatch):
+        """As one from a file."""
+        shutil.copytree(builders.bert(), tmp_path / "teacher")
+        given = {"distill": 0.5, "teacher": str(tmp_path / "teacher"), "save_every": 1}
+        with builders.power_cut(monkeypatch, 4), pytest.raises(builders.PowerCutError):
+            finetune("bert", tmp_path / "cut", **given)
+        weights = tmp_path / "teacher" / "model.safetensors"
+        state = {name: t + 1 for name, t in load_file(weights).items()}
+        save_file(state, weights, {"format": "pt"})
+        with pytest.raises(OutputError, match=r"SHA-256 of the teacher [0-9a-f]{64}, now"):
+            finetune("bert", tmp_path / "cut", resume=True)
 
     def test_a_cut_while_a_checkpoint_is_written(self, tmp_path, monkeypatch):
         """A checkpoint that is not complete is not resumed from."""
@@ -999,6 +1012,23 @@ def test_a_reload_that_differs_is_an_error(tmp_path, monkeypatch, kind):
     with pytest.raises(ExactnessError, match="must be equal to the bit"):
         finetune(kind, tmp_path)
     assert "metrics.json" not in files(tmp_path)
+
+
+def test_a_network_that_fails_on_the_evaluation_split(tmp_path):
+    """What is not finite before any training is said before any training."""
+    colours = [((40 * i, 90, 200), i % 3) for i in range(6)]
+    for split, more in (("train", []), ("test", [((255, 255, 255), 0)])):
+        images = [(Image.new("RGB", (16, 16), colour), label) for colour, label in colours + more]
+        builders.write_images(tmp_path / "data" / f"{split}.parquet", images)
+    with pytest.raises(DivergenceError, match=r"before any low-bit step, the loss .* is nan"):
+        finetune(
+            "own",
+            tmp_path / "out",
+            model=builders.own("trapped"),
+            dataset=str(tmp_path / "data"),
+            batch_size=2,
+        )
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
 
 
 def test_buffers_that_share_memory(tmp_path):

@@ -122,6 +122,13 @@ class TestCommand:
         assert WORKS in command("inspect", "test_resnet").out
         assert WORKS in command("inspect", "test_vit", "--image-size", 96).out
 
+    @pytest.mark.parametrize("make", [builders.bert, builders.vit])
+    def test_a_size_that_decides_nothing(self, make):
+        """A model of transformers says itself how large its images are."""
+        outcome = command("inspect", make(), "--image-size", 32)
+        assert outcome.code == 2
+        assert "--image-size does not go with" in outcome.err
+
     def test_own_modules(self):
         """Their images have no size unless one is given; a size that does not fit is no verdict."""
         name = builders.own("small")

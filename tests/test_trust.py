@@ -164,6 +164,8 @@ class TestRemoteCode:
             ({"part": {"model_type": "timm_wrapper", "architecture": "resnet18"}}, ELSEWHERE),
             ({"part": {"model_type": "timm_backbone", "backbone": "hf_hub:o/evil"}}, ELSEWHERE),
             ({"part": {"model_type": "timm_backbone", "backbone": "owner/evil"}}, ELSEWHERE),
+            ({"part": {"model_type": "detr", "backbone": "evil"}}, ELSEWHERE),
+            ({"part": {"model_type": "dpt", "backbone": "owner/evil"}}, ELSEWHERE),
         ],
         ids=str,
     )

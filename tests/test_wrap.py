@@ -423,6 +423,23 @@ def test_parametrized_layers_stay_float(parametrize, bias):
     assert result.total_parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_ends_that_are_parametrized_are_the_ends(norm):
+    """No inner layer is taken for the first or the last one in their place."""
+    inner = [nn.Linear(4, 4) for _ in range(3)]
+    model = nn.Sequential(norm(nn.Linear(4, 4, bias=False)), *inner, norm(nn.Linear(4, 2)))
+    assert names(plan(model, 2)) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_patterns_that_are_no_list(key):
+    """Neither one pattern nor None is a list of patterns."""
+    for given in ("0", None):
+        with pytest.raises(RecipeError, match=f"{key} = {given!r} must be a list of patterns"):
+            plan(between(nn.Linear(4, 4)), 2, **{key: given})
+
+
 @pytest.mark.parametrize("kind", [ScaledStdConv2d, ScaledStdConv2dSame])
 def test_a_gain_that_begins_at_zero_hides_nothing(kind):
     """The last convolution of a block of NFNet gives zeros at first, linear in anything."""
