@@ -217,8 +217,11 @@ class TestLogits:
 
 
 class TestEmbeddings:
-    @pytest.mark.parametrize("grid", TESTED, ids=grid_name)
-    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    @pytest.mark.parametrize(
+        ("kind", "grid"),
+        [("gpt2", grid) for grid in TESTED] + [("llama", grid) for grid in TESTED if grid.size < 4],
+        ids=lambda one: one if isinstance(one, str) else grid_name(one),
+    )
     def test_a_tied_head_uses_the_same_codes(self, kind, grid, tmp_path):
         """Embeddings named by the user are packed, the one that is the head, too, once."""
         full = builders.untrained(kind)

@@ -340,8 +340,7 @@ def test_printing_names_the_bits():
     assert "bits=2" in repr(askewq.load(finished("bert")[0], packed=True))
 
 
-@pytest.mark.parametrize("bits", [1, "ternary", 2, 4, 8])
-def test_tracing_first_spoils_no_later_load(bits, tmp_path):
+def test_tracing_first_spoils_no_later_load(tmp_path):
     """Nothing that was made while a network is traced, and so has no content, is kept."""
     program = f"""
 import sys, torch, askewq
@@ -351,18 +350,19 @@ def network():
     torch.manual_seed(0)
     return torch.nn.Sequential(*(torch.nn.Linear(24, 24) for _ in range(3)))
 
-first = network()
-askewq.quantize(first, bits={bits!r})
-askewq.snap_(first)
-askewq.save(first, {str(tmp_path)!r})
-packed = askewq.load({str(tmp_path)!r}, model=network(), packed=True)
-with FakeTensorMode(allow_non_fake_inputs=True):
-    packed(torch.ones(2, 24))
-dense = askewq.load({str(tmp_path)!r}, model=network())
-x = torch.randn(2, 24)
-with torch.no_grad():
-    assert torch.equal(dense[1].weight, first[1].weight)
-    assert torch.equal(packed(x), dense(x))
+for bits in (1, "ternary", 2, 4, 8):
+    first = network()
+    askewq.quantize(first, bits)
+    askewq.snap_(first)
+    askewq.save(first, f"{tmp_path}/{{bits}}")
+    packed = askewq.load(f"{tmp_path}/{{bits}}", model=network(), packed=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        packed(torch.ones(2, 24))
+    dense = askewq.load(f"{tmp_path}/{{bits}}", model=network())
+    x = torch.randn(2, 24)
+    with torch.no_grad():
+        assert torch.equal(dense[1].weight, first[1].weight)
+        assert torch.equal(packed(x), dense(x))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
