@@ -5,10 +5,12 @@ name is synced, too. A disk that is full becomes an error that says how much is 
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +23,8 @@ from askewq.errors import DiskFullError, OutputError
 PARTIAL = ".partial"
 # No room on the device, in the quota, or under the limit for the size of a file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Seconds that a loader's workers may outlive the process that was killed above them: twice theirs.
+_ORPHANS = 10.0
 # Read at a time: large enough to be quick, small enough to be no memory.
 _PIECE = 2**20
 
@@ -67,6 +71,38 @@ def check_place(out: Path, flag: str = "--output ") -> None:
         raise OutputError(f"{flag}{out}: {nearest} is no folder; name another one.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(f"{flag}{out}: {nearest} may not be written to; name another folder.")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within the block no other process that asks is in a folder, where its file system has locks.
+
+    The lock is on the folder itself, leaves nothing behind, and goes with the process.
+
+    Raises:
+        OutputError: another process is in it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + _ORPHANS
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise OutputError(
+                        f"another run is writing to {folder}; wait until it has ended, or name "
+                        "another folder."
+                    ) from error
+                time.sleep(0.1)
+            except OSError:  # no locks there
+                break
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # also of what was forked within the block
+        os.close(handle)
 
 
 def write(path: Path, text: str) -> None:

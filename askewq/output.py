@@ -1,6 +1,8 @@
 """The output folder of a run: whether it may be written, and the recipe in it."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from askewq import artifact, config, disk, recipe_files, snapshots
@@ -83,16 +85,28 @@ def resumed(recipe: Recipe) -> Recipe:
     return stored.model_copy(update={**free, "resume": resume, "output": recipe.output})
 
 
+@contextmanager
+def held(recipe: Recipe) -> Iterator[None]:
+    """Within the block the folder is there, and no other run's.
+
+    Raises:
+        OutputError: it cannot be made, or another run is, or was meanwhile, in it.
+    """
+    try:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--output {recipe.output} cannot be made: {error}.") from error
+    with disk.alone_in(recipe.output):
+        check(recipe)
+        yield
+
+
 def prepare(recipe: Recipe) -> None:
-    """Make the folder, empty where the recipe says so, with the recipe in it.
+    """Empty the folder where the recipe says so, and put the recipe in it.
 
     At any moment it holds a recipe, and can be resumed or overwritten, or nothing at all.
     """
     out = recipe.output
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"--output {out} cannot be made: {error}.") from error
     # How a command treats an earlier run is not a setting of the run.
     once = recipe.model_copy(update={"resume": False, "overwrite": False})
     with disk.room_for(4096, out, "Nothing was trained yet; make room and start again."):

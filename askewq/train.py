@@ -8,6 +8,7 @@ the same bytes; a signal is obeyed at the next safe point.
 import copy
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,10 @@ class _Run:
     def execute(self) -> dict[str, Any]:
         """Run from the start, or from the newest checkpoint, to the report."""
         self._try_one_batch()
+        with output.held(self.recipe) if self.accelerator.is_main_process else nullcontext():
+            return self._execute()
+
+    def _execute(self) -> dict[str, Any]:
         made_of = self._made_of()
         folder = self._checkpoint(made_of) if self.recipe.resume else None
         self.loop.progress.made_of = made_of

@@ -5,7 +5,10 @@ import re
 import shutil
 import statistics
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import builders
 import pytest
@@ -295,6 +298,45 @@ def test_the_integer_grid_beside_the_half_integer_one(contest, tmp_path):
         tasks=["resnet20"], steps=[600], bits=contest.WIDTHS, methods=[contest.INTEGER], distill=0.0
     )
     assert [entry.bits for entry in contest.entries(arguments)] == ["2", "4"]
+
+
+def test_a_start_is_assembled_once(contest, tmp_path, monkeypatch):
+    """Also where several runs ask for it at the same time."""
+    source = tmp_path / "minilm"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    monkeypatch.setattr("contest_runs.minilm_folder", lambda: source)
+    weights = tmp_path / "start" / contest.WEIGHTS
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(bytes(10**6))
+    with ThreadPoolExecutor(8) as pool:
+        places = {*pool.map(sys.modules["contest_runs"].assembled, [tmp_path / "start"] * 8)}
+    assert places == {tmp_path / "start" / "huggingface"}
+    (place,) = places
+    assert (place / "model.safetensors").stat().st_size == 10**6
+    assert json.loads((place / "config.json").read_text())["id2label"]["1"] == "positive"
+
+
+def test_no_run_begins_after_an_interruption(contest, tmp_path, monkeypatch):
+    """Ctrl-C ends the runs that there are, and the command with them."""
+    begun = []
+    monkeypatch.setattr(contest, "STOPPED", threading.Event())
+    monkeypatch.setattr(contest.subprocess, "run", lambda command, **_: begun.append(command))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(contest, "compete", interrupted)
+    paths = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results.jsonl")]
+    words = ["contest.py", "--tasks", "resnet20", "--bits", "1", "--data", str(tmp_path), *paths]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(KeyboardInterrupt):
+        contest.main()
+    results = contest.Results(tmp_path / "results.jsonl")
+    arguments = SimpleNamespace(output=tmp_path / "out", data=tmp_path, threads=1, distill=0.0)
+    run = contest.Run("resnet20", "1", 600, "askewsgd", 0.01, 0, True, 0.0)
+    contest.make(run, results, arguments)
+    assert begun == []
 
 
 def test_full_precision_has_the_optimizer_of_its_trials(contest, tmp_path):

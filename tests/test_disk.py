@@ -2,8 +2,10 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from builders import file_limit, files
 from safetensors.torch import save_file
 
 from askewq import disk
-from askewq.errors import DiskFullError
+from askewq.errors import DiskFullError, OutputError
 
 
 @pytest.fixture
@@ -146,6 +148,43 @@ class TestAppearing:
             process.terminate()
             assert process.wait(20) == 143
         assert not list(tmp_path.iterdir())
+
+
+class TestAlone:
+    def test_one_at_a_time(self, tmp_path, monkeypatch):
+        """The second one waits for workers that outlive a killed process, not for a run."""
+        monkeypatch.setattr(disk, "_ORPHANS", 0.3)
+        with disk.alone_in(tmp_path):
+            with pytest.raises(OutputError, match="another run is writing to"):
+                disk.alone_in(tmp_path).__enter__()
+            orphan = os.fork()  # has the lock, too, but not for longer
+            if orphan == 0:
+                time.sleep(60)
+                os._exit(0)
+        try:
+            with disk.alone_in(tmp_path):
+                assert not files(tmp_path)
+        finally:
+            os.kill(orphan, signal.SIGKILL)
+            os.waitpid(orphan, 0)
+
+    def test_a_killed_process_is_in_no_folder(self, tmp_path):
+        """Its lock goes with it."""
+        program = "import os, sys, pathlib\nfrom askewq import disk\n"
+        program += "with disk.alone_in(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+        assert subprocess.run([sys.executable, "-c", program, tmp_path]).returncode == -9
+        with disk.alone_in(tmp_path):
+            pass
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        """There nothing is refused."""
+
+        def flock(*_):
+            raise OSError(errno.ENOLCK, "no locks")
+
+        monkeypatch.setattr(disk.fcntl, "flock", flock)
+        with disk.alone_in(tmp_path), disk.alone_in(tmp_path):
+            pass
 
 
 class TestFullDisk:

@@ -23,6 +23,7 @@ import askewq
 from askewq import (
     checkpoint,
     config,
+    disk,
     loop,
     output,
     processes,
@@ -694,6 +695,30 @@ class TestResume:
         finetune("own", tmp_path / "cut", **given, resume=True)
         finetune("own", tmp_path / "uncut", **given)
         assert digest(tmp_path / "cut") == digest(tmp_path / "uncut")
+
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_beside_another_run(self, tmp_path, monkeypatch, resume):
+        """A folder in which a run is at work is not written to, nor gone on with."""
+        monkeypatch.setattr(disk, "_ORPHANS", 0.0)
+        if resume:
+            finetune("own", tmp_path)
+        before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+        with disk.alone_in(tmp_path), pytest.raises(OutputError, match="another run is writing"):
+            finetune("own", tmp_path, resume=resume)
+        assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+    def test_a_folder_that_was_filled_meanwhile(self, tmp_path, monkeypatch):
+        """Between the first look and the start of the run."""
+        original = train._Run._try_one_batch
+
+        def slowly(self: train._Run) -> None:
+            original(self)
+            (tmp_path / "mine").write_text("x")
+
+        monkeypatch.setattr(train._Run, "_try_one_batch", slowly)
+        with pytest.raises(OutputError, match="is not empty"):
+            finetune("own", tmp_path)
+        assert files(tmp_path) == {"mine"}
 
     def test_another_teacher_is_refused(self, tmp_path, monkeypatch):
         """A file that teaches is known by its digest."""
