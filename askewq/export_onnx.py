@@ -19,7 +19,8 @@ from askewq.checkpoint import Artifact
 from askewq.errors import ExportError
 from askewq.onnx_inputs import fill_inputs, marked, type_name, width
 from askewq.onnx_weights import Storage, dequantize, multiplies, storage
-from askewq.preprocessing import ImagePreprocessing, TextPreprocessing
+from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
+from askewq.samples import picture_size
 from askewq.spec import LoadedModel, first_line
 from askewq.target import ExportSource, Options, Target
 from askewq.tasks import logits_of
@@ -158,7 +159,9 @@ def example(loaded: LoadedModel) -> dict[str, Tensor]:
         return tensors
     from PIL import Image
 
-    image = Image.new("RGB", (224, 224))
+    processed = isinstance(preprocessing, ProcessorPreprocessing)
+    height, width = picture_size(loaded) if processed else (224, 224)
+    image = Image.new("RGB", (width, height))
     made: Any = preprocessing
     pixels = made.batch(torch.stack([made.image(image)] * 2))
     return {"pixel_values": pixels}

@@ -38,7 +38,12 @@ def sample_inputs(loaded: LoadedModel) -> dict[str, Tensor]:
     if isinstance(preprocessing, TextPreprocessing):
         return _random_texts(loaded, preprocessing, random)
     if isinstance(preprocessing, ProcessorPreprocessing):
-        return {"pixel_values": _random_pictures(preprocessing, random)}
+        from PIL import Image
+
+        shape = (SAMPLES, *picture_size(loaded), 3)
+        pictures = torch.randint(256, shape, generator=random, dtype=torch.uint8)
+        made = [preprocessing.image(Image.fromarray(p.numpy())) for p in pictures]
+        return {"pixel_values": torch.stack(made)}
     if not isinstance(preprocessing, ImagePreprocessing):
         raise ExportError(f"askewq has no sample inputs for {type(preprocessing).__name__}.")
     sizes = [preprocessing.size] if preprocessing.size else [(n, n) for n in USUAL_SIZES]
@@ -92,12 +97,16 @@ def _vocabulary(model: Any, tokenizer: Any) -> int:
         return len(tokenizer)
 
 
-def _random_pictures(preprocessing: ProcessorPreprocessing, random: torch.Generator) -> Tensor:
-    from PIL import Image
+def picture_size(loaded: LoadedModel) -> tuple[int, int]:
+    """Return height and width of pictures that a network takes by its image processor.
 
-    shape = (SAMPLES, 256, 256, 3)
-    pixels = torch.randint(256, shape, generator=random, dtype=torch.uint8)
-    return torch.stack([preprocessing.image(Image.fromarray(p.numpy())) for p in pixels])
+    One that resizes takes any; of one that does not, the network's config says the size.
+    """
+    processor: Any = getattr(loaded.preprocessing, "processor", None)
+    size: Any = getattr(loaded.model.config, "image_size", None)
+    if size is None or getattr(processor, "do_resize", True):
+        return 256, 256
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def expected_of(loaded: LoadedModel) -> tuple[dict[str, Tensor], Tensor]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import askewq
-from askewq import disk, export_dense
+from askewq import disk, export_dense, export_onnx
 from askewq import export as formats
 from askewq.artifact import load_artifact
 from askewq.errors import AskewError, ExportError, ModelError, VerificationError
@@ -459,6 +459,16 @@ class TestSampleInputs:
         loaded.preprocessing = replace(loaded.preprocessing, size=None)
         loaded.model = Placed()
         assert sample_inputs(loaded)["pixel_values"].shape[2:] == (32, 32)
+
+    @pytest.mark.parametrize("size", [16, [16, 16]])
+    def test_a_processor_that_does_not_resize(self, size):
+        """Pictures have the size that the network's config says."""
+        loaded = builders.untrained("vit")
+        loaded.preprocessing.processor.do_resize = False
+        loaded.model.config.image_size = size
+        for inputs in (sample_inputs(loaded), export_onnx.example(loaded)):
+            assert inputs["pixel_values"].shape[2:] == (16, 16)
+            assert logits_of(loaded.model, loaded.spec, inputs).isfinite().all()
 
     def test_a_model_that_does_not_say_how_many_tokens_it_knows(self, monkeypatch):
         """It gets those of its tokenizer."""
