@@ -183,11 +183,11 @@ def cycle(files: dict[str, str]) -> list[str]:
 class ModuleLevel(ast.NodeTransformer):
     """Removes what does not run on import: function bodies and ``if TYPE_CHECKING`` blocks."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        return None
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.Pass:
+        return ast.Pass()
 
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
-        return None
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.Pass:
+        return ast.Pass()
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         self.generic_visit(node)
