@@ -66,6 +66,7 @@ class PackedTensor(nn.Module):
         self.shape = weight.shape
         self.channel_dim = weight.channel_dim
         self.dtype = torch.float32
+        self.memory_format = torch.contiguous_format
 
     def content(self) -> PackedWeight:
         """Return the codes and the scale with what they mean."""
@@ -74,7 +75,10 @@ class PackedTensor(nn.Module):
     @torch.no_grad()
     def forward(self) -> Tensor:
         """Return the dense weight."""
-        return self.content().dense().to(self.dtype)
+        dense = self.content().dense().to(self.dtype)
+        if self.memory_format == torch.contiguous_format:  # or as the layer of its kind has it
+            return dense
+        return dense.contiguous(memory_format=self.memory_format)
 
     @torch.no_grad()
     def rows(self, indices: Tensor) -> Tensor:
@@ -101,8 +105,17 @@ class PackedTensor(nn.Module):
         super()._apply(fn, recurse)
         if self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.scale.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
+        small = torch.empty((2,) * len(self.shape), dtype=self.dtype, device=scale.device)
+        self.take_after(fn(small.contiguous(memory_format=self.memory_format)))
         return self
+
+    def take_after(self, weight: Tensor) -> None:
+        """Give the dense weight the type and the memory format of another one."""
+        self.dtype = weight.dtype
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+        channels_last = last and weight.is_contiguous(memory_format=last)
+        plain = not channels_last or weight.is_contiguous()
+        self.memory_format = torch.contiguous_format if plain else last
 
 
 class PackedLayer(Mixin):
@@ -184,6 +197,7 @@ def load_packed_into(model: nn.Module, artifact: Artifact) -> None:
     slots = {slot_of(model, name): weight for name, weight in packed.items()}
     for slot, weight in slots.items():  # one for a layer of two names, too
         weight.to(slot.parameter.device)
+        weight.take_after(slot.parameter)
         attach_(slot, weight)
     for layer in dict.fromkeys(slot.layer for slot in slots):
         seal_(layer)

@@ -198,6 +198,30 @@ def test_own_modules_are_filled_in_place():
     assert packed_weights(network)
 
 
+@pytest.mark.parametrize("when", ["before", "after", "and back"])
+def test_channels_last(tmp_path, when):
+    """A weight that is unpacked has the memory format of the dense one: so have its sums."""
+    network = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(3)))
+    askewq.quantize(network, 2)
+    snap_(network)
+    askewq.save(network, tmp_path)
+    x = torch.randn(2, 8, 16, 16)
+    found = []
+    for packed in (False, True):
+        fresh = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(3)))
+        if when == "before":
+            fresh = fresh.to(memory_format=torch.channels_last)
+        model = askewq.load(tmp_path, model=fresh, packed=packed)
+        if when != "before":
+            model = model.to(memory_format=torch.channels_last)
+        if when == "and back":
+            model = model.to(memory_format=torch.contiguous_format)
+        with torch.no_grad():
+            found.append((model[1].weight.stride(), model(x)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
 class TestCasts:
     def test_a_cast_never_touches_the_scale(self):
         """Through bfloat16 and back the weight is what it was; the scale stays float32."""
