@@ -91,7 +91,7 @@ def round_to(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     and not where it was cut off. The signs of 1 bit have the gradient of scale * tanh(x / scale).
     """
     units = x.detach().to(torch.promote_types(x.dtype, torch.float32)) / scale
-    lowest, highest = grid.first, grid.first + grid.step * grid.last
+    lowest, highest = grid.first, grid.highest
     if grid.step == 2:
         sign = torch.where(x < 0, -1.0, 1.0)
         level = torch.where(units.isnan(), units, sign)

@@ -46,7 +46,7 @@ def coding(grid: Grid) -> Coding:
     Half-integers are doubled, and their scale halved; both are exact.
     """
     factor = 1 if grid.first % 1 == 0 else 2
-    first, last = int(grid.first * factor), int((grid.first + grid.step * grid.last) * factor)
+    first, last = int(grid.first * factor), int(grid.highest * factor)
     bits = 1
     while not -(2 ** (bits - 1)) <= first <= last < 2 ** (bits - 1):
         bits += 1

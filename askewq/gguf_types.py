@@ -44,8 +44,7 @@ class BlockType:
         if self.affine:
             fits = grid.step == 1 and grid.last <= self.high
         else:
-            top = grid.first + grid.step * grid.last
-            fits = self.low <= factor * grid.first and factor * top <= self.high
+            fits = self.low <= factor * grid.first and factor * grid.highest <= self.high
         return factor if fits else None
 
 

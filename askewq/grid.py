@@ -54,6 +54,11 @@ class Grid:
         return self.size - 1
 
     @property
+    def highest(self) -> float:
+        """The highest level, in units of the scale."""
+        return self.first + self.step * self.last
+
+    @property
     def storage_bits(self) -> float:
         """Bits that one packed code takes; a ternary code is a fifth of a byte."""
         return 1.6 if self.bits == "ternary" else float(self.bits)
@@ -263,7 +268,7 @@ def _scan(rows: Tensor, grid: Grid) -> Tensor:
     """Return the best of 96 scales for every row: 32 over the whole range, 64 around the best."""
     exponent = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent.clamp(-100, 100)
     rows = torch.ldexp(rows, -exponent)  # near 1, so that no square overflows
-    extremes = [e for e in (-grid.first, grid.first + grid.step * grid.last) if e]
+    extremes = [e for e in (-grid.first, grid.highest) if e]
     high = rows.abs().amax(1, keepdim=True) / min(extremes)
     low = rows.square().mean(1, keepdim=True).sqrt() / max(extremes)
     best, most = high, torch.zeros_like(high)

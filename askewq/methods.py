@@ -88,7 +88,7 @@ def binaryconnect(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor
 
 def clip(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
     """Return the weights limited to the range of the grid."""
-    lowest, highest = grid.first, grid.first + grid.step * grid.last
+    lowest, highest = grid.first, grid.highest
     return torch.minimum(torch.maximum(weight, lowest * scale), highest * scale)
 
 
@@ -131,10 +131,9 @@ class _LearnedStep(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         grid, grad = ctx.grid, grads[0]
         units, ratio = grid.snap(weight, scale) / scale, weight / scale
-        highest = grid.first + grid.step * grid.last
-        inside = (ratio > grid.first) & (ratio < highest)
+        inside = (ratio > grid.first) & (ratio < grid.highest)
         of_scale = torch.where(inside, units - ratio, units)
-        share = 1 / math.sqrt(weight.shape[1] * highest)
+        share = 1 / math.sqrt(weight.shape[1] * grid.highest)
         return grad * inside, share * (grad * of_scale).sum(1, keepdim=True), None
 
 
@@ -193,8 +192,7 @@ def sawb(weight: Tensor, grid: Grid) -> Tensor:
 def sawb_scale(square: Tensor, size: Tensor, grid: Grid) -> Tensor:
     """Return the scale of values by their mean square and size; the range covers the latter."""
     c1, c2 = SAWB[grid.bits, grid.first]
-    highest = grid.first + grid.step * grid.last
-    scale = torch.maximum(c1 * square.sqrt() - c2 * size, size / highest)
+    scale = torch.maximum(c1 * square.sqrt() - c2 * size, size / grid.highest)
     return scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
 

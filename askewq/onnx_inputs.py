@@ -90,7 +90,7 @@ def _round(x: str, y: str, rounded: PackedInput, limited: bool) -> tuple[list[An
 
     grid, scale = rounded.grid, float(rounded.scale)
     kinds = onnx.TensorProto
-    lowest, highest = grid.first, grid.first + grid.step * grid.last
+    lowest, highest = grid.first, grid.highest
     numbers = {"scale": scale}
     steps: list[tuple[str, list[str]]] = []
     if grid.step == 2:

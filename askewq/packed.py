@@ -113,9 +113,9 @@ class PackedTensor(nn.Module):
         """Give the dense weight the type and the memory format of another one."""
         self.dtype = weight.dtype
         last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
-        channels_last = last and weight.is_contiguous(memory_format=last)
-        plain = not channels_last or weight.is_contiguous()
-        self.memory_format = torch.contiguous_format if plain else last
+        self.memory_format = torch.contiguous_format
+        if last and not weight.is_contiguous() and weight.is_contiguous(memory_format=last):
+            self.memory_format = last
 
 
 class PackedLayer(Mixin):

@@ -112,7 +112,7 @@ def print_sensitivity(found: Sensitivity, widths: Sequence[Bits]) -> None:
 
 
 def _describe(grid: Grid, layer: PlannedLayer) -> str:
-    levels = f"{grid.first:g}..{grid.first + grid.step * grid.last:g}"
+    levels = f"{grid.first:g}..{grid.highest:g}"
     size = layer.group_size
     per = f"group {size}" if isinstance(size, int) else size
     return f"{bits_name(grid.bits)} {levels} per {per}"

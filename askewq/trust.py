@@ -98,7 +98,7 @@ def _fetches_backbone(arguments: dict[str, Any]) -> bool:
         return False
     from transformers import CONFIG_MAPPING
 
-    kind = arguments.get("model_type")
+    kind = str(arguments.get("model_type"))
     return kind in CONFIG_MAPPING and "backbone_config" in CONFIG_MAPPING[kind].sub_configs
 
 
