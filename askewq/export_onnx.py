@@ -19,7 +19,7 @@ from askewq.checkpoint import Artifact
 from askewq.errors import ExportError
 from askewq.onnx_inputs import fill_inputs, marked, type_name, width
 from askewq.onnx_weights import Storage, dequantize, multiplies, storage
-from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
+from askewq.preprocessing import ImagePreprocessing, TextPreprocessing
 from askewq.samples import picture_size
 from askewq.spec import LoadedModel, first_line
 from askewq.target import ExportSource, Options, Target
@@ -159,8 +159,7 @@ def example(loaded: LoadedModel) -> dict[str, Tensor]:
         return tensors
     from PIL import Image
 
-    processed = isinstance(preprocessing, ProcessorPreprocessing)
-    height, width = picture_size(loaded) if processed else (224, 224)
+    height, width = picture_size(loaded)
     image = Image.new("RGB", (width, height))
     made: Any = preprocessing
     pixels = made.batch(torch.stack([made.image(image)] * 2))

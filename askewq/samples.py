@@ -98,12 +98,12 @@ def _vocabulary(model: Any, tokenizer: Any) -> int:
 
 
 def picture_size(loaded: LoadedModel) -> tuple[int, int]:
-    """Return height and width of pictures that a network takes by its image processor.
+    """Return height and width of pictures that a network takes by its preprocessing.
 
-    One that resizes takes any; of one that does not, the network's config says the size.
+    Any, but for an image processor that does not resize: there the network's config says it.
     """
     processor: Any = getattr(loaded.preprocessing, "processor", None)
-    size: Any = getattr(loaded.model.config, "image_size", None)
+    size: Any = getattr(getattr(loaded.model, "config", None), "image_size", None)
     if size is None or getattr(processor, "do_resize", True):
         return 256, 256
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

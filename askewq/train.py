@@ -256,9 +256,8 @@ class _Run:
             if not math.isfinite(start.loss):
                 raise DivergenceError(
                     f"in full precision, before any low-bit step, the loss on the evaluation split "
-                    f"is {start.loss}; look at the model's weights and at the samples of "
-                    f"{recipe.eval_split or 'that split'}, some of which the network does not "
-                    "stand."
+                    f"is {start.loss}; look at the model's weights, and at that split for samples "
+                    "of which the network makes no numbers."
                 )
             self.loop.progress.full_precision = start.value
         # Of a run that goes on from there, weights and scales are in the checkpoint.
