@@ -36,7 +36,9 @@ def appearing(path: Path) -> Iterator[Path]:
     The place is in a folder of its own, for safetensors writes under another name beside it first.
     """
     folder = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.unlink(missing_ok=True)  # a file, of an earlier version
     folder.mkdir()
     partial = folder / path.name
     try:

@@ -481,9 +481,11 @@ class TestFullDisk:
         output.check(recipe)
 
 
-def cut_at_once(*args, **kwargs):
-    """Stand for a power cut as a folder is about to be deleted."""
-    raise builders.PowerCutError
+def cut_at_checkpoints(folder, delete=shutil.rmtree, **options):
+    """Stand for a power cut as the checkpoints are about to be deleted."""
+    if Path(folder).name == "checkpoints":
+        raise builders.PowerCutError
+    delete(folder, **options)
 
 
 class TestOutputFolder:
@@ -512,7 +514,7 @@ class TestOutputFolder:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "unlink", cut)
             if after == 0:  # with the old checkpoints still there
-                patch.setattr(output.shutil, "rmtree", cut_at_once)
+                patch.setattr(output.shutil, "rmtree", cut_at_checkpoints)
             with pytest.raises(builders.PowerCutError):
                 finetune("own", folder, overwrite=True)
         finetune("own", folder, **{how: True})
