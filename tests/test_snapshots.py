@@ -475,7 +475,7 @@ class TestFullDisk:
         """A run that cannot even write its recipe says so, and can be started again."""
         out = tmp_path / "out"
         recipe = builders.recipe("own", out)
-        with builders.file_limit() as limit:
+        with builders.file_limit() as limit, output.held(recipe):
             limit(10)
             with pytest.raises(DiskFullError, match="Nothing was trained yet"):
                 output.prepare(recipe)
