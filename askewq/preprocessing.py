@@ -66,7 +66,8 @@ class ImagePreprocessing:
         """Return this preprocessing with what the user set instead.
 
         Raises:
-            RecipeError: a mean and a std of different length, or of neither 1 nor 3 values.
+            RecipeError: a mean and a std of different length, or of neither 1 nor 3 values; a size
+                that no reader of the artifact would take.
         """
         changed = replace(
             self,
@@ -81,6 +82,8 @@ class ImagePreprocessing:
                 f"mean = {changed.mean} and std = {changed.std} must have one value each "
                 "(grayscale) or three (RGB)."
             )
+        if changed.size is not None and max(changed.size) > LARGEST_SIDE:
+            raise RecipeError(f"image_size = {image_size} must be at most {LARGEST_SIDE} pixels.")
         if min(changed.std) <= 0:
             raise RecipeError(f"std = {changed.std} must be above 0.")
         return changed

@@ -481,6 +481,11 @@ class TestPreprocessing:
         with pytest.raises(RecipeError, match="std"):
             plain().override(None, mean, std)
 
+    def test_a_size_that_no_reader_takes(self):
+        """It is refused before it is trained on."""
+        with pytest.raises(RecipeError, match="must be at most 8192 pixels"):
+            plain().override(8193, None, None)
+
     @pytest.mark.parametrize(
         "prepared",
         [

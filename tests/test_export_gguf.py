@@ -337,6 +337,25 @@ class TestMetadata:
         assert "token_embd.weight" in types
         assert "output.weight" not in types
 
+    def test_chat_templates(self, tmp_path):
+        """One, or several by their names."""
+        made = source()
+        made.loaded.model.config.vocab_size = 300
+        tokenizer = byte_level("llama-bpe")
+        made.loaded.preprocessing = TextPreprocessing(tokenizer, 16)
+        for name, templates in (
+            ("one", "{{ a }}"),
+            ("two", {"default": "{{ a }}", "tool": "{{ b }}"}),
+        ):
+            tokenizer.chat_template = templates
+            (tmp_path / name).mkdir()
+            TARGET.write(made, Options(), tmp_path / name)
+            found = fields(tmp_path / name)
+            assert found["tokenizer.chat_template"] == "{{ a }}"
+            assert found.get("tokenizer.chat_template.tool") == (
+                "{{ b }}" if name == "two" else None
+            )
+
     @pytest.mark.parametrize("split", ["gpt-2", "llama-bpe", "qwen2", None])
     def test_byte_level_tokenizers(self, split, tmp_path):
         """A byte-level BPE tokenizer that llama.cpp splits alike is carried; another one is not."""
