@@ -15,6 +15,8 @@ start this command as you like.
 With --lr a rate is judged that the trials did not choose, to see what the choice cost.
 With --trial-steps 600 the learning rates of a long budget are those of the trials of a short one;
 --table-only needs the same flag to find them.
+With --mixed-precision no, runs are in float32, for processors without bf16, which torch emulates at
+a tenth of the speed. What is finished in either counts; a row with runs in float32 says so.
 With --distill, a full-precision network trained for the budget's steps teaches every method alike.
 """
 
@@ -173,17 +175,19 @@ def make(
         with TEACHING:  # the first run that needs the teacher trains it, the others wait
             make(teacher, results, arguments, keep_weights=True)
         weights = teacher.folder(output) / WEIGHTS
-    command = [*run.command(arguments.data, output, weights), "--overwrite"]
+    command = run.command(arguments.data, output, weights, arguments.mixed_precision)
+    command += ["--overwrite"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     log = folder.with_name(f"{folder.name}.log")
     if STOPPED.is_set():
         return
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
+    precision = {"bf16": arguments.mixed_precision == "bf16"}
     if done.returncode == 0:
         measured = run.measured(output)
         if not finished:
-            results.add(run, measured)
+            results.add(run, measured | precision)
         elif abs(measured["accuracy"] - finished["accuracy"]) > AGAIN:
             (folder / WEIGHTS).unlink()
             sys.exit(
@@ -192,7 +196,7 @@ def make(
             )
     elif not finished and any(words in log.read_text() for words in DIVERGED):
         # A result, the worst one.
-        results.add(run, dict.fromkeys(MEASURED, 0.0))
+        results.add(run, dict.fromkeys(MEASURED, 0.0) | precision)
     else:
         print(f"{folder}: failed, see its log", flush=True)
     print(f"{folder}: {results.of(run)}", flush=True)
@@ -237,6 +241,7 @@ def table(results: Results, arguments: argparse.Namespace) -> None:
         gap = statistics.mean(result["accuracy"] - result["relaxed"] for result in finished)
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         step = statistics.median(result["step_seconds"] for result in finished)
+        float32 = "" if all(result.get("bf16", True) for result in finished) else " (float32)"
         memory = max(result["peak_memory_bytes"] for result in finished) / 1e9
         tried = sorted(trials(entry, results, arguments), key=lambda run: run.lr)
         shown = [f"{r.lr:g}, {found['accuracy']:.2f}" for r in tried if (found := results.of(r))]
@@ -244,7 +249,7 @@ def table(results: Results, arguments: argparse.Namespace) -> None:
             f"| {entry.task} | {entry.bits} | {entry.steps} | {entry.method} | "
             f"{'; '.join(shown)} | {runs[0].lr:g} | {', '.join(f'{v:.2f}' for v in values)} | "
             f"{statistics.mean(values):.2f}{spread} | {lead(entry, results, arguments)} | "
-            f"{gap:+.2f} | {step:.3f} | {memory:.2f} |"
+            f"{gap:+.2f} | {step:.3f}{float32} | {memory:.2f} |"
         )
 
 
@@ -295,6 +300,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--distill", type=float, default=0.0)
+    parser.add_argument("--mixed-precision", choices=("bf16", "no"), default="bf16")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--table-only", action="store_true")

@@ -148,7 +148,9 @@ class Run:
             return None
         return Run(self.task, "", task.start_steps, START, 1e-4, 0, self.trial, 0.0)
 
-    def command(self, data: Path, output: Path, teacher: Path | None) -> list[str]:
+    def command(
+        self, data: Path, output: Path, teacher: Path | None, mixed_precision: str = "bf16"
+    ) -> list[str]:
         """Return the command of the run."""
         task, start = TASKS[self.task], self.start()
         flags = ["--dataset", str(data / task.folder), *task.flags, "--seed", str(self.seed)]
@@ -159,7 +161,7 @@ class Run:
             model = minilm_folder() if start is None else str(assembled(start.folder(output)))
             flags += ["--model", model, "--task", "text-classification"]
         flags += task.tried if self.trial else task.judged
-        flags += ["--mixed-precision", "bf16", "--output", str(self.folder(output))]
+        flags += ["--mixed-precision", mixed_precision, "--output", str(self.folder(output))]
         flags += ["--save-every", "1000000"]
         if self.full:  # its figure, and the weights that it leaves, are of the first phase
             flags += ["--full-precision-steps", str(self.steps), "--full-precision-lr"]

@@ -247,6 +247,33 @@ def test_of_finished_runs_only_teachers_are_made_anew(contest, tmp_path, monkeyp
     ]
 
 
+def test_a_row_in_float32_says_so(contest, tmp_path, monkeypatch, capsys):
+    """Beside rows in bf16, whose runs are not made again."""
+    made = []
+
+    def train(command, **_):
+        made.append(command[command.index("--mixed-precision") + 1])
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir(parents=True)
+        metrics = dict.fromkeys(contest.MEASURED, 80.0) | {"snapped": 80.0}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        return contest.subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(contest.subprocess, "run", train)
+    words = ["contest.py", "--tasks", "resnet20", "--bits", "1", "--jobs", "1"]
+    words += ["--data", str(tmp_path), "--results", str(tmp_path / "results.jsonl")]
+    words += ["--output", str(tmp_path / "out"), "--methods"]
+    for flags in (["lsq"], ["lsq", "luq", "--mixed-precision", "no"]):
+        monkeypatch.setattr(sys, "argv", [*words, *flags])
+        contest.main()
+    assert made == ["bf16"] * 7 + ["no"] * 7
+    *_, lsq, luq = capsys.readouterr().out.splitlines()
+    assert "| lsq |" in lsq
+    assert "| 80.000 |" in lsq
+    assert "| luq |" in luq
+    assert "| 80.000 (float32) |" in luq
+
+
 @pytest.mark.parametrize(
     ("ended", "counts"),
     [
@@ -266,9 +293,12 @@ def test_a_run_that_diverges_counts(contest, tmp_path, monkeypatch, ended, count
     monkeypatch.setattr(contest.subprocess, "run", train)
     results = contest.Results(tmp_path / "results.jsonl")
     run = contest.Run("resnet20", "1", 600, "lsq", 0.05, 0, True, 0.0)
-    arguments = contest.argparse.Namespace(output=tmp_path, data=tmp_path, threads=1)
+    arguments = contest.argparse.Namespace(
+        output=tmp_path, data=tmp_path, threads=1, mixed_precision="bf16"
+    )
     contest.make(run, results, arguments)
-    assert results.of(run) == (dict.fromkeys(contest.MEASURED, 0.0) if counts else None)
+    worst = dict.fromkeys(contest.MEASURED, 0.0) | {"bf16": True}
+    assert results.of(run) == (worst if counts else None)
 
 
 def test_parq_counts_where_its_weights_are_on_levels(contest, tmp_path):
@@ -333,7 +363,9 @@ def test_no_run_begins_after_an_interruption(contest, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         contest.main()
     results = contest.Results(tmp_path / "results.jsonl")
-    arguments = SimpleNamespace(output=tmp_path / "out", data=tmp_path, threads=1, distill=0.0)
+    arguments = SimpleNamespace(
+        output=tmp_path, data=tmp_path, threads=1, distill=0.0, mixed_precision="bf16"
+    )
     run = contest.Run("resnet20", "1", 600, "askewsgd", 0.01, 0, True, 0.0)
     contest.make(run, results, arguments)
     assert begun == []
@@ -374,7 +406,9 @@ def test_a_teacher_that_is_another_run_is_refused(contest, tmp_path, monkeypatch
         return contest.subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(contest.subprocess, "run", train)
-    arguments = contest.argparse.Namespace(output=tmp_path, data=tmp_path, threads=1)
+    arguments = contest.argparse.Namespace(
+        output=tmp_path, data=tmp_path, threads=1, mixed_precision="bf16"
+    )
     with pytest.raises(SystemExit, match=r"89\.40, its line 90\.00"):
         contest.make(run, results, arguments, keep_weights=True)
     assert not weights.exists()
