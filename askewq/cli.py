@@ -150,7 +150,10 @@ def evaluate(
     json_only: Annotated[bool, Parameter(name="--json", help="print only the JSON line")] = False,
     flags: Annotated[_EvalFlags, Parameter(name="*")] = {},  # type: ignore[valid-type]  # noqa: B006
 ) -> None:
-    """Evaluate an artifact; the last line of standard output is one JSON object."""
+    """Evaluate an artifact; the last line of standard output is one JSON object.
+
+    Columns that no flag names are those of its run, where the data set has them.
+    """
     given: dict[str, Any] = dict(flags)
     recipe = config.build(
         {"model": str(folder), "output": str(folder), **given}, "the command line"

@@ -114,8 +114,14 @@ def _label_column(recipe: Recipe, features: Any) -> str:
         return recipe.label_column
     classes = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel)]
     named = [name for name in _LABEL_NAMES if isinstance(features.get(name), datasets.Value)]
-    guesses = [*classes, *named]
-    _check(guesses[:1], features, "--label-column", "a label")
+    known = [name for name in _LABEL_NAMES if name in classes]
+    guesses = known[:1] or (named[:1] if not classes else [*classes, *named])
+    if len(guesses) > 1:
+        raise DataError(
+            f"the columns {', '.join(guesses)} may all hold the labels; say which does, "
+            "--label-column."
+        )
+    _check(guesses, features, "--label-column", "a label")
     return guesses[0]
 
 
@@ -160,7 +166,7 @@ def labels_of(train: Any, column: str) -> tuple[str, ...]:
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
     values = set(train[column][:])
-    if None in values:
+    if any(value is None or value != value for value in values):  # NaN
         raise DataError(
             f"the label column {column!r} has rows without a label (in a csv file also those that "
             "say None or NA); remove or rename them."

@@ -60,6 +60,7 @@ _INTERVALS = (
 _BELONGS = {
     "method": ("askewsgd", ("strength", "gradient_bits", "closing", *_INTERVALS)),
     "closing": ("lazy", _INTERVALS),
+    "pull": ("decoupled", ("alpha", "clip")),
     "optimizer": (None, ("momentum", "lr", "level_lr")),
     "teacher": ("self", ("teacher_weights",)),
 }
@@ -134,6 +135,8 @@ def overruled(stored: dict[str, Any], given: dict[str, Any]) -> set[str]:
     useless = {key for key, other in needs if other in given}
     for choice, (default, keys) in _BELONGS.items():
         before = default if stored.get(choice) is None else stored[choice]
+        if choice == "pull" and stored.get("method") == "askewsgd-paper":
+            before = "coupled"
         if before is not None and given.get(choice, before) != before:
             useless |= {*keys}
     if "level_lr" in useless and stored.get("level_lr") is not None:  # the three are one choice
@@ -147,6 +150,7 @@ def overruled(stored: dict[str, Any], given: dict[str, Any]) -> set[str]:
     untaught = given.keys() & shares and not any(both.get(share) for share in shares)
     if untaught and both.get("task") not in EMBEDDING_TASKS:
         useless |= {"teacher", "teacher_weights"}
+    useless |= {key for key, other in _NEEDS_SOME.items() if other in useless}
     return useless & (stored.keys() - given.keys())
 
 
@@ -165,10 +169,10 @@ def _unstreamable(recipe: Any) -> list[str]:
             "it out, max_steps decides how many are read"
         )
     for key in ("train_split", "eval_split"):
-        if "[" in (getattr(recipe, key) or ""):
+        if {*"[+"} & {*(getattr(recipe, key) or "")}:
             wrong.append(
                 f"{key} = {getattr(recipe, key)!r} does not go with streaming: a stream has no "
-                "slices; name a whole split"
+                "slices and no sums; name a whole split"
             )
     return wrong
 

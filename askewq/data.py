@@ -7,9 +7,10 @@ them.
 import csv
 import glob
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,10 @@ def open_data(recipe: Recipe, task: Task) -> OpenData:
         columns = columns_of(recipe, task, train.features)
         labels = labels_of(train, columns.label) if columns.label else ()
         notes += _untrained(train, evaluation, columns.label)
-        if columns.label and "[" in f"{recipe.train_split}{recipe.eval_split}":
-            _check_order(train[columns.label][:], evaluation[columns.label][:], recipe)
+        if labels[:4] == ("-1", "0", "1", "2"):
+            notes += (f"the label -1 of {columns.label} is learnt as a class; it may mean none",)
+        if columns.label:
+            _check_order(recipe, splits, train, evaluation, columns.label)
         notes += _empty_texts(train, columns, "--train-split")
         train = _sample(train, columns, recipe.max_train_samples, recipe.seed)
     _check_class_names(recipe, columns.label)
@@ -173,29 +176,52 @@ def _check_class_names(recipe: Recipe, column: str | None) -> None:
             )
 
 
-def _check_order(train: Sequence[Any], evaluation: Sequence[Any], recipe: Recipe) -> None:
+def _check_order(recipe: Recipe, splits: Any, train: Any, evaluation: Any, column: str) -> None:
     """Refuse slices of rows that are sorted by class.
 
     Raises:
-        DataError: evaluation has one class of several, or mostly such as training has not.
+        DataError: one that lacks classes of its split, and has the others one after the other; one
+            for evaluation that has one class of several, or mostly such as training has not.
     """
-    trained, judged = {*train}, Counter(evaluation)
+    names = recipe.train_split, _eval_name(recipe, splits)
+    if not any("[" in name for name in names):
+        return
+    labels = [split[column][:] for split in (train, evaluation)]
+    trained, judged = {*labels[0]}, Counter(labels[1])
     new = sum(count for label, count in judged.items() if label not in trained)
-    if (len(judged) == 1 < len(trained) and judged.total() > 9) or 2 * new > judged.total():
+    found = (len(judged) == 1 < len(trained) and judged.total() > 9) or 2 * new > judged.total()
+    for name, values in zip(names, labels, strict=True):
+        whole = {label for base in _bases(name) for label in splits[base][column][:]}
+        runs = Counter(label for label, _ in groupby(values))
+        once = max(runs.values()) == 1 and min(Counter(values).values()) > 1
+        found = found or ("[" in name and len(values) > 9 and once and len(runs) < len(whole))
+    if found:
         raise DataError(
-            f"--train-split {recipe.train_split!r} has {len(trained)} classes and the evaluation "
-            f"split {len(judged)}: the rows are sorted by class. Shuffle them, or "
+            f"--train-split {names[0]!r} has {len(trained)} classes and the evaluation split "
+            f"{names[1]!r} {len(judged)}: the rows are sorted by class. Shuffle them, or "
             "put images into the folders train/CLASS and test/CLASS."
         )
 
 
-def open_eval(recipe: Recipe, task: Task, labels: tuple[str, ...]) -> OpenData:
+def open_eval(
+    recipe: Recipe, task: Task, labels: tuple[str, ...], trained: Mapping[str, Any] | None = None
+) -> OpenData:
     """Open only the evaluation split, for an artifact that knows its labels.
+
+    Args:
+        trained: the settings of its run; the columns that they name are read where the data set
+            has them and `recipe` names none.
 
     Raises:
         DataError: as `open_data`.
     """
     evaluation = _eval_split(recipe, _call_datasets(recipe, split=None))
+    for key in ("image_column", "label_column", "text_columns"):
+        names = (trained or {}).get(key)
+        listed = tuple(names) if isinstance(names, list) else (names,)
+        if not getattr(recipe, key) and all(name in evaluation.column_names for name in listed):
+            of_run = listed if key == "text_columns" else listed[0]
+            recipe = recipe.model_copy(update={key: of_run})
     columns = columns_of(recipe, task, evaluation.features)
     _check_class_names(recipe, columns.label)
     evaluation = _sample(evaluation, columns, recipe.max_eval_samples, 0)
@@ -284,16 +310,21 @@ def _reason(error: BaseException) -> str:
 
 
 def _split(recipe: Recipe, splits: Any, name: str, flag: str) -> Any:
-    base = name.split("[")[0]
-    if base not in splits:
-        raise DataError(
-            f"{flag} {name!r}: {recipe.dataset!r} has no split {base!r}{near(base, splits)}; it "
-            f"has {', '.join(splits)}."
-        )
+    for base in _bases(name):
+        if base not in splits:
+            raise DataError(
+                f"{flag} {name!r}: {recipe.dataset!r} has no split {base!r}{near(base, splits)}; "
+                f"it has {', '.join(splits)}."
+            )
     chosen = splits[name] if name in splits else _call_datasets(recipe, split=name)
     if not recipe.streaming and len(chosen) == 0:
         raise DataError(f"{flag} {name!r} of {recipe.dataset!r} is empty.")
     return chosen
+
+
+def _bases(name: str) -> list[str]:
+    """Return the splits that a name such as ``train[:90%]+test`` takes its rows from."""
+    return [part.split("[")[0] for part in name.split("+")]
 
 
 def _eval_name(recipe: Recipe, splits: Any) -> str:

@@ -18,7 +18,7 @@ from askewq.preprocessing import (
     ProcessorPreprocessing,
     TextPreprocessing,
 )
-from askewq.spec import LoadedModel, ModelSpec
+from askewq.spec import LoadedModel, ModelSpec, renamed
 from askewq.timm_models import is_published
 from askewq.vocabulary import EMBEDDING_TASKS
 
@@ -32,6 +32,7 @@ class Teacher:
 
     model: nn.Module
     spec: ModelSpec
+    doubts: tuple[str, ...] = ()  # what is for the user to judge
 
     @torch.no_grad()
     def outputs(self, batch: dict[str, Tensor], *, hidden_states: bool = False) -> tasks.Outputs:
@@ -101,14 +102,15 @@ def load_teacher(
             "batch. Pass another --teacher, or read one of the --text-columns."
         )
     classes = getattr(getattr(loaded.model, "config", None), "id2label", None) or {}
-    names = tuple(name for _, name in sorted(classes.items()))  # a file may have 10 before 2
-    theirs, ours = ([str(label).casefold() for label in labels] for labels in (names, spec.labels))
+    names = tuple(str(name) for _, name in sorted(classes.items()))  # a file may have 10 before 2
+    theirs, ours = ([label.casefold() for label in labels] for labels in (names, spec.labels))
     if recipe.distill and theirs != ours and sorted(theirs) == sorted(ours):
         raise ModelError(
             f"the teacher {recipe.teacher!r} has the labels in another order ({', '.join(names)}; "
             f"here {', '.join(spec.labels)}); pass another --teacher."
         )
-    return Teacher(loaded.model, loaded.spec)
+    doubts = renamed(loaded.spec.name, names, spec.labels) if recipe.distill else ()
+    return Teacher(loaded.model, loaded.spec, doubts)
 
 
 def _borrowed_tokenizer(recipe: Recipe) -> str | None:

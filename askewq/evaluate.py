@@ -1,7 +1,7 @@
 """One evaluation loop, for every model, metric and number of processes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def evaluate_artifact(
     """Evaluate an artifact on the evaluation split of a recipe's data set.
 
     Args:
-        recipe: its data settings, batch size and mixed precision are used.
+        recipe: its data settings, batch size and mixed precision are used; columns that it does
+            not name are those of the run, where the data set has them.
         factory: of a module of the user's own, see `artifact.load_artifact`.
         teacher, teacher_weights: of a task without labels, see `distill.load_reference`.
 
@@ -102,13 +103,13 @@ def evaluate_artifact(
         AskewError: a damaged artifact; data that lack what its task needs; no network to compare
             embeddings with, or one that decides nothing.
     """
-    from accelerate import Accelerator
-
     loaded = artifact.load_artifact(folder, factory=factory)
+    path = folder / recipe_files.RECIPE
+    settings = recipe_files.read_yaml(path) if path.is_file() else {}
     reference = None
     if loaded.spec.task in EMBEDDING_TASKS:
         if teacher is None and teacher_weights is None:
-            _check_start(folder)
+            _check_start(path, settings)
         reference = distill.load_reference(loaded, teacher, teacher_weights, recipe)
     elif teacher is not None or teacher_weights is not None:
         raise RecipeError(
@@ -116,10 +117,8 @@ def evaluate_artifact(
             f"{' or '.join(EMBEDDING_TASKS)}; {folder} is for {loaded.spec.task}: leave them out."
         )
     config.check(recipe.model_copy(update={"task": loaded.spec.task}))
-    data = open_eval(recipe, loaded.spec.task, loaded.spec.labels)
-    accelerator = Accelerator(
-        cpu=processes.without_float64(), mixed_precision=recipe.mixed_precision
-    )
+    data = open_eval(recipe, loaded.spec.task, loaded.spec.labels, settings)
+    accelerator = processes.single(recipe.mixed_precision)
     loader = accelerator.prepare(loaders(recipe, data, loaded.preprocessing)[1])
     model = loaded.model.to(accelerator.device)
     if reference is not None:
@@ -127,14 +126,12 @@ def evaluate_artifact(
     return evaluate(model, loaded.spec, loaded.preprocessing, loader, accelerator, reference)
 
 
-def _check_start(folder: Path) -> None:
+def _check_start(path: Path, settings: Mapping[str, Any]) -> None:
     """Check that a run learned from the weights that are published under its model's name.
 
     Raises:
-        RecipeError: the recipe beside the artifact says otherwise.
+        RecipeError: its recipe, which lies at `path` beside the artifact, says otherwise.
     """
-    path = folder / recipe_files.RECIPE
-    settings = recipe_files.read_yaml(path) if path.is_file() else {}
     named = {key: settings.get(key) for key in ("teacher", "teacher_weights")}
     taught = [
         f"--{key.replace('_', '-')} {name}"

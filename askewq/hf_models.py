@@ -18,7 +18,7 @@ from askewq.preprocessing import (
     ProcessorPreprocessing,
     TextPreprocessing,
 )
-from askewq.spec import LoadedModel, ModelSpec, first_line, unreachable
+from askewq.spec import LoadedModel, ModelSpec, first_line, renamed, unreachable
 from askewq.trust import check_index
 from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, MODEL_TYPE, Task
 
@@ -86,8 +86,8 @@ def load_transformers(
     config.dtype = torch.float32  # as it is trained, whatever it was published in
     notes: list[str] = []
     mismatched = False
-    own = tuple(dict(sorted((config.id2label or {}).items())).values())
-    theirs, ours = ([str(label).casefold() for label in names] for names in (own, labels))
+    own = tuple(str(label) for _, label in sorted((config.id2label or {}).items()))
+    theirs, ours = ([label.casefold() for label in names] for names in (own, labels))
     if labels and task != "causal-lm":
         mismatched = config.num_labels != len(labels)
         if sorted(theirs) == sorted(ours) and len({*ours}) == len(ours):
@@ -132,7 +132,8 @@ def load_transformers(
     if task in IMAGE_TASKS:
         preprocessing = load_processor(name, trust_remote_code)
     spec = ModelSpec("transformers", name, task, labels, plain_json(model.config.to_dict()))
-    return LoadedModel(model, spec, preprocessing, tuple(notes))
+    doubts = renamed(name, own, labels) if labels and not notes else ()
+    return LoadedModel(model, spec, preprocessing, tuple(notes), doubts)
 
 
 def build_transformers(spec: ModelSpec) -> nn.Module:
@@ -191,6 +192,20 @@ def load_tokenizer(
         )
     limit = max_length or min(tokenizer.model_max_length, DEFAULT_LENGTH, positions or math.inf)
     return TextPreprocessing(tokenizer, limit)
+
+
+def follow_padding(loaded: LoadedModel, token: int | None) -> None:
+    """Tell a decoder that classifies texts which token fills batches; it judges the last other one.
+
+    Encoders are told by the mask, and some count positions from their own padding.
+    """
+    import transformers
+
+    kind = type(loaded.model.config)
+    decodes = kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if token is not None and decodes and kind not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        cast(Any, loaded.model).config.pad_token_id = token
+        loaded.spec.arguments["pad_token_id"] = token
 
 
 def _part(auto: str, what: str, name: str, trust_remote_code: bool, advice: str) -> Any:

@@ -13,6 +13,7 @@ from askewq.errors import ModelError
 from askewq.hf_models import (
     auto_class,
     build_transformers,
+    follow_padding,
     guess_hf_task,
     hf_config,
     load_tokenizer,
@@ -116,6 +117,8 @@ def load(
                 f"the tokenizer in {tokenizer or name!r} gives no attention_mask, which says what "
                 f"tokens count for --task {task}; pass another --tokenizer."
             )
+        if task == "text-classification":
+            follow_padding(loaded, texts.tokenizer.pad_token_id)
         loaded.preprocessing = texts
     if isinstance(loaded.preprocessing, ImagePreprocessing):
         loaded.preprocessing = loaded.preprocessing.override(image_size, mean, std)

@@ -29,7 +29,7 @@ from askewq.grid import mixed_grid
 from askewq.methods import check_bits
 from askewq.pack import packed_size
 from askewq.plan_table import Plan
-from askewq.processes import without_float64
+from askewq.processes import single
 from askewq.recipe_files import RECIPE
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel
@@ -80,6 +80,8 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
     some = {"max_train_samples": samples, "max_eval_samples": samples}
     calibration = recipe.model_copy(update=some)
     loaded, data = _open(calibration)
+    for text in (*data.notes, *loaded.doubts):
+        terminal.note(text)
     loader = in_order(calibration, data, data.train, loaded.preprocessing, "--train-split")
     settings = replace(settings, samples=len(loader.dataset))  # type: ignore[arg-type]  # sized
     uniform = wrap.plan(
@@ -241,9 +243,7 @@ def _find(
     uniform: Plan,
 ) -> Sensitivity:
     """Find the sensitivity of every layer on the calibration samples."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=without_float64(), mixed_precision=recipe.mixed_precision)
+    accelerator = single(recipe.mixed_precision)
     model = loaded.model.to(accelerator.device).eval()
     raw = list(accelerator.prepare(loader))
 
@@ -331,7 +331,10 @@ def _figures(settings: Settings, found: Sensitivity, widths: tuple[Bits, ...]) -
             layer.label: {
                 "weights": layer.weights,
                 "bits": bits,
-                "increase": {str(w): x for w, x in zip(found.widths, increases, strict=True)},
+                "increase": {
+                    str(w): x if math.isfinite(x) else None  # JSON has no other word
+                    for w, x in zip(found.widths, increases, strict=True)
+                },
                 "code_bytes": {str(w): x for w, x in zip(found.widths, sizes, strict=True)},
             }
             for layer, bits, increases, sizes in rows

@@ -72,8 +72,8 @@ class ImagePreprocessing:
         changed = replace(
             self,
             size=self.size if image_size is None else (image_size, image_size),
-            # The whole picture at the size that the user asked for.
-            crop_pct=self.crop_pct if image_size is None else 1.0,
+            # The model's crop is for its own size; at another one the shorter side is kept whole.
+            crop_pct=self.crop_pct if image_size is None or (image_size,) * 2 == self.size else 1.0,
             mean=mean or self.mean,
             std=std or self.std,
         )

@@ -28,6 +28,15 @@ def without_float64() -> bool:
     return torch.backends.mps.is_available()
 
 
+def single(mixed_precision: str) -> Any:
+    """Return the Accelerator of what is no run: an evaluation, or calibration."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # Accelerate keeps the precision of a run before it otherwise
+    return Accelerator(cpu=without_float64(), mixed_precision=mixed_precision)
+
+
 def accelerator_of(recipe: Recipe) -> Any:
     """Return the Accelerator of a run; here the processes meet.
 
@@ -58,7 +67,10 @@ def accelerator_of(recipe: Recipe) -> Any:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=recipe.grad_accumulation, sync_with_dataloader=False
         ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
+        # The sampler adds the epoch to its seed; no two seeds may have an order in common.
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=recipe.seed * 2**20
+        ),
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_config=ProjectConfiguration(
             str(recipe.output), logging_dir=str(recipe.output / "logs")

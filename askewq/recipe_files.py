@@ -12,6 +12,22 @@ from askewq.errors import RecipeError, near
 RECIPE = "recipe.yaml"
 
 
+class _Loader(yaml.SafeLoader):
+    """yaml's safe loader, which takes the last of keys that are given twice; this one refuses."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping.
+
+        Raises:
+            yaml.MarkedYAMLError: a key that is there twice.
+        """
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (given, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(None, None, f"{key} is given twice", given.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def text_of(path: Path) -> str:
     """Return the text of a recipe file.
 
@@ -31,7 +47,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: a file that is missing, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(text_of(path))
+        content = yaml.load(text_of(path), _Loader)  # it is a safe one
     except yaml.YAMLError as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(content, dict):

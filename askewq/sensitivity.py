@@ -59,12 +59,7 @@ def measured(
     Raises:
         ModelError: a loss that is not finite before anything is rounded.
     """
-    base = loss()
-    if not math.isfinite(base):
-        raise ModelError(
-            f"the model's loss on the calibration samples is {base} before anything is rounded; "
-            "check its weights and the data."
-        )
+    base = _finite(loss())
 
     def increase(weight: Tensor, rounded: Tensor) -> float:
         before = weight.clone()
@@ -97,6 +92,7 @@ def estimated(
     fisher = {weight: torch.zeros_like(weight) for weight in weights}
     total = 0
     for loss, count in losses:
+        _finite(loss.item())
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:  # else the loss does not depend on it
@@ -109,6 +105,20 @@ def estimated(
 
     with torch.no_grad():
         return _sensitivity(model, plan, widths, kind, increase)
+
+
+def _finite(loss: float) -> float:
+    """Return a loss of the model as it is.
+
+    Raises:
+        ModelError: it is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise ModelError(
+            f"the model's loss on the calibration samples is {loss} before anything is rounded; "
+            "check its weights and the data."
+        )
+    return loss
 
 
 def _sensitivity(

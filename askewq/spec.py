@@ -1,5 +1,7 @@
 """ModelSpec, how to build a network again, and LoadedModel, a network with all that it needs."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from askewq.vocabulary import Task
 Source = Literal["timm", "transformers", "module"]
 
 CONFIG = "config.json"
+_UNNAMED = re.compile(r"LABEL_\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,33 @@ class LoadedModel:
     model: nn.Module
     spec: ModelSpec
     preprocessing: Preprocessing
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what of it is not trained for the data
+    doubts: tuple[str, ...] = ()  # what is for the user to judge
 
 
 def path_of(name: str) -> Path:
     """Return where the model, weights or data set of a name would lie on this machine."""
     file, _, _ = name.rpartition(":")
     return Path(file if file.endswith(".py") else name.removeprefix("local-dir:")).expanduser()
+
+
+def renamed(name: str, trained: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
+    """Return the doubt about a head whose classes have other names than the data's, if it has any.
+
+    Args:
+        name: of the network.
+        trained: its classes in order; transformers calls those without a name LABEL_0, LABEL_1, ...
+        labels: those of the data, which take their places.
+    """
+    theirs, ours = ({label.casefold() for label in some} for some in (trained, labels))
+    if len(trained) != len(labels) or theirs == ours or all(map(_UNNAMED.fullmatch, trained)):
+        return ()
+    was, now = (", ".join(some[:5]) + ", ..." * (len(some) > 5) for some in (trained, labels))
+    return (
+        f"the head of {name!r} was trained for the classes {was}, and is taken to mean {now}, in "
+        "this order; where that is wrong, give the classes in its config.json (id2label) the names "
+        "that the data have for them",
+    )
 
 
 def unreachable(name: str, error: Exception) -> ModelError:

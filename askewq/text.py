@@ -8,7 +8,10 @@ import html
 import re
 import unicodedata
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+# The last three are in addresses, which a page makes links of.
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$]|:(?=//)|(?<=www)\.|@)")
+# Letters of Hangul and of Braille that are blank.
+_BLANK = "\u115f\u1160\u2800\u3164\uffa0"
 
 
 def printable(text: str, *, lines: bool = False) -> str:
@@ -24,7 +27,9 @@ def printable(text: str, *, lines: bool = False) -> str:
     kept = "\n\t" if lines else ""
     return "".join(
         character
-        if character in kept or character.isprintable() or unicodedata.category(character) == "Zs"
+        if character in kept
+        or (character.isprintable() and character not in _BLANK)
+        or unicodedata.category(character) == "Zs"
         else character.encode("unicode_escape", "backslashreplace").decode()
         for character in text
     )

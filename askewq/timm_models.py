@@ -44,7 +44,7 @@ def load_timm(
         raise unreachable(name, error) from error
     data = resolve_data_config({}, model=model)
     preprocessing = ImagePreprocessing(
-        size=tuple(data["input_size"][1:]) if image_size is None else (image_size, image_size),
+        size=tuple(data["input_size"][1:]),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         crop_pct=data["crop_pct"],

@@ -53,13 +53,13 @@ from askewq.spec import LoadedModel
 from askewq.streams import StreamLoader
 from askewq.tasks import calling, check_causal, check_length, check_logits, logits_of
 from askewq.training_state import FULL_PRECISION, LOW_BIT, POLISH
-from askewq.vocabulary import ActBits
+from askewq.vocabulary import IMAGE_TASKS, ActBits
 
 # Progress at which the scales of rounded inputs stay, unless the intervals are closed before.
 INPUTS_FOLLOW_UNTIL = 0.9
 
 _SIZES = (
-    "For images, --image-size sets the size and the number of values of --mean and --std the "
+    "--image-size sets the size of images, and the number of values of --mean and --std the "
     "channels (1 or 3)."
 )
 
@@ -145,7 +145,9 @@ class _Run:
         self._prepare_output()
         if self.accelerator.is_main_process:
             device = self.accelerator.device
-            notes = (*self.data.notes, *self.loaded.notes, *choices.notes_of(self.recipe, device))
+            notes = [*self.data.notes, *self.loaded.notes, *self.loaded.doubts]
+            notes += self.teacher.doubts if self.teacher else ()
+            notes += choices.notes_of(self.recipe, device)
             report.print_start(notes, self.plan, self.recipe, self.steps, self.batch_size)
         phase = self.loop.progress.phase
         at = {FULL_PRECISION: None, LOW_BIT: None, POLISH: None, phase: folder}
@@ -210,7 +212,8 @@ class _Run:
         batch = prepare_batch(next(iter(self.eval_loader)), self.loaded.preprocessing)
         self.model.eval()
         several = self.accelerator.num_processes > 1
-        with calling(batch, "the model fails", _SIZES), torch.set_grad_enabled(several):
+        advice = _SIZES if spec.task in IMAGE_TASKS else ""
+        with calling(batch, "the model fails", advice), torch.set_grad_enabled(several):
             logits = logits_of(self.model, spec, batch)
         check_logits(logits, spec)
         check_causal(self.model, spec, batch, logits)

@@ -388,6 +388,19 @@ class TestFinetune:
             ({"lr": 0.05}, {"optimizer": "sgd"}, ["lr"]),
             ({"method": "proxquant", "strength": 0.003}, {"method": "binaryrelax"}, []),
             ({"streaming": True, "shuffle_buffer": 5}, {"streaming": False}, []),
+            ({"closing": "single", "pull": None, "alpha": 0.5}, {"pull": "coupled"}, ["closing"]),
+            ({"pull": "decoupled", "clip": 0.1}, {"pull": "decoupled"}, ["pull", "clip"]),
+            (
+                {"method": "askewsgd-paper", "alpha": 5.0},
+                {"pull": "coupled"},
+                ["method", "alpha"],
+            ),
+            (
+                {"full_precision_steps": 9, "full_precision_lr": 1e-4, "distill": 0.5}
+                | {"temperature": 2.0},
+                {"task": "feature-extraction"},
+                [],
+            ),
             ({"epochs": 2, "max_train_samples": 9}, {"streaming": True}, []),
             (
                 {"epochs": 2, "max_train_samples": 9},

@@ -209,10 +209,11 @@ class TestRecipeFiles:
             (b"- a\n- b\n", "must be a mapping"),
             (b"", "must be a mapping"),
             (b"a: [1", "cannot be read"),
+            (b"bits: 2\nlr: 1\nbits: 4\n", "bits is given twice"),
             (b"\xff\xfe\x00x", "cannot be read"),
             (b"!!python/object/apply:os.system [exit]", "cannot be read"),
         ],
-        ids=["list", "empty", "broken", "binary", "code"],
+        ids=["list", "empty", "broken", "twice", "binary", "code"],
     )
     def test_refuses_files_that_are_no_recipe(self, tmp_path, content, message):
         """A file that is not a YAML mapping is refused with its name, and runs nothing."""

@@ -471,6 +471,8 @@ class TestPreprocessing:
         image = self.pixels(16, 16)
         kept = ImagePreprocessing(crop_pct=0.875).override(16, None, None).image(image)
         assert np.array_equal(kept.permute(1, 2, 0).numpy(), np.array(image))
+        own = ImagePreprocessing(size=(16, 16), crop_pct=0.875)
+        assert own.override(16, None, None) == own
 
     @pytest.mark.parametrize(
         ("mean", "std"),
@@ -852,6 +854,79 @@ class TestTraps:
         else:
             with pytest.raises(DataError, match="the rows are sorted by class"):
                 opened(folder, TEXTS, **slices)
+
+    @pytest.mark.parametrize("which", ["train_split", "eval_split", "both"])
+    def test_slices_of_splits_that_are_sorted_by_class(self, tmp_path, which):
+        """They lack classes of their split; whole, both splits would do."""
+        rows = [f"x {i},{label}" for label in "abcd" for i in range(6)]
+        folder = write_csv(tmp_path / "d", "text,label", train=rows, test=rows)
+        assert len(opened(folder, TEXTS, eval_split="test").eval) == 24
+        assert len(opened(folder, TEXTS, eval_split="test[:100%]").eval) == 24
+        slices = {"train_split": "train[:50%]", "eval_split": "test[:50%]"}
+        changes = slices if which == "both" else {which: slices[which]}
+        with pytest.raises(DataError, match="the rows are sorted by class"):
+            opened(folder, TEXTS, **{"eval_split": "test", **changes})
+
+    def test_a_sum_of_splits(self, tmp_path):
+        """Whole, or of slices; both parts have to be there."""
+        folder = write_csv(tmp_path / "d", "text,label", train=["x,a", "x,b"], test=["y,a", "y,b"])
+        for name, count in (("train+test", 4), ("train[:1]+test", 3)):
+            assert len(opened(folder, TEXTS, train_split=name).train) == count
+        with pytest.raises(DataError, match=r"has no split 'tests' \(did you mean test"):
+            opened(folder, TEXTS, train_split="train+tests")
+        with pytest.raises(RecipeError, match="a stream has no slices and no sums"):
+            recipe(folder, train_split="train+test", streaming=True, max_steps=1)
+
+    def test_several_columns_that_may_hold_the_labels(self, tmp_path):
+        """One is read if it is called so as well; else the user says which."""
+        kind = datasets.ClassLabel(names=["web", "book"])
+        rows = {"text": ["a", "b"] * 2, "source": [0, 1] * 2, "label": [0, 1, 2, 3]}
+        numbers = datasets.Value("int64")
+        for name, types, found in (
+            ("refused", {"source": kind, "label": numbers}, None),
+            ("two", {"source": kind, "origin": kind}, None),
+            ("named", {"source": kind, "label": datasets.ClassLabel(num_classes=4)}, "label"),
+            ("alone", {"source": kind}, "source"),
+        ):
+            columns = {key: rows.get(key, rows["source"]) for key in ("text", *types)}
+            features = datasets.Features({"text": datasets.Value("string"), **types})
+            path = tmp_path / f"{name}.parquet"
+            datasets.Dataset.from_dict(columns, features).to_parquet(path)
+            if found:
+                assert opened(path, TEXTS, eval_split="train").columns.label == found
+                continue
+            with pytest.raises(DataError, match="may all hold the labels; say which"):
+                opened(path, TEXTS, eval_split="train")
+            chosen = opened(path, TEXTS, eval_split="train", label_column="source")
+            assert chosen.labels == ("web", "book")
+
+    def test_labels_that_may_mean_none(self, tmp_path):
+        """-1 beside 0, 1, 2 is noted, beside 1 it is a class; NaN is none."""
+        for name, labels, noted in (("d", (-1, 0, 1, 2), 1), ("e", (-1, 0, 1), 0)):
+            rows = [f"x,{label}" for label in labels]
+            found = opened(write_csv(tmp_path / name, "text,label", train=rows, test=rows), TEXTS)
+            assert sum("-1 of label is learnt as a class" in note for note in found.notes) == noted
+        path = tmp_path / "f.parquet"
+        rows = {"text": ["a", "b"], "label": [1.0, float("nan")]}
+        datasets.Dataset.from_dict(rows).to_parquet(path)
+        with pytest.raises(DataError, match="rows without a label"):
+            opened(path, TEXTS, eval_split="train")
+
+    def test_the_columns_of_a_run(self, tmp_path):
+        """Evaluation reads them again, where the data set has them and no flag names others."""
+        row = "good,dull,yes,no"
+        header = "text,summary,label,other"
+        folder = write_csv(tmp_path / "d", header, train=[row], test=[row])
+        for named, flags, found in (
+            ({"text_columns": ["summary"]}, {}, ("summary", "label")),
+            ({"text_columns": ["summary"]}, {"text_columns": ("text",)}, ("text", "label")),
+            ({"text_columns": ["sentence"]}, {}, ("text", "label")),
+            ({"text_columns": [], "label_column": None}, {}, ("text", "label")),
+            ({"label_column": "other"}, {}, ("text", "other")),
+            (None, {}, ("text", "label")),
+        ):
+            columns = open_eval(recipe(folder, **flags), TEXTS, ("yes", "no"), named).columns
+            assert (*columns.inputs, columns.label) == found
 
     def test_a_slice_of_few_rows_may_have_one_class(self, tmp_path):
         """Nine rows happen to."""

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from askewq import evaluate as evaluation
-from askewq import layers, models, wrap
+from askewq import layers, models, processes, wrap
 from askewq.batches import loaders
 from askewq.data import open_data
 from askewq.errors import ExactnessError, ModelError
@@ -172,6 +172,14 @@ class TestArtifacts:
         recipe = builders.config.build({"model": "", "output": "o", "dataset": dataset})
         result = evaluation.evaluate_artifact(folder, recipe)
         assert result.metric == metrics["metric"]
+        assert result.value == pytest.approx(metrics["reloaded"], rel=1e-6)
+
+    def test_after_a_run_of_another_precision(self):
+        """In one process Accelerate would keep the run's."""
+        folder, metrics = builders.finished("timm")
+        processes.single("bf16")
+        recipe = builders.recipe("timm", folder, mixed_precision="no")
+        result = evaluation.evaluate_artifact(folder, recipe)
         assert result.value == pytest.approx(metrics["reloaded"], rel=1e-6)
 
     @pytest.mark.parametrize("batch_size", [1, 7, 1000])

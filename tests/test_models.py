@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
-from askewq import models
+from askewq import distill, models
 from askewq.errors import ModelError
 from askewq.own_models import read_state
 from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
@@ -219,6 +219,49 @@ class TestHuggingFace:
         assert loaded.spec.labels == ("pos", "neg")
         assert loaded.model.config.id2label == {0: "pos", 1: "neg"}
         assert loaded.notes == ()
+
+    @pytest.mark.parametrize(
+        ("own", "told"),
+        [(("POSITIVE", "NEGATIVE"), True), (("LABEL_0", "LABEL_1"), False), (("a", "neg"), True)],
+    )
+    def test_a_head_for_classes_of_other_names(self, tmp_path, own, told):
+        """Which is taken for which is for the user to judge, of a teacher as well."""
+        folder = shutil.copytree(builders.bert(), tmp_path / "bert")
+        edit_json(folder / "config.json", id2label=dict(enumerate(own)))
+        loaded = models.load(str(folder), "text-classification", ("neg", "pos"))
+        assert loaded.spec.labels == ("neg", "pos")
+        words = f"trained for the classes {', '.join(own)}, and is taken to mean neg, pos"
+        assert [words in doubt for doubt in loaded.doubts] == [True] * told
+        student = models.load(str(builders.bert()), "text-classification", ("neg", "pos"))
+        recipe = builders.recipe("bert", tmp_path / "out", teacher=str(folder), distill=0.5)
+        teacher = distill.load_teacher(recipe, student)
+        assert [words in doubt for doubt in teacher.doubts] == [True] * told
+
+    def test_a_decoder_knows_its_tokenizers_padding(self, tmp_path):
+        """It judges a text's last token, whatever stands in the batch beside it."""
+        import transformers
+
+        folder = shutil.copytree(builders.llama(), tmp_path / "llama")
+        config = transformers.LlamaConfig.from_pretrained(folder, num_labels=2)
+        torch.manual_seed(0)
+        transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
+        for padding in (None, 5):
+            edit_json(folder / "config.json", pad_token_id=padding)
+            loaded = models.load(str(folder), "text-classification", ("neg", "pos"))
+            texts = loaded.preprocessing.tokenizer(["good", "good film"], padding=True)
+            batch = {key: torch.tensor(value) for key, value in texts.items()}
+            batch.pop("token_type_ids", None)
+            last = int(batch["attention_mask"][0].sum())
+            rebuilt = models.build(loaded.spec)
+            rebuilt.load_state_dict(loaded.model.state_dict())
+            for model in (loaded.model.eval(), rebuilt.eval()):
+                with torch.no_grad():
+                    alone = model(input_ids=batch["input_ids"][:1, :last]).logits
+                    torch.testing.assert_close(model(**batch).logits[:1], alone)
+        encoder = shutil.copytree(builders.bert(), tmp_path / "bert")
+        edit_json(encoder / "config.json", pad_token_id=5)
+        loaded = models.load(str(encoder), "text-classification", ("neg", "pos"))
+        assert loaded.model.config.pad_token_id == 5
 
     @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
     def test_a_head_for_another_problem(self, tmp_path, kind):

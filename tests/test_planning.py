@@ -1,6 +1,7 @@
 """askewq plan: the recipe that it writes, the budgets that it keeps, and what it refuses."""
 
 import json
+import math
 import re
 from importlib.util import find_spec
 
@@ -308,6 +309,26 @@ def test_the_split_that_has_no_labels(words, tmp_path):
     outcome = command("plan", *words, "--average-bits", 3)
     assert outcome.code == 2
     assert "the split for --train-split has no labels" in outcome.err
+
+
+def test_an_increase_that_is_not_finite(words, tmp_path, monkeypatch):
+    """It is null in sensitivity.json, and that width is not chosen."""
+    original = planning.sensitivity.measured
+
+    def measured(*arguments):
+        found = original(*arguments)
+        found.increase[0, 0] = math.inf
+        return found
+
+    monkeypatch.setattr(planning.sensitivity, "measured", measured)
+    assert command("plan", *words, "--average-bits", 3).code == 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    text = (tmp_path / "plan" / "sensitivity.json").read_text()
+    layers = json.loads(text, parse_constant=refuse)["layers"]
+    assert [None in layer["increase"].values() for layer in layers.values()].count(True) == 1
 
 
 def test_the_folder_that_one_is_in(words, tmp_path, monkeypatch):

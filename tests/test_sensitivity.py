@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 import askewq
 from askewq import planning, sensitivity, wrap
-from askewq.errors import PlanError
+from askewq.errors import ModelError, PlanError
 from askewq.pack import packed_size
 from askewq.sensitivity import Sensitivity, assign, estimated, measured
 
@@ -84,6 +85,19 @@ def test_an_interruption_leaves_the_model_as_it_was():
     with pytest.raises(StopIteration):
         measured(model, planned(model), WIDTHS, "integer", loss)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite():
+    """Nothing is estimated from it, nor measured."""
+    model = network()
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    x, y = data()
+    losses = [(nn.functional.cross_entropy(model(x), y), len(y))]
+    with pytest.raises(ModelError, match="is nan before anything is rounded"):
+        estimated(model, planned(model), WIDTHS, "integer", losses)
+    with pytest.raises(ModelError, match="is nan before anything is rounded"):
+        measured(model, planned(model), WIDTHS, "integer", loss_of(model))
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -22,6 +22,7 @@ from askewq.text import fence, markdown, printable
         ("safe\u202etxt.exe", r"safe\u202etxt.exe"),
         ("a\u2028b", r"a\u2028b"),
         ("\ud800", r"\ud800"),
+        ("a\u3164\u2800\u115fb", r"a\u3164\u2800\u115fb"),
     ],
 )
 def test_printable(text, shown):
@@ -49,7 +50,8 @@ def test_nothing_that_a_terminal_obeys_is_left(text):
         ("<script>alert(1)</script>", r"&lt;script&gt;alert\(1\)&lt;/script&gt;"),
         ("[x](javascript:y)", r"\[x\]\(javascript:y\)"),
         ("a|b", r"a\|b"),
-        ("![i](http://x)", r"\!\[i\]\(http://x\)"),
+        ("![i](http://x)", r"\!\[i\]\(http\://x\)"),
+        ("www.x.org a@x.org a:b", r"www\.x.org a\@x.org a:b"),
         ("`code` *b* _i_ #h", r"\`code\` \*b\* \_i\_ \#h"),
         ("a\n\n# b", r"a\\n\\n\# b"),
         ("&lt;", "&amp;lt;"),

@@ -364,6 +364,22 @@ class TestSettings:
             finetune("own", tmp_path / str(seed), weights=weights, seed=seed)
         assert digest(tmp_path / "0") != digest(tmp_path / "1")
 
+    def test_two_seeds_have_no_order_in_common(self, tmp_path, monkeypatch):
+        """An epoch of one is no epoch of the other."""
+        seen, original = {0: [], 1: []}, loop.Loop._step
+
+        def step(self, model, optimizer, micro, number):
+            seen[self.recipe.seed].append(micro[0]["pixel_values"].numpy().tobytes())
+            return original(self, model, optimizer, micro, number)
+
+        monkeypatch.setattr(loop.Loop, "_step", step)
+        for seed in (0, 1):
+            finetune("own", tmp_path / str(seed), seed=seed, epochs=3, max_steps=None)
+        steps = len(seen[0]) // 3
+        epochs = [seen[seed][i * steps : (i + 1) * steps] for seed in (0, 1) for i in range(3)]
+        assert steps > 1
+        assert len({tuple(epoch) for epoch in epochs}) == 6
+
     def test_the_same_run_twice_gives_the_same_bytes(self, tmp_path):
         """Nothing but the recipe decides the result."""
         torch.manual_seed(123)
