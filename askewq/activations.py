@@ -130,6 +130,16 @@ def scale_of(sums: Tensor, grid: Grid) -> Tensor:
     return sawb_scale(square, size, grid)
 
 
+def nest_nothing_(model: nn.Module) -> None:
+    """Keep torch's encoders from making nested tensors, which cannot be rounded, for their layers.
+
+    They do so in evaluation, where a mask says what is padding.
+    """
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            encoder.use_nested_tensor = False
+
+
 def round_input_(layer: nn.Module, grid: Grid, scale: Tensor) -> None:
     """Let a layer round its input, in place; `scale` is 0-d."""
     layer.register_buffer("input_scale", scale)
@@ -191,6 +201,7 @@ def round_inputs(
     input_grid(act_bits, signed=True)
     if rounded := rounded_layers(model):
         raise ModelError(f"the model rounds its inputs already ({next(iter(rounded))}).")
+    nest_nothing_(model)
     with torch.no_grad(), _watched(model) as seen:
         run()
     if seen and reduce is not None:  # all at once: processes may have called other layers first
@@ -198,8 +209,8 @@ def round_inputs(
     for name, sums in seen.items():
         if not sums.isfinite().all():
             raise ModelError(
-                f"the input of {name} holds NaN or infinite values in calibration, so that it has "
-                "no scale; look at the samples, or exclude the layer."
+                f"the input of {name} holds NaN, infinite or huge values in calibration, so that "
+                "it has no scale; look at the samples, or exclude the layer."
             )
     signed = {name: bool(sums[4] > 0) for name, sums in seen.items() if sums[2] > 0}
     if not signed:
@@ -215,6 +226,7 @@ def round_inputs(
 
 def attach_(model: nn.Module, act_bits: ActBits, signed: dict[str, bool]) -> None:
     """Let layers round their inputs, in place, with scales that are filled in later."""
+    nest_nothing_(model)
     for name, sign in signed.items():
         layer = cast(QuantizedLayer, model.get_submodule(name))
         with torch.inference_mode(False):  # it may be trained later

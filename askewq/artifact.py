@@ -17,7 +17,7 @@ from torch import nn
 from askewq import checkpoint, digest, disk, layers, trust
 from askewq import packed as packed_layers
 from askewq.errors import FormatError, ModelError
-from askewq.hf_models import cast_, load_processor, load_tokenizer
+from askewq.hf_models import cast_, is_transformers, load_processor, load_tokenizer
 from askewq.models import build
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source, first_line
@@ -88,8 +88,9 @@ def read_spec(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
     if not path.is_file():
         raise FormatError(
             f"{folder} is not an askewq artifact: it has no {CONFIG}; pass the folder that "
-            "`askewq finetune --output` wrote. What `askewq.save` wrote is loaded into a network "
-            "of yours: pass model=... to askewq.load."
+            "`askewq finetune --output` wrote, of the Hub's what huggingface_hub.snapshot_download "
+            "returns. What `askewq.save` wrote is loaded into a network of yours: pass model=... "
+            "to askewq.load."
         )
     return check_config(trust.read_json(path), str(path))
 
@@ -312,14 +313,15 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Args:
         model: one with quantized layers, after `askewq.snap_`.
         folder: gets model.safetensors alone, from which `load(folder, model=...)` fills a plain
-            network like the one that was quantized; one that was saved before is replaced.
+            network like the one that was quantized; one that was saved before is replaced. Put no
+            config.json of transformers there. Of several processes one saves.
 
     Raises:
         ModelError: no quantized layer, or a weight that is not on a level, or not float32.
         DivergenceError: a weight that is not finite.
         OutputError: a file in the place of the folder.
         FormatError: the folder is a whole artifact, with weights that belong to its config.json,
-            or has ordinary weights under that name.
+            or a model of transformers, or has ordinary weights under that name.
     """
     folder, model = Path(folder), layers.unwrapped(model)
     quantized = layers.quantized_layers(model)
@@ -349,6 +351,11 @@ def save(model: nn.Module, folder: str | Path) -> None:
             f"{folder} is an artifact of `askewq finetune`, whose config.json belongs to its "
             "weights; save to another folder."
         )
+    if (folder / CONFIG).is_file() and "model_type" in trust.read_json(folder / CONFIG):
+        raise FormatError(
+            f"{folder / CONFIG} describes a model of transformers, which would take the packed "
+            "weights for its own, find none, and be random; save to another folder."
+        )
     if (folder / ARTIFACT).exists() and not checkpoint.is_packed(folder / ARTIFACT):
         raise FormatError(
             f"{folder / ARTIFACT} holds ordinary weights, which would be lost; save to another "
@@ -376,7 +383,9 @@ def load(
             they do in its own `from_pretrained`.
         packed: layers keep their codes and unpack them whenever they are used: less memory and a
             slower forward pass, under torch.no_grad() with the very same result (with gradients
-            torch may choose other kernels). Such a model cannot be trained.
+            torch may choose other kernels). Such a model cannot be trained, traced or exported.
+            The dense network is made first: where that has no room, transformers' own
+            `from_pretrained` of an artifact (README) makes none.
 
     Returns:
         The model in eval mode.
@@ -391,9 +400,9 @@ def load(
         raise ModelError(f"dtype = {dtype!r} must be a torch.dtype, one of {known}.")
     if model is not None:
         _fill(model, checkpoint.read(folder / ARTIFACT), packed)
-        return model.eval() if dtype is None else model.eval().to(dtype)
-    model, spec, _ = _network(folder, None, packed)
-    if dtype is not None and spec.source == "transformers":
+    else:
+        model, _, _ = _network(folder, None, packed)
+    if dtype is not None and is_transformers(model):
         cast_(model, dtype)
     elif dtype is not None:
         model.to(dtype)

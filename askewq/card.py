@@ -122,6 +122,7 @@ def _how_to_load(spec: ModelSpec) -> str:
     call = "folder, model=factory()" if own else "folder"
     text = f"""```python
 import askewq
+folder = "..."  # of these files: huggingface_hub.snapshot_download("owner/name") returns it
 model = askewq.load({call})  # a plain {spec.source} network with dense float32 weights
 model = askewq.load({call}, packed=True)  # same logits under torch.no_grad(); unpacks on use
 ```"""

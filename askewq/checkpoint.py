@@ -143,6 +143,8 @@ def input_scales(model: nn.Module) -> set[str]:
 
 def attach_inputs_(model: nn.Module, artifact: Artifact) -> None:
     """Let the layers of a filled model round their inputs as the artifact says, in place."""
+    if artifact.inputs:
+        activations.nest_nothing_(model)
     for name, rounded in artifact.inputs.items():
         layer = model.get_submodule(name)
         if not activations.takes_numbers(layer):

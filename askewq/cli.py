@@ -158,12 +158,15 @@ def evaluate(
     recipe = config.build(
         {"model": str(folder), "output": str(folder), **given}, "the command line"
     )
+    from askewq import processes
     from askewq.evaluate import evaluate_artifact
     from askewq.terminal import say
 
     result = evaluate_artifact(
         folder, recipe, factory=model, teacher=teacher, teacher_weights=teacher_weights
     )
+    if not processes.is_first():
+        return
     if not json_only:
         say(
             f"{folder}: {result.metric} {result.value:.2f}, "

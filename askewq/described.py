@@ -1,14 +1,17 @@
-"""Whether a transformers network is the one that its config describes.
+"""Whether an artifact can describe a network: its inputs, and, of transformers, its config.
 
 An artifact holds the config and no code: what is built from it is all that can be loaded again.
 """
+
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from askewq import checkpoint, trust
-from askewq.errors import ModelError
+from askewq.errors import FormatError, ModelError
 from askewq.models import build
+from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import LoadedModel, ModelSpec, first_line
 
 
@@ -16,9 +19,18 @@ def check(loaded: LoadedModel) -> None:
     """Check, before anything is trained, that an artifact will describe the network itself.
 
     Raises:
-        ModelError: a config from which another network is built, or none without code of its own.
+        ModelError: a config from which another network is built, or none without code of its own;
+            images prepared in a way that a reader refuses.
     """
     spec = loaded.spec
+    if isinstance(loaded.preprocessing, ImagePreprocessing):
+        try:
+            ImagePreprocessing.restore(loaded.preprocessing.save(Path()))
+        except FormatError as error:
+            raise ModelError(
+                f"{spec.name!r} prepares its images in a way that no artifact can hold ({error}); "
+                "use another model, or set --image-size, --mean and --std."
+            ) from error
     if spec.source != "transformers":
         return
     advice = "so that its artifact could not be loaded; use another model"

@@ -101,7 +101,7 @@ def evaluate_artifact(
 
     Raises:
         AskewError: a damaged artifact; data that lack what its task needs; no network to compare
-            embeddings with, or one that decides nothing.
+            embeddings with, or one that decides nothing; a loss that is not finite.
     """
     loaded = artifact.load_artifact(folder, factory=factory)
     path = folder / recipe_files.RECIPE
@@ -123,7 +123,13 @@ def evaluate_artifact(
     model = loaded.model.to(accelerator.device)
     if reference is not None:
         reference.model.to(accelerator.device)
-    return evaluate(model, loaded.spec, loaded.preprocessing, loader, accelerator, reference)
+    result = evaluate(model, loaded.spec, loaded.preprocessing, loader, accelerator, reference)
+    if not math.isfinite(result.loss):
+        raise DivergenceError(
+            f"the loss of {folder} on these samples is {result.loss}: the network's logits are not "
+            "finite. Its weights are damaged, or of a run that diverged."
+        )
+    return result
 
 
 def _check_start(path: Path, settings: Mapping[str, Any]) -> None:

@@ -145,7 +145,7 @@ def _unknown_model(source: ExportSource) -> str:
     kind = settings["model_type"]
     if kind not in ARCHITECTURES:
         return f"{source.title!r} is a {kind}; {known}"
-    if settings["hidden_act"] != "silu":
+    if settings["hidden_act"] not in ("silu", "swish"):  # two names of one
         return f"the activation {settings['hidden_act']!r}: llama.cpp computes silu in a {kind}"
     window = settings.get("sliding_window")
     if window is not None and window < settings["max_position_embeddings"]:
@@ -155,6 +155,8 @@ def _unknown_model(source: ExportSource) -> str:
     rope = _rope(settings)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         return f"rope scaling of type {rope['rope_type']!r}; default, linear and llama3 are written"
+    if rope["rope_type"] == "llama3" and _architecture(loaded) != "llama":
+        return f"rope scaling of type 'llama3', which llama.cpp's {kind} does not have"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return f"rope on a part of a head, which llama.cpp's {kind} does not have"
     return ""

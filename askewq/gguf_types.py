@@ -33,11 +33,6 @@ class BlockType:
     high: int
     affine: bool = False
 
-    @property
-    def bits(self) -> float:
-        """Bits that a weight takes, its share of the scale included."""
-        return 8 * self.size / self.weights
-
     def factor(self, grid: Grid) -> int | None:
         """Return what makes the levels (affine: their offset) integers, 1 or 2; None: no place."""
         factor = 1 if grid.first % 1 == 0 else 2

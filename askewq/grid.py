@@ -27,6 +27,8 @@ CHUNK = 2**15
 
 # Significant bits of a fitted scale: those of fp16.
 SCALE_DIGITS = 11
+# The scale of a row of zeros; a code times it is a float32 number still.
+NO_SCALE = torch.finfo(torch.float32).tiny * 2**24
 
 BITS: tuple[Bits, ...] = (1, "ternary", 2, 3, 4, 5, 6, 7, 8)
 
@@ -228,7 +230,7 @@ def best_scale(rows: Tensor, grid: Grid) -> Tensor:
 def shortened(scale: Tensor) -> Tensor:
     """Return scales, given in float64, as positive float32 numbers of `SCALE_DIGITS` bits."""
     float32 = torch.finfo(torch.float32)
-    scale = scale.nan_to_num(0.0).clamp(float32.tiny * 2**24, float32.max)
+    scale = scale.nan_to_num(0.0).clamp(NO_SCALE, float32.max)
     fraction, exponent = torch.frexp(scale)
     units = (fraction * 2**SCALE_DIGITS).round()
     # Rounded up, the largest would be no float32 numbers any more.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast, get_args
@@ -144,6 +145,12 @@ def build_transformers(spec: ModelSpec) -> nn.Module:
     config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     auto = auto_class(spec.task)
     return cast(nn.Module, auto.from_config(config, trust_remote_code=False).float())
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Tell whether a network is one of transformers, which is not imported to find out."""
+    library = sys.modules.get("transformers")
+    return library is not None and isinstance(model, library.PreTrainedModel)
 
 
 def cast_(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,11 +1,13 @@
 """`askewq push DIR REPO`: an artifact to the Hugging Face Hub, without training's left-overs."""
 
+import glob
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from askewq import checkpoint
-from askewq.artifact import ARTIFACT, read_spec, restore
+from askewq.artifact import ARTIFACT, CONFIG, GENERATION, read_spec, restore
 from askewq.card import NAMES
 from askewq.errors import FormatError, HubError, RecipeError
 from askewq.preprocessing import TextPreprocessing
@@ -14,10 +16,12 @@ from askewq.spec import first_line, path_of
 from askewq.wording import width_name
 
 METRICS, CARD = "metrics.json", "README.md"
-# What an artifact and the preprocessing beside it consist of.
-_SUFFIXES = (".json", ".jinja", ".md", ".model", ".txt", ".yaml")
-# The one folder that is pushed: a tokenizer's chat templates beside the first.
-_TEMPLATES = "additional_chat_templates"
+# What an artifact consists of beside its weights and what its preprocessing writes, and what older
+# versions of transformers write for it.
+_NAMES = (
+    *(CONFIG, GENERATION, METRICS, RECIPE, CARD),
+    *("added_tokens.json", "special_tokens_map.json", "preprocessor_config.json"),
+)
 
 
 def push(folder: Path, repo: str, *, private: bool = False, dry_run: bool = False) -> list[str]:
@@ -57,15 +61,15 @@ def _files(folder: Path) -> list[str]:
             f"{folder} has no {' and no '.join(missing)}: a pushed model says what it measures. "
             "Both are written at the end of `askewq finetune`."
         )
-    preprocessing, vocabulary = restore(spec, values, folder), set()
+    preprocessing = restore(spec, values, folder)
+    names = {*_NAMES, *(path.name for path in weights)}
     if isinstance(preprocessing, TextPreprocessing):
-        vocabulary = {*type(preprocessing.tokenizer).vocab_files_names.values()}
-    return sorted(
-        str(path.relative_to(folder))
-        for path in (*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja"))
-        if path.is_file()
-        and (path in weights or path.name in vocabulary or path.suffix in _SUFFIXES)
-    )
+        names |= {*type(preprocessing.tokenizer).vocab_files_names.values()}
+    with TemporaryDirectory() as place:  # what it consists of it knows itself
+        preprocessing.save(Path(place))
+        written = [path for path in Path(place).rglob("*") if path.is_file()]
+        names |= {path.relative_to(place).as_posix() for path in written}
+    return sorted(name for name in names if (folder / name).is_file())
 
 
 def _local_paths(folder: Path) -> list[str]:
@@ -119,7 +123,7 @@ def _upload(folder: Path, repo: str, files: list[str], message: str, private: bo
         commit = api.upload_folder(
             repo_id=made.repo_id,
             folder_path=folder,
-            allow_patterns=files,
+            allow_patterns=[glob.escape(name) for name in files],
             commit_message=message,
         )
     except Exception as error:  # the client's errors share no class that its versions agree on

@@ -1,7 +1,7 @@
 """The constrained step of one layer, and its lazy view of the weight, as pure tensor functions.
 
 Base update and constraint are made together: one pass over memory when compiled with torch.compile;
-eager, with the same result, where no compiler is found.
+eager, with the same result but for the last bit of AdamW's, where no compiler is found.
 """
 
 import functools
@@ -155,7 +155,7 @@ def can_compile(device: str) -> bool:
     except Exception as error:  # noqa: BLE001  # torch raises a different type for every toolchain
         warnings.warn(
             f"torch.compile does not work here ({type(error).__name__}), so the constrained step "
-            "runs eagerly: the same weights, several times slower. A C++ compiler (CPU) or Triton "
+            "runs eagerly: the same but for rounding, and slower. A C++ compiler (CPU) or Triton "
             "(CUDA) makes it one pass over memory.",
             stacklevel=2,
         )

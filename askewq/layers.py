@@ -141,7 +141,7 @@ class QuantizedWeight:
         Raises:
             DivergenceError: a weight that is NaN or infinite has no nearest level.
             ModelError: a cast to bfloat16, whose 8 bits do not tell more than 64 levels apart:
-                weight, scale and quotient are rounded.
+                weight, scale and quotient are rounded; to float16, of scales that are too small.
         """
         weight = self.latent.detach()
         if weight.dtype == torch.bfloat16 and self.grid.size > 64:
@@ -150,12 +150,21 @@ class QuantizedWeight:
                 "apart: keep the model in float32 and use bf16 through autocast, or cast what was "
                 "loaded from an artifact."
             )
+        scale = self.weight_scale.detach()
+        rows = channels_first(weight, self.channel_dim)
+        if weight.dtype == torch.float16:
+            used = (rows.flatten(1) != 0).any(1, keepdim=True)  # zeros need no scale
+            if ((scale < 2.0**-14) & used).any():
+                raise ModelError(
+                    "a scale became a float16 below 2^-14, where that has fewer digits: keep the "
+                    "model in float32, or cast what was loaded from an artifact."
+                )
         if not torch.isfinite(weight).all():
             raise DivergenceError(
                 f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values and cannot "
                 "be rounded; go back to an earlier checkpoint and train with a smaller lr."
             )
-        return self.grid.codes(channels_first(weight, self.channel_dim), self.weight_scale.detach())
+        return self.grid.codes(rows, scale)
 
     @torch.no_grad()
     def snap_(self) -> None:

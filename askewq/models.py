@@ -48,7 +48,10 @@ def find_source(name: str) -> Source:
         return "timm"
     local = Path(name).is_dir() or name.startswith((".", "/", "~"))
     if local and not (Path(name) / CONFIG).is_file():
-        raise ModelError(f"--model {name!r}: the folder has no {CONFIG} (or does not exist).")
+        raise ModelError(
+            f"--model {name!r}: the folder has no {CONFIG} (or does not exist). What askewq.save "
+            "wrote names no network; askewq.load(folder, model=...) fills one."
+        )
     return "transformers"
 
 

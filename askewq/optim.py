@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from askewq import constraint, kernels, methods, sharding
 from askewq.anneal import Closing, check_progress
 from askewq.errors import ModelError, RecipeError
-from askewq.grid import Grid
+from askewq.grid import NO_SCALE, Grid
 from askewq.kernels import DISTANCE_BINS, Interval, adamw_, compiled, distance_bins, sgd_
 from askewq.layers import (
     QuantizedWeight,
@@ -255,11 +255,11 @@ class _Skewed(torch.optim.Optimizer):
             interval.within.fill_(torch.inf)
         elif share > 0 and group["updates"] % self.closing.period == 0:
             bins = self._run(distance_bins, rows, scale, interval)
-            counts = torch.bincount(bins.view(-1), minlength=DISTANCE_BINS)
+            # A row or group of zeros has no distances, in units of what is hardly a scale.
+            bins = bins.masked_fill(scale <= NO_SCALE, DISTANCE_BINS)
+            counts = torch.bincount(bins.view(-1), minlength=DISTANCE_BINS + 1)[:DISTANCE_BINS]
             closed = sharding.add_up_(counts, weight).cumsum(0)
-            edge = torch.searchsorted(
-                closed, torch.full_like(closed[:1], int(share * weight.numel()))
-            )
+            edge = torch.searchsorted(closed, (share * closed[-1:].double()).long())
             # The last bin also holds what lies beyond the grid, at any distance.
             distance = torch.where(
                 edge[0] < DISTANCE_BINS - 1, (edge[0] + 1) / DISTANCE_BINS / 2, torch.inf

@@ -13,6 +13,11 @@ from askewq.spec import path_of
 
 # What a resumed run may change: neither decides what a run without trouble ends with.
 _FREE = ("keep", "nan_policy")
+_FOLDERS = (snapshots.CHECKPOINTS, "logs", "additional_chat_templates")
+_SUFFIXES = (
+    *(".bpe", ".jinja", ".json", ".model", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"),
+    *(".yaml", disk.PARTIAL),
+)
 
 
 def check(recipe: Recipe) -> None:
@@ -51,6 +56,12 @@ def _check_may_delete(recipe: Recipe) -> None:
                 "another folder."
             )
 
+    if others := _others(out):
+        raise OutputError(
+            f"--overwrite would delete what no run writes: {', '.join(others[:5])} in "
+            f"{recipe.output}; move it elsewhere, or name another folder."
+        )
+
 
 def _is_run(out: Path) -> bool:
     """Tell whether a folder is a run's, and not one where a user keeps a recipe among files."""
@@ -60,6 +71,22 @@ def _is_run(out: Path) -> bool:
     begun = (out / snapshots.CHECKPOINTS).is_dir() or artifact.is_artifact(out)
     alone = all(file.name in (RECIPE, RECIPE + disk.PARTIAL) for file in out.iterdir())
     return begun or alone or bool(recipe_files.read_yaml(path).get("overwrite"))
+
+
+def _others(out: Path) -> list[str]:
+    """Return what is in the folder of a run and was not written by one."""
+    checkpoints = out / snapshots.CHECKPOINTS
+    found = [path for path in out.iterdir() if not _is_written(path)]
+    if checkpoints.is_dir():
+        found += [path for path in checkpoints.iterdir() if not snapshots.is_written(path)]
+    return sorted(str(path.relative_to(out)) for path in found)
+
+
+def _is_written(path: Path) -> bool:
+    """Tell whether runs write something of this name: a tokenizer's files are called anything."""
+    if path.is_dir() and path.suffix != disk.PARTIAL:
+        return path.name in _FOLDERS
+    return path.name == "README.md" or path.suffix in _SUFFIXES
 
 
 def resumed(recipe: Recipe) -> Recipe:

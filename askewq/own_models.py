@@ -137,6 +137,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"({', '.join(extra[:5]) or 'none'}){hint}."
         )
     for key, tensor in state.items():
+        if tensor.is_floating_point() != target[key].is_floating_point():
+            raise ModelError(
+                f"the weights {path} do not fit the model: {key!r} is {tensor.dtype} there and "
+                f"{target[key].dtype} in the model; whole numbers may be codes without a scale."
+            )
         if tensor.shape != target[key].shape:
             raise ModelError(
                 f"the weights {path} do not fit the model: {key!r} is {list(tensor.shape)} there "

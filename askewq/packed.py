@@ -30,6 +30,8 @@ from askewq.manifest import PackedWeight
 from askewq.mixed import Mixin, mix_, unmix_
 from askewq.pack import unpack_rows
 
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 class Slot(NamedTuple):
     """Where a weight is: a layer, and the weight's name there."""
@@ -66,7 +68,7 @@ class PackedTensor(nn.Module):
         self.shape = weight.shape
         self.channel_dim = weight.channel_dim
         self.dtype = torch.float32
-        self.memory_format = torch.contiguous_format
+        self.channels_last = False  # no torch.memory_format: torch.save cannot pickle one
 
     def content(self) -> PackedWeight:
         """Return the codes and the scale with what they mean."""
@@ -76,9 +78,10 @@ class PackedTensor(nn.Module):
     def forward(self) -> Tensor:
         """Return the dense weight."""
         dense = self.content().dense().to(self.dtype)
-        if self.memory_format == torch.contiguous_format:  # or as the layer of its kind has it
+        if not self.channels_last:  # as it is, or as the layer of its kind has it
             return dense
-        return dense.contiguous(memory_format=self.memory_format)
+        # `contiguous` would leave the strides of a kernel of one pixel as they are.
+        return torch.empty_like(dense, memory_format=_LAST[dense.dim()]).copy_(dense)
 
     @torch.no_grad()
     def rows(self, indices: Tensor) -> Tensor:
@@ -106,16 +109,19 @@ class PackedTensor(nn.Module):
         if self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.scale.device)
         small = torch.empty((2,) * len(self.shape), dtype=self.dtype, device=scale.device)
-        self.take_after(fn(small.contiguous(memory_format=self.memory_format)))
+        if self.channels_last:
+            small = small.contiguous(memory_format=_LAST[small.dim()])
+        self.take_after(fn(small))
         return self
 
     def take_after(self, weight: Tensor) -> None:
         """Give the dense weight the type and the memory format of another one."""
         self.dtype = weight.dtype
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
-        self.memory_format = torch.contiguous_format
-        if last and not weight.is_contiguous() and weight.is_contiguous(memory_format=last):
-            self.memory_format = last
+        self.channels_last = False
+        if weight.dim() in _LAST:
+            first = torch.empty(weight.shape, device="meta")
+            last = torch.empty_like(first, memory_format=_LAST[weight.dim()])
+            self.channels_last = first.stride() != weight.stride() == last.stride()
 
 
 class PackedLayer(Mixin):

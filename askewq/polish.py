@@ -71,12 +71,13 @@ class Polisher:
         self._before = [
             (layer.codes(), layer.weight_scale.detach().clone()) for layer in self._layers
         ]
+        for layer in self._layers:  # what is added to a large one would be lost in its digits
+            layer.weight_scale.zero_()
 
     @torch.no_grad()
     def _rescale(self, *_: Any) -> None:
         for layer, (codes, before) in zip(self._layers, self._before, strict=True):
-            share = (layer.weight_scale - before).clamp(-0.5, 1.0)
-            layer.rescale_(codes, before * (1 + share))
+            layer.rescale_(codes, before * (1 + layer.weight_scale.clamp(-0.5, 1.0)))
         self._before = []
 
     @torch.no_grad()

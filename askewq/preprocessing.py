@@ -27,7 +27,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")  # timm's
 # What a stranger's config may ask for: beyond it an image would fill the memory.
 LARGEST_SIDE = 2**13
-LEAST_CROP = 0.1
+LEAST_CROP, MOST_CROP = 0.1, 2.0
 
 
 class Preprocessing(Protocol):
@@ -45,7 +45,8 @@ class ImagePreprocessing:
     Attributes:
         size: height and width of the input; None leaves images as they are.
         mean, std: per channel, for values in 0..1; one value means grayscale input.
-        crop_pct: share of the resized shorter side that the center crop keeps.
+        crop_pct: share of the resized shorter side that the center crop keeps; above 1, as VOLO has
+            it, the picture is smaller than the crop, and black around.
         interpolation: one of INTERPOLATIONS.
         crop_mode: center, squash or border, as timm defines them.
     """
@@ -138,8 +139,8 @@ class ImagePreprocessing:
                 and all(type(n) is int and 0 < n <= LARGEST_SIDE for n in size)
             ):
                 raise ValueError(f"size must be null or two numbers from 1 to {LARGEST_SIDE}")
-            if not LEAST_CROP <= restored.crop_pct <= 1:
-                raise ValueError(f"crop_pct must be {LEAST_CROP} to 1")
+            if not LEAST_CROP <= restored.crop_pct <= MOST_CROP:
+                raise ValueError(f"crop_pct must be {LEAST_CROP} to {MOST_CROP}")
             if restored.crop_mode not in CROP_MODES:
                 raise ValueError(f"crop_mode must be one of {', '.join(CROP_MODES)}")
             if restored.interpolation not in INTERPOLATIONS:

@@ -37,6 +37,13 @@ def single(mixed_precision: str) -> Any:
     return Accelerator(cpu=without_float64(), mixed_precision=mixed_precision)
 
 
+def is_first() -> bool:
+    """Tell whether this process is the one that speaks."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
 def accelerator_of(recipe: Recipe) -> Any:
     """Return the Accelerator of a run; here the processes meet.
 

@@ -78,12 +78,15 @@ def recalibrate_(
         norm.reset_running_stats()
         norm.momentum = None  # torch: a cumulative mean
         norm.train()
-    for batch in batches:
-        forward(batch)
-    for module, training in before:
-        module.training = training
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    try:
+        for batch in batches:
+            forward(batch)
+    finally:
+        for module, training in before:
+            module.training = training
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    for norm in norms:
         for statistic in (norm.running_mean, norm.running_var):
             if statistic is not None and accelerator.num_processes > 1:
                 statistic.copy_(accelerator.reduce(statistic, reduction="mean"))

@@ -154,6 +154,11 @@ def _prune(out: Path, keep: int) -> None:
         disk.delete(damaged)
 
 
+def is_written(path: Path) -> bool:
+    """Tell whether a run makes something of this name in its folder of checkpoints."""
+    return path.name.startswith("step-") or path.name.split(".")[0] == "teacher"
+
+
 def _path(out: Path, step: int) -> Path:
     return out / CHECKPOINTS / f"step-{step:08d}"
 

@@ -5,6 +5,7 @@ libraries that read them make.
 """
 
 import json
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,18 +110,20 @@ def is_inside(name: Any) -> bool:
 
 @contextmanager
 def at_most(parameters: int) -> Iterator[None]:
-    """Within the block no network is built with more parameters; memory is not touched before.
+    """Within the block this thread builds no network with more; memory is not touched before.
 
     One that is given to several layers, or to one again, counts once.
 
     Raises:
         FormatError: a network that has more.
     """
-    total = 0
+    total, thread = 0, threading.get_ident()
     counted: dict[int, weakref.ref[nn.Parameter]] = {}
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal total
+        if threading.get_ident() != thread:  # torch calls this for the networks of every thread
+            return
         before = counted.get(id(parameter))
         if parameter is None or (before is not None and before() is parameter):
             return

@@ -2,7 +2,8 @@
 
 Six 3x3 convolutions (128, 128, 256, 256, 512, 512), halved after every second one, and a linear
 layer; no biases, and batch norm without affine after every layer, so that the scale of a weight
-tensor decides nothing: weights of -s and +s compute what -1 and +1 do.
+tensor decides nothing: weights of -s and +s compute what -1 and +1 do. A step of AdamW, whose
+length is the rate, is another share of s than of 1, though: published rates do not carry over.
 """
 
 from torch import nn

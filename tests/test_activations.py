@@ -794,3 +794,25 @@ def test_torchs_own_encoder_rounds_in_every_mode(tmp_path):
         rounding = network(images)
         with torch.no_grad():
             torch.testing.assert_close(network(images), rounding, rtol=1e-5, atol=1e-6)
+
+
+def test_torchs_own_encoder_with_a_mask(tmp_path):
+    """In evaluation it would give its layers nested tensors, which nothing rounds."""
+    torch.manual_seed(0)
+
+    def made():
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, 2)
+
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    model = made()
+    askewq.quantize(model, 2)
+    askewq.round_inputs(model, 4, lambda: model(x, src_key_padding_mask=padding))
+    askewq.snap_(model)
+    askewq.save(model, tmp_path)
+    expected = model(x, src_key_padding_mask=padding)  # in training
+    for packed in (False, True):
+        loaded = askewq.load(tmp_path, model=made(), packed=packed)
+        with torch.no_grad():
+            found = loaded(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-5, atol=1e-6)

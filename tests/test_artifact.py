@@ -157,6 +157,21 @@ class TestSave:
             askewq.save(builders.own_network("small"), tmp_path / "own")
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("stored", ["pytorch_model.bin", "nothing"])
+    def test_a_folder_of_transformers_is_refused(self, tmp_path, stored):
+        """It would load the packed weights as its own, of which it knows none."""
+        network = self.trained()
+        askewq.snap_(network)
+        folder = tmp_path / "bert"
+        shutil.copytree(builders.bert(), folder)
+        (folder / "model.safetensors").unlink()
+        if stored != "nothing":
+            (folder / stored).write_bytes(b"weights")
+        before = builders.files(folder)
+        with pytest.raises(FormatError, match="describes a model of transformers"):
+            askewq.save(network, folder)
+        assert builders.files(folder) == before
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_a_cast_network_is_refused(self, tmp_path, dtype):
         """Packed weights are float32: no network would have the types of the file."""

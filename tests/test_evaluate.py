@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from askewq import checkpoint, layers, models, processes, wrap
 from askewq import evaluate as evaluation
-from askewq import layers, models, processes, wrap
 from askewq.batches import loaders
 from askewq.data import open_data
-from askewq.errors import ExactnessError, ModelError
+from askewq.errors import DivergenceError, ExactnessError, ModelError
 from askewq.evaluate import evaluate
 
 
@@ -173,6 +173,17 @@ class TestArtifacts:
         result = evaluation.evaluate_artifact(folder, recipe)
         assert result.metric == metrics["metric"]
         assert result.value == pytest.approx(metrics["reloaded"], rel=1e-6)
+
+    def test_logits_that_are_not_finite(self, tmp_path, monkeypatch):
+        """There is no accuracy of them."""
+        folder = builders.copy_of("own", tmp_path)
+        content = checkpoint.read(folder / "model.safetensors")
+        name = next(key for key, value in content.tensors.items() if value.is_floating_point())
+        content.tensors[name].fill_(math.nan)
+        recipe = builders.recipe("own", folder)
+        monkeypatch.setattr(checkpoint, "read", lambda _: content)
+        with pytest.raises(DivergenceError, match=r"the loss of .* is nan"):
+            evaluation.evaluate_artifact(folder, recipe, factory=builders.own("small"))
 
     def test_after_a_run_of_another_precision(self):
         """In one process Accelerate would keep the run's."""

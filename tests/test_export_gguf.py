@@ -45,7 +45,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 MODELS = {
-    "llama": ("Llama", {"rope_theta": 5e5}),
+    "llama": ("Llama", {"rope_theta": 5e5, "hidden_act": "swish"}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
     "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "wide": ("Llama", {"head_dim": 128}),
@@ -282,6 +282,8 @@ class TestRefused:
             ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic'"),
             ("Mistral", {"sliding_window": 8}, "a window of 8"),
             ("Qwen3", {"attention_bias": True}, "attention with biases"),
+            ("Qwen2", {"rope_scaling": LLAMA3}, "'llama3', which llama.cpp's qwen2 does not have"),
+            ("Qwen3", {"rope_scaling": LLAMA3}, "'llama3', which llama.cpp's qwen3 does not have"),
             ("GPT2", {"n_embd": 32, "n_layer": 1, "n_head": 2}, "is a gpt2"),
         ],
     )

@@ -41,7 +41,8 @@ class TestEncode:
 
     def test_types_are_ordered_by_size(self):
         """The first that fits is the smallest."""
-        assert [kind.bits for kind in TYPES] == sorted(kind.bits for kind in TYPES)
+        sizes = [kind.size / kind.weights for kind in TYPES]
+        assert sizes == sorted(sizes)
 
     def test_one_scale_for_all(self):
         """A scale [1, 1] is repeated in every block."""

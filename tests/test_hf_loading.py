@@ -86,6 +86,7 @@ class TestLoad:
         for model in (
             askewq.load(folder, dtype=torch.bfloat16),
             askewq.load(folder, dtype=torch.bfloat16, packed=True),
+            askewq.load(folder, model=askewq.load(folder), dtype=torch.bfloat16),
             load("llama", dtype=torch.bfloat16),
         ):
             assert model.model.rotary_emb.inv_freq.dtype == torch.float32

@@ -366,6 +366,23 @@ def test_data_parallel_is_refused():
         attention._replicate_for_data_parallel()
 
 
+def test_scales_that_float16_does_not_hold():
+    """They are refused, but for those of rows of zeros."""
+    layer = nn.Linear(8, 4)
+    layer.weight.data[0] = 0
+    layer.weight.data[1] *= 1e-6
+    grid = GRIDS[8]
+    quantize_layer_(layer, grid, fit_scale(layer.weight, grid))
+    askewq.snap_(layer)
+    with pytest.raises(ModelError, match="became a float16 below 2"):
+        copy.deepcopy(layer).half().codes()
+    plain = nn.Linear(8, 4)
+    plain.weight.data[0] = 0
+    quantize_layer_(plain, grid, fit_scale(plain.weight, grid))
+    codes = plain.codes()
+    assert torch.equal(plain.half().codes()[1:], codes[1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
 def test_a_cast_keeps_the_codes(grid, dtype):

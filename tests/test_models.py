@@ -3,16 +3,18 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import builders
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
-from askewq import distill, models
+from askewq import artifact, described, distill, models
 from askewq.errors import ModelError
 from askewq.own_models import read_state
 from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
@@ -124,6 +126,22 @@ class TestTimm:
         loaded = models.load("test_vit", IMAGES, LABELS, pretrained=False, image_size=32)
         assert loaded.preprocessing.size == (32, 32)
         assert loaded.model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+    def test_a_crop_beyond_the_picture(self, tmp_path):
+        """VOLO's share is 1.15: an artifact holds it; one that none can hold is refused at once."""
+        loaded = models.load("test_resnet", IMAGES, LABELS, pretrained=False)
+        loaded.preprocessing = replace(loaded.preprocessing, crop_pct=1.15)
+        described.check(loaded)
+        artifact.save_config(loaded, tmp_path)
+        spec, values = artifact.read_spec(tmp_path)
+        assert artifact.restore(spec, values, tmp_path) == loaded.preprocessing
+        image = loaded.preprocessing.image(Image.new("RGB", (300, 200), "white"))
+        assert image.shape == (3, *loaded.preprocessing.size)
+        assert image.min() == 0
+        assert image.max() == 255
+        loaded.preprocessing = replace(loaded.preprocessing, crop_pct=3.0)
+        with pytest.raises(ModelError, match=r"no artifact can hold .*crop_pct must be"):
+            described.check(loaded)
 
     def test_overrides(self):
         """Mean and std given by the user replace the model's."""

@@ -834,6 +834,28 @@ def test_weights_far_outside_the_grid_are_closed_in_their_turn(outside):
     assert on_level(layer)[0].double().mean() >= 0.6
 
 
+def test_groups_of_zeros_are_not_counted():
+    """They have no distances, and close nothing of the others before its turn."""
+    layer = nn.Linear(64, 32, bias=False)
+    layer.weight.data[:16] = 0
+    quantize(layer, 2, include=["*"], group_size=16)
+    optimizer = AskewSGD(
+        layer, lr=1e-3, closing=Closing("staggered", start=0.0, end=1.0, power=1.0)
+    )
+    for _ in range(2):
+        layer.weight.grad = torch.randn_like(layer.weight)
+        optimizer.anneal(0.4)
+        optimizer.step()
+    live = slice(16, None)
+    closed = layer.weight[live] == layer.grid.snap(
+        layer.weight[live].reshape(-1, 16), layer.weight_scale[live].reshape(-1, 1)
+    ).view(16, 64)
+    assert closed.double().mean().item() == pytest.approx(0.4, abs=0.02)
+    optimizer.anneal(1.0)
+    optimizer.step()
+    assert layer.weight[:16].abs().max() < 1e-25
+
+
 def test_layers_are_closed_separately():
     """Every layer closes its own share, whatever the distances in the others are."""
     model = nn.Sequential(

@@ -1,6 +1,7 @@
 """Layers that keep their codes: the very weights of the dense load, in less memory."""
 
 import copy
+import io
 import itertools
 import pickle
 import subprocess
@@ -198,17 +199,22 @@ def test_own_modules_are_filled_in_place():
     assert packed_weights(network)
 
 
+@pytest.mark.parametrize("size", [3, 1])
 @pytest.mark.parametrize("when", ["before", "after", "and back"])
-def test_channels_last(tmp_path, when):
+def test_channels_last(tmp_path, when, size):
     """A weight that is unpacked has the memory format of the dense one: so have its sums."""
-    network = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(3)))
+
+    def net():
+        return nn.Sequential(*(nn.Conv2d(16, 16, size) for _ in range(3)), nn.AdaptiveAvgPool2d(1))
+
+    network = net()
     askewq.quantize(network, 2)
     snap_(network)
     askewq.save(network, tmp_path)
-    x = torch.randn(2, 8, 16, 16)
+    x = torch.randn(2, 16, 16, 16)
     found = []
     for packed in (False, True):
-        fresh = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(3)))
+        fresh = net()
         if when == "before":
             fresh = fresh.to(memory_format=torch.channels_last)
         model = askewq.load(tmp_path, model=fresh, packed=packed)
@@ -250,6 +256,18 @@ class TestCasts:
         assert model.head.packed is model.embedding.packed
 
 
+def pickled(model):
+    """Return what pickle makes of a model, by its own protocol."""
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_and_loaded(model):
+    """Return what torch makes of one, by an older protocol."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
 class TestState:
     def test_state_dict_holds_the_file_s_names(self):
         """The state dict is what the file stores, and loads strictly into another packed model."""
@@ -264,7 +282,7 @@ class TestState:
         x = torch.randn(1, 3, 32, 32)
         assert torch.equal(logits(first, {"x": x}), logits(second, {"x": x}))
 
-    @pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    @pytest.mark.parametrize("twin", [copy.deepcopy, pickled, saved_and_loaded])
     def test_copies(self, twin):
         """A deep copy and a pickled model are packed and equal; their tensors are their own."""
         model = askewq.load(finished("llama")[0], packed=True)

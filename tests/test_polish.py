@@ -130,6 +130,21 @@ class TestSteps:
                 assert 0.4999 < ratio < 2.0001
         assert torch.equal(network.bias, bias)
 
+    @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+    def test_a_step_is_the_same_share_of_any_scale(self, size):
+        """Also of one in whose digits the step itself would be lost."""
+        torch.manual_seed(0)
+        network = nn.Linear(4, 4)
+        network.weight.data *= size
+        askewq.quantize(network, 2, include=["*"])
+        layers.snap_(network)
+        polisher = Polisher(network, lr=1e-4)
+        before = network.weight_scale.detach().clone()
+        for _ in range(10):
+            network.weight_scale.grad = torch.ones_like(before)
+            polisher.optimizer.step()
+        assert torch.allclose(network.weight_scale / before, torch.tensor(0.999), rtol=1e-5)
+
     def test_the_gradient_of_a_scale(self):
         """The sum over its weights of gradient times level."""
         weight = torch.tensor([[1.0, -2.0, 0.0], [3.0, 3.0, -3.0]])

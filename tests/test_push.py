@@ -62,6 +62,8 @@ def test_one_commit_with_exactly_these_files(fake, tmp_path, kind):
     for name in ("checkpoints/step-00000001/optimizer.bin", "logs/events.out", "a.partial", ".x"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("left over")
+    for name in ("customers.json", "notes.md", "token.txt"):  # a user's
+        (folder / name).write_text("private")
     (folder / "logs" / "metrics.json").write_text("{}")
     (folder / "checkpoints" / "teacher.safetensors").write_text("left over")
     lines = hub.push(folder, "me/model", private=True)
@@ -176,12 +178,12 @@ def test_a_vocabulary_of_any_name(fake, tmp_path, monkeypatch):
     """The files that a tokenizer writes are pushed, whatever they are called."""
     folder = copy_of("bert", tmp_path)
     kind = type(artifact.load_artifact(folder).preprocessing.tokenizer)
-    monkeypatch.setattr(kind, "vocab_files_names", {"merges_file": "bpe.codes"})
-    (folder / "bpe.codes").write_text("a b")
+    monkeypatch.setattr(kind, "vocab_files_names", {"merges_file": "bpe[1].codes"})
+    (folder / "bpe[1].codes").write_text("a b")
     (folder / "other.codes").write_text("mine")
     template = "additional_chat_templates/tool_use.jinja"
     for name in (template, "additional_chat_templates/x.py"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{{ messages }}")
     hub.push(folder, "me/model")
-    assert fake.commits[0]["files"] == sorted([*FILES["bert"], "bpe.codes", template])
+    assert fake.commits[0]["files"] == sorted([*FILES["bert"], "bpe[1].codes", template])

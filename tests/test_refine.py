@@ -88,6 +88,15 @@ class TestRecalibration:
         assert [m.training for m in model.modules()] == [training] * 5
         assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
+    def test_a_batch_that_fails(self):
+        """Nothing but the statistics is left changed."""
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+        accelerator = type("One", (), {"num_processes": 1})
+        with pytest.raises(KeyError):
+            refine.recalibrate_(model, [{}], lambda batch: model(batch["x"]), accelerator)
+        assert model[0].momentum == 0.1
+        assert all(module.training for module in model.modules())
+
     def test_a_run(self, tmp_path, monkeypatch):
         """Only statistics differ from a run without; a resumed run ends with the same bytes."""
         settings = {"recalibrate_bn": 3, "save_every": 2}

@@ -961,6 +961,17 @@ class TestOutput:
             finetune("own", tmp_path, overwrite=True)
         assert files(tmp_path) == {"thesis.txt"}
 
+    @pytest.mark.parametrize("name", ["src/train.py", "thesis.tex", "checkpoints/last.ckpt"])
+    def test_overwrite_deletes_nothing_beside_a_run(self, tmp_path, name):
+        """What runs do not write is a user's, whatever else is in the folder."""
+        folder = builders.copy_of("own", tmp_path)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("five years")
+        before = files(folder)
+        with pytest.raises(OutputError, match=f"would delete what no run writes: {name[:3]}"):
+            finetune("own", folder, overwrite=True)
+        assert files(folder) == before
+
     def test_overwrite_does_not_delete_what_the_run_reads(self, tmp_path):
         """An earlier run that holds the new run's weights is not replaced by it."""
         folder = builders.copy_of("own", tmp_path)

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,28 @@ class TestSizes:
         with pytest.raises(FormatError), trust.at_most(10):
             torch.nn.Linear(10, 10)
         torch.nn.Linear(10, 10)
+
+
+def test_threads_count_apart(tmp_path):
+    """Artifacts are loaded, and other networks built, while one is."""
+    torch.manual_seed(0)
+    folder, failed = builders.finished("timm")[0], []
+    end = time.monotonic() + 3
+
+    def repeat(made):
+        try:
+            while time.monotonic() < end:
+                made()
+        except FormatError as error:
+            failed.append(error)
+
+    makers = [lambda: askewq.load(folder)] * 2 + [lambda: torch.nn.Linear(1000, 1000)]
+    threads = [threading.Thread(target=repeat, args=(made,)) for made in makers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
 
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
