@@ -208,10 +208,11 @@ def follow_padding(loaded: LoadedModel, token: int | None) -> None:
     """
     import transformers
 
-    kind = type(loaded.model.config)
+    config: Any = loaded.model.config
+    kind = type(config)
     decodes = kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if token is not None and decodes and kind not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
-        cast(Any, loaded.model).config.pad_token_id = token
+        config.pad_token_id = token
         loaded.spec.arguments["pad_token_id"] = token
 
 

@@ -7,12 +7,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from askewq import checkpoint
-from askewq.artifact import ARTIFACT, CONFIG, GENERATION, read_spec, restore
+from askewq.artifact import ARTIFACT, GENERATION, read_spec, restore
 from askewq.card import NAMES
 from askewq.errors import FormatError, HubError, RecipeError
 from askewq.preprocessing import TextPreprocessing
 from askewq.recipe_files import RECIPE, read_yaml
-from askewq.spec import first_line, path_of
+from askewq.spec import CONFIG, first_line, path_of
 from askewq.wording import width_name
 
 METRICS, CARD = "metrics.json", "README.md"
