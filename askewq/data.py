@@ -219,7 +219,8 @@ def open_eval(
     for key in ("image_column", "label_column", "text_columns"):
         names = (trained or {}).get(key)
         listed = tuple(names) if isinstance(names, list) else (names,)
-        if not getattr(recipe, key) and all(name in evaluation.column_names for name in listed):
+        has_them = names and all(name in evaluation.column_names for name in listed)
+        if has_them and not getattr(recipe, key):
             of_run = listed if key == "text_columns" else listed[0]
             recipe = recipe.model_copy(update={key: of_run})
     columns = columns_of(recipe, task, evaluation.features)

@@ -21,10 +21,12 @@ class _Loader(yaml.SafeLoader):
         Raises:
             yaml.MarkedYAMLError: a key that is there twice.
         """
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (given, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
+        seen: set[str] = set()
+        for given, _ in node.value:
+            key = str(self.construct_object(given, deep=True))
+            if key in seen:
                 raise yaml.MarkedYAMLError(None, None, f"{key} is given twice", given.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
