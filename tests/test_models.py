@@ -166,6 +166,14 @@ class TestTimm:
         with pytest.raises(ModelError, match=r"fc\.\w+.* is \[2"):
             models.load("test_resnet", IMAGES, LABELS, weights=tmp_path / "w.safetensors")
 
+    def test_codes_without_a_scale(self, tmp_path):
+        """Whole numbers in the place of weights are refused, not copied."""
+        state = models.load("test_resnet", IMAGES, LABELS, pretrained=False).model.state_dict()
+        key = next(key for key in state if key.endswith("conv1.weight"))
+        save_file(state | {key: state[key].to(torch.int8)}, tmp_path / "w.safetensors")
+        with pytest.raises(ModelError, match=f"'{key}' is torch.int8 there and torch.float32"):
+            models.load("test_resnet", IMAGES, LABELS, weights=tmp_path / "w.safetensors")
+
     def test_a_local_folder(self, tmp_path):
         """A local-dir: name of timm's loads config and weights from a folder."""
         import timm

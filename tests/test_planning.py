@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from importlib.util import find_spec
 
 import builders
@@ -329,6 +330,20 @@ def test_an_increase_that_is_not_finite(words, tmp_path, monkeypatch):
     text = (tmp_path / "plan" / "sensitivity.json").read_text()
     layers = json.loads(text, parse_constant=refuse)["layers"]
     assert [None in layer["increase"].values() for layer in layers.values()].count(True) == 1
+
+
+def test_classes_of_other_names(tmp_path):
+    """Which is taken for which is said, as before a run."""
+    folder = shutil.copytree(builders.bert(), tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {"0": "POSITIVE", "1": "NEGATIVE"}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = flags_of("bert")
+    words[words.index("--model") + 1] = folder
+    output = ["--average-bits", 4, "--output", tmp_path / "plan"]
+    outcome = command("plan", *words, *output, "--sensitivity", "estimated")
+    assert outcome.code == 0, outcome.err
+    assert "trained for the classes POSITIVE, NEGATIVE, and is taken to mean" in outcome.out
 
 
 def test_the_folder_that_one_is_in(words, tmp_path, monkeypatch):
