@@ -155,8 +155,8 @@ def can_compile(device: str) -> bool:
     except Exception as error:  # noqa: BLE001  # torch raises a different type for every toolchain
         warnings.warn(
             f"torch.compile does not work here ({type(error).__name__}), so the constrained step "
-            "runs eagerly: the same but for rounding, and slower. A C++ compiler (CPU) or Triton "
-            "(CUDA) makes it one pass over memory.",
+            "runs eagerly: the same but for rounding, several times slower. A C++ compiler (CPU) "
+            "or Triton (CUDA) makes it one pass over memory.",
             stacklevel=2,
         )
         return False

@@ -357,7 +357,8 @@ class TestRefusals:
         folder = builders.copy_of("timm-encoder", tmp_path)
         if key == "no-pretrained":
             text = (folder / "recipe.yaml").read_text()
-            kept = [line for line in text.splitlines() if not line.startswith("weights:")]
+            keys = ("weights:", "pretrained:")
+            kept = [line for line in text.splitlines() if not line.startswith(keys)]
             (folder / "recipe.yaml").write_text("\n".join([*kept, "pretrained: false"]))
         found = command("eval", folder, "--dataset", unlabelled_images())
         assert found.code == 2

@@ -1064,8 +1064,8 @@ def test_without_a_compiler_the_step_runs_eagerly_and_says_so_once(monkeypatch):
         kernels.can_compile.cache_clear()
     assert [str(warning.message) for warning in caught] == [
         "torch.compile does not work here (RuntimeError), so the constrained step runs eagerly: "
-        "the same weights, several times slower. A C++ compiler (CPU) or Triton (CUDA) makes it "
-        "one pass over memory."
+        "the same but for rounding, several times slower. A C++ compiler (CPU) or Triton (CUDA) "
+        "makes it one pass over memory."
     ]
     for eager, *others in zip(*(model.parameters() for model in models), strict=True):
         assert all(torch.equal(eager, other) for other in others)
