@@ -1,6 +1,6 @@
 """Which columns of a data set a task reads, and what labels one of them has."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,21 @@ def columns_of(recipe: Recipe, task: Task, features: Any) -> Columns:
     inputs = list(recipe.text_columns) or _guessed_texts(others, _TEXT_PAIRS)
     _check_texts(inputs, texts, features, at_most=2)
     return Columns(tuple(inputs), label)
+
+
+def as_trained(recipe: Recipe, trained: Mapping[str, Any], names: Sequence[str]) -> Recipe:
+    """Return the recipe with the columns that a run's settings name, where it names none itself.
+
+    Args:
+        names: the columns that there are; one that is not among them is not taken over.
+    """
+    found: dict[str, Any] = {}
+    for key in ("image_column", "label_column", "text_columns"):
+        named = trained.get(key)
+        listed = tuple(named) if isinstance(named, list) else (named,)
+        if named and not getattr(recipe, key) and {*listed} <= {*names}:
+            found[key] = listed if key == "text_columns" else named
+    return recipe.model_copy(update=found)
 
 
 def _guessed_texts(texts: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from askewq import disk
-from askewq.columns import Columns, columns_of, labels_of, named_labels
+from askewq.columns import Columns, as_trained, columns_of, labels_of, named_labels
 from askewq.config import Recipe
 from askewq.errors import DataError, DiskFullError, near
 from askewq.vocabulary import Task
@@ -209,20 +209,13 @@ def open_eval(
     """Open only the evaluation split, for an artifact that knows its labels.
 
     Args:
-        trained: the settings of its run; the columns that they name are read where the data set
-            has them and `recipe` names none.
+        trained: the settings of its run, whose columns are read if `recipe` names none.
 
     Raises:
         DataError: as `open_data`.
     """
     evaluation = _eval_split(recipe, _call_datasets(recipe, split=None))
-    for key in ("image_column", "label_column", "text_columns"):
-        names = (trained or {}).get(key)
-        listed = tuple(names) if isinstance(names, list) else (names,)
-        has_them = names and all(name in evaluation.column_names for name in listed)
-        if has_them and not getattr(recipe, key):
-            of_run = listed if key == "text_columns" else listed[0]
-            recipe = recipe.model_copy(update={key: of_run})
+    recipe = as_trained(recipe, trained or {}, evaluation.column_names)
     columns = columns_of(recipe, task, evaluation.features)
     _check_class_names(recipe, columns.label)
     evaluation = _sample(evaluation, columns, recipe.max_eval_samples, 0)

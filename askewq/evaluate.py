@@ -118,7 +118,7 @@ def evaluate_artifact(
         )
     config.check(recipe.model_copy(update={"task": loaded.spec.task}))
     data = open_eval(recipe, loaded.spec.task, loaded.spec.labels, settings)
-    accelerator = processes.single(recipe.mixed_precision)
+    accelerator = processes.plain_accelerator(recipe.mixed_precision)
     loader = accelerator.prepare(loaders(recipe, data, loaded.preprocessing)[1])
     model = loaded.model.to(accelerator.device)
     if reference is not None:

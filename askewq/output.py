@@ -83,7 +83,7 @@ def _others(out: Path) -> list[str]:
 
 
 def _is_written(path: Path) -> bool:
-    """Tell whether runs write something of this name: a tokenizer's files are called anything."""
+    """Tell whether it may be a run's, by its type: what a tokenizer calls its files varies."""
     if path.is_dir() and path.suffix != disk.PARTIAL:
         return path.name in _FOLDERS
     return path.name == "README.md" or path.suffix in _SUFFIXES

@@ -29,7 +29,7 @@ from askewq.grid import mixed_grid
 from askewq.methods import check_bits
 from askewq.pack import packed_size
 from askewq.plan_table import Plan
-from askewq.processes import single
+from askewq.processes import plain_accelerator
 from askewq.recipe_files import RECIPE
 from askewq.sensitivity import Sensitivity
 from askewq.spec import LoadedModel
@@ -243,7 +243,7 @@ def _find(
     uniform: Plan,
 ) -> Sensitivity:
     """Find the sensitivity of every layer on the calibration samples."""
-    accelerator = single(recipe.mixed_precision)
+    accelerator = plain_accelerator(recipe.mixed_precision)
     model = loaded.model.to(accelerator.device).eval()
     raw = list(accelerator.prepare(loader))
 

@@ -28,7 +28,7 @@ def without_float64() -> bool:
     return torch.backends.mps.is_available()
 
 
-def single(mixed_precision: str) -> Any:
+def plain_accelerator(mixed_precision: str) -> Any:
     """Return the Accelerator of what is no run: an evaluation, or calibration."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState

@@ -188,7 +188,7 @@ class TestArtifacts:
     def test_after_a_run_of_another_precision(self):
         """In one process Accelerate would keep the run's."""
         folder, metrics = builders.finished("timm")
-        processes.single("bf16")
+        processes.plain_accelerator("bf16")
         recipe = builders.recipe("timm", folder, mixed_precision="no")
         result = evaluation.evaluate_artifact(folder, recipe)
         assert result.value == pytest.approx(metrics["reloaded"], rel=1e-6)
