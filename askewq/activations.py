@@ -5,7 +5,7 @@ A layer rounds its input by one more change of class, above that of layers.py or
 there is one grid and one scale. The scale is SAWB's (methods.py), of the values that are not zero.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -224,13 +224,34 @@ def round_inputs(
     return signed
 
 
+def free_forwards_(model: nn.Module, names: Iterable[str]) -> None:
+    """Let layers have the forward of their class, by which an input is rounded.
+
+    Raises:
+        ModelError: one was given another, such as a hook of Accelerate's puts in its place.
+    """
+    for name in names:
+        layer = model.get_submodule(name)
+        own = vars(layer).get("forward")
+        if own is None:
+            continue
+        if getattr(own, "__func__", None) is not type(layer).forward:
+            raise ModelError(
+                f"something has replaced the forward of {name}, so that its input would not be "
+                "rounded: take it off (accelerate.hooks.remove_hook_from_module), round the "
+                "inputs, and put it on again."
+            )
+        del layer.forward  # what is left of a hook that was taken off
+
+
 def attach_(model: nn.Module, act_bits: ActBits, signed: dict[str, bool]) -> None:
     """Let layers round their inputs, in place, with scales that are filled in later."""
     nest_nothing_(model)
+    free_forwards_(model, signed)
     for name, sign in signed.items():
         layer = cast(QuantizedLayer, model.get_submodule(name))
         with torch.inference_mode(False):  # it may be trained later
-            scale = torch.ones((), device=layer.weight_scale.device)
+            scale = torch.ones((), dtype=torch.float32, device=layer.weight_scale.device)
         round_input_(layer, input_grid(act_bits, signed=sign), scale)
 
 

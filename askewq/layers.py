@@ -18,6 +18,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
 
 from askewq import sharding
 from askewq.errors import DivergenceError, ModelError
@@ -41,6 +43,7 @@ class QuantizedWeight:
         untouched: its own id where what trains it has not begun to anneal it; a copy has another
             id, and nobody anneals it.
         seen: the weight that the forward pass sees, where it was made beforehand (`prepared`).
+        gradient_hook: what rounds the gradients of the layer's output, where its method does.
     """
 
     owner: nn.Module
@@ -52,6 +55,7 @@ class QuantizedWeight:
     strength: float = 0.0
     untouched: int | None = None
     seen: Tensor | None = None
+    gradient_hook: RemovableHandle | None = None
 
     @property
     def latent(self) -> nn.Parameter:
@@ -329,9 +333,9 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return a network itself, also where torch.compile or DistributedDataParallel wraps it."""
+    """Return a network itself, also in torch.compile, DistributedDataParallel or an average."""
     inner = uncompiled(model)
-    if isinstance(inner, nn.parallel.DistributedDataParallel):
+    if isinstance(inner, nn.parallel.DistributedDataParallel | AveragedModel):
         return uncompiled(inner.module)
     return inner
 
@@ -367,6 +371,9 @@ def follow_(model: nn.Module, rule: Rule | None) -> None:
     scales: dict[int, Tensor] = {}  # layers that share a weight share its scale
     for module in quantized_modules(model):
         module.rule, module.untouched = rule, None
+        if module.gradient_hook is not None:
+            module.gradient_hook.remove()
+            module.gradient_hook = None
         scale = module.weight_scale.detach()
         if learns:  # with its weight
             scale = nn.Parameter(scale, module.latent.requires_grad)
@@ -434,6 +441,7 @@ def snap_(model: nn.Module) -> None:
     for layer in quantized_layers(model).values():
         layer.snap_()
     follow_(model, None)
+    torch.clear_autocast_cache()  # it knows the weights by their Parameters
 
 
 @contextmanager
@@ -446,7 +454,7 @@ def snapped(model: nn.Module) -> Iterator[None]:
     layers, modules = quantized_layers(model).values(), quantized_modules(model)
     relaxed = [layer.latent.detach().clone() for layer in layers]
     rules = [module.rule for module in modules]
-    torch.clear_autocast_cache()  # it knows the weights by their Parameters
+    torch.clear_autocast_cache()  # as `snap_`
     try:
         for layer in layers:
             layer.snap_()

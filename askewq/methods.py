@@ -81,9 +81,14 @@ def straight(weight: Tensor, value: Tensor, factor: Tensor | None = None) -> Ten
     return _Straight.apply(weight, value.detach(), factor)  # type: ignore[no-any-return]  # torch
 
 
+def nearest_level(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Return the nearest levels; NaN where a weight is not finite, so that the loss shows it."""
+    return grid.snap(weight, scale).add_(weight, alpha=0)
+
+
 def binaryconnect(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
     """Return the nearest levels; the gradient passes straight through."""
-    return straight(weight, grid.snap(weight.detach(), scale))
+    return straight(weight, nearest_level(weight.detach(), scale, grid))
 
 
 def clip(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
@@ -121,7 +126,7 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-        value = grid.snap(weight, scale)
+        value = nearest_level(weight, scale, grid)
         ctx.save_for_backward(weight, scale)
         ctx.grid = grid
         return value
@@ -151,7 +156,7 @@ def proxquant(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -> Ten
 
 def binaryrelax(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -> Tensor:
     """Return the mean of weight and nearest level with weights 1 and `strength`."""
-    level = grid.snap(weight.detach(), scale)
+    level = nearest_level(weight.detach(), scale, grid)
     if math.isinf(strength):
         return straight(weight, level)
     return straight(weight, (strength * level + weight.detach()) / (strength + 1))
@@ -288,7 +293,7 @@ def mirror_descent(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -
 
 def project(weight: Tensor, scale: Tensor, grid: Grid, _: float) -> Tensor:
     """Return the nearest levels."""
-    return grid.snap(weight, scale)
+    return nearest_level(weight, scale, grid)
 
 
 def _ramp(final: float, progress: float) -> float:

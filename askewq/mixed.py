@@ -77,7 +77,7 @@ def _class(
     names: dict[str, Any] = {leaf: _reader(leaf) for leaf in leaves}
     if leaves:  # else those of a mixin below count
         names["leaves"] = leaves
-    names["__module__"] = mixin.__module__
+    names["__module__"] = original.__module__  # torch.fx leaves those of torch.nn whole
     return type(f"{mixin.prefix}{original.__name__}", (mixin, original), names)
 
 

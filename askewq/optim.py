@@ -140,15 +140,17 @@ class _Skewed(torch.optim.Optimizer):
         lazy = kernels.LAZY if self._compile else methods.LAZY
         self._rule = lazy if closing.kind == "lazy" else None
         follow_(model, self._rule)
+        self._resting: list[QuantizedWeight] = []
         for layer in self._layers:
             layer.settle_()
             if closing.kind != "lazy" and not layer.latent.requires_grad:
                 layer.snap_()  # no step will close it
+                self._resting.append(layer)
         self.anneal(0.0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs; made together with its model, it trains the model's copy."""
-        own = ("closing", "_layers", "_modules", "_rule", "_decoupled", "_compile")
+        own = ("closing", "_layers", "_modules", "_resting", "_rule", "_decoupled", "_compile")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def anneal(self, progress: float) -> None:
@@ -191,7 +193,8 @@ class _Skewed(torch.optim.Optimizer):
         """Make one update; call `anneal` with the current progress before it.
 
         Raises:
-            ModelError: the model follows another method by now, or was snapped under lazy closing.
+            ModelError: the model follows another method by now, or was snapped under lazy closing;
+                under staggered closing, a layer that was frozen at first is not any more.
         """
         check_rule(self._modules, self._rule)
         loss = None
@@ -225,6 +228,12 @@ class _Skewed(torch.optim.Optimizer):
         self, weight: nn.Parameter, layer: QuantizedWeight, group: dict[str, Any]
     ) -> None:
         layer.check_precision()
+        if self.closing.kind == "staggered" and any(layer is rests for rests in self._resting):
+            raise ModelError(
+                f"a weight of shape {tuple(weight.shape)} was frozen when the optimizer was made, "
+                "so that staggered closing put it on its levels for good; unfreeze it before, or "
+                "use lazy or single closing."
+            )
         assert weight.grad is not None  # noqa: S101  # `step` has checked
         scale, grad = layer.row_scale(), layer.rows(weight.grad)
         buffers = self._buffers(weight, group)

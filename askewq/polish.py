@@ -63,11 +63,30 @@ class Polisher:
         self._before: list[tuple[Tensor, Tensor]] = []
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
-        self.optimizer.register_step_pre_hook(self._remember)
+        self._hook()
+
+    def _hook(self) -> None:
+        self.optimizer.register_step_pre_hook(self._begin)
         self.optimizer.register_step_post_hook(self._rescale)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, made together with the model: torch copies no hooks."""
+        self.__dict__.update(state)
+        self._hook()
+
+    def _begin(self, optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Prepare the layers for a step; a closure has its turn before, with scales as they are."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._remember()
+            return None
+        with torch.enable_grad():
+            loss = closure()
+        self._remember()
+        return (optimizer, lambda: loss), {}
+
     @torch.no_grad()
-    def _remember(self, *_: Any) -> None:
+    def _remember(self) -> None:
         self._before = [
             (layer.codes(), layer.weight_scale.detach().clone()) for layer in self._layers
         ]
@@ -87,6 +106,7 @@ class Polisher:
             scale = layer.weight_scale.detach()
             layer.rescale_(layer.codes(), shortened(scale.double()).to(scale.dtype))
         follow_(self._model, None)
+        torch.clear_autocast_cache()  # it knows the weights by their Parameters
         for parameter in self._rested:
             parameter.requires_grad_(True)
 

@@ -35,8 +35,11 @@ def unsupported(module: nn.Module, leaf: str) -> str:
 
 
 def _has_stock_forward(module: nn.Module, kind: Kind) -> bool:
+    """Tell whether a module calls torch's own; hooks of Accelerate's replace the object's."""
     methods = ("forward", "_conv_forward")
-    return all(getattr(type(module), m, None) is getattr(kind.stock, m, None) for m in methods)
+    own = type(module)
+    stock = all(getattr(own, m, None) is getattr(kind.stock, m, None) for m in methods)
+    return stock and not {*methods} & {*vars(module)}
 
 
 def _uses_weight_linearly(module: nn.Module, x: Tensor) -> bool | None:

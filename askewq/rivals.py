@@ -80,8 +80,10 @@ class Follower:
         self._modules = quantized_modules(model)
         self._attached: list[torch.optim.Optimizer] = []
         if gradient_bits is not None:
-            _round_gradients(self._modules, gradient_bits)
+            check_gradients(weight.owner for weight in self._modules)
         follow_(model, self._rule)
+        if gradient_bits is not None:
+            _round_gradients(self._modules, gradient_bits)
         self.anneal(0.0)
         self._settle()
 
@@ -183,8 +185,7 @@ def check_gradients(layers: Iterable[nn.Module]) -> None:
 
 
 def _round_gradients(weights: list[QuantizedWeight], bits: int) -> None:
-    """Let layers round the gradients that reach their outputs."""
-    layers = [weight.owner for weight in weights]
-    check_gradients(layers)
-    for layer in layers:
-        layer.register_forward_hook(functools.partial(quantize_gradient, bits))
+    """Let layers round the gradients that reach their outputs, until they follow another rule."""
+    hook = functools.partial(quantize_gradient, bits)
+    for weight in weights:
+        weight.gradient_hook = weight.owner.register_forward_hook(hook)

@@ -370,11 +370,17 @@ def apply(model: nn.Module, plan: Plan, *, fit: bool = True) -> None:
     """
     model = uncompiled(model)
     _check_plain(model)
-    scales = []
+    scales: list[Tensor] = []
+    taken: dict[nn.Parameter, str] = {}
     for layer in plan.quantized:
         _check_there(model, layer)
         weight = model.get_submodule(layer.names[0]).get_parameter(layer.leaves[0])
         name = f"{layer.names[0]}.{layer.leaves[0]}"
+        if (other := taken.setdefault(weight, name)) != name:
+            raise PlanError(
+                f"the plan has a weight for {other} and one for {name}, and the model one for "
+                "both; plan this model."
+            )
         if weight.dtype not in (torch.float32, torch.float64):
             raise ModelError(
                 f"{name} is {weight.dtype}; low-bit training needs float32 master weights: call "
@@ -416,9 +422,11 @@ def _check_there(model: nn.Module, layer: PlannedLayer) -> None:
             module = model.get_submodule(name)
             found = type(module).__name__, tuple(module.get_parameter(leaf).shape)
             users.add(id(module.get_parameter(leaf)))
+            kind = kind_of(module)
         except AttributeError:
-            found = None
-        if found is None or found[1] != layer.shape:
+            found = kind = None
+        dim = kind and kind.channel_dim
+        if found is None or (found[1], dim) != (layer.shape, layer.channel_dim):
             raise PlanError(
                 f"the plan has a {layer.kind} of shape {list(layer.shape)} at {name!r}, where the "
                 f"model has {f'a {found[0]} of shape {list(found[1])}' if found else 'none'}; plan "

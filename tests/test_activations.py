@@ -10,6 +10,7 @@ import builders
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from builders import command, finetune
 from hypothesis import given
 from hypothesis import strategies as st
@@ -357,6 +358,37 @@ class TestLayer:
         assert torch.equal(layer(x), expected)
         assert torch.equal(layer(input=x), expected)
         assert isinstance(layer, QuantizedLayer)
+
+    def test_a_forward_that_was_replaced(self, tmp_path):
+        """As by a hook of Accelerate's: the input would be rounded after loading only."""
+        model = network()
+        askewq.quantize(model, 2, include=["*"])
+        add_hook_to_module(model[3], ModelHook())
+        x = torch.arange(8)
+        with pytest.raises(ModelError, match="replaced the forward of 3, so that its input"):
+            askewq.round_inputs(model, 4, lambda: model(x))
+        remove_hook_from_module(model[3])
+        assert askewq.round_inputs(model, 4, lambda: model(x))["3"] is False
+        with torch.no_grad():
+            assert torch.equal(model(x), rounded()(x))
+        saved(tmp_path)
+        hooked = network()
+        add_hook_to_module(hooked[3], ModelHook())
+        with pytest.raises(ModelError, match="replaced the forward of 3"):
+            checkpoint.load_into(hooked, checkpoint.read(tmp_path / WEIGHTS))
+
+    def test_the_scale_is_float32(self):
+        """Whatever torch's default is."""
+        model = network()
+        askewq.quantize(model, 2)
+        torch.set_default_dtype(torch.float64)
+        try:
+            askewq.round_inputs(model, 4, lambda: model(torch.arange(8)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {layer.input_scale.dtype for layer in rounded_layers(model).values()} == {
+            torch.float32
+        }
 
     def test_follows_batches_until_it_is_frozen(self):
         """In training, once told to; evaluation, and a frozen scale, change nothing."""

@@ -396,6 +396,34 @@ class TestFollower:
         assert torch.equal(model[1].weight_scale, model[2].weight_scale)
         assert not torch.equal(model[2].weight_scale, before)
 
+    def test_gradients_are_rounded_while_it_lasts(self):
+        """Once for each layer, and no longer after a snap or under another method."""
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        askewq.quantize(model, 2)
+        for _ in range(2):
+            rivals.Follower(model, "luq", gradient_bits=2)
+            assert len(model[2]._forward_hooks) == 1
+        copied = copy.deepcopy(model)
+        rivals.Follower(copied, "luq")
+        assert not copied[2]._forward_hooks
+        assert len(model[2]._forward_hooks) == 1
+        askewq.snap_(model)
+        assert not model[2]._forward_hooks
+
+    @pytest.mark.parametrize("method", RIVALS)
+    def test_a_weight_that_is_nan_is_seen(self, method):
+        """The loss says so, rather than the snap at the end."""
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        askewq.quantize(model, 1)
+        follower = rivals.Follower(model, method)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        follower.attach(optimizer)
+        with torch.no_grad():
+            model[2].latent[0, 0] = math.nan
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+        assert not model(torch.randn(8, 4)).isfinite().all()
+
     def test_the_forward_pass_sees_the_method(self):
         """A layer's forward multiplies by the view, and the Parameter stays what is trained."""
         model = small()

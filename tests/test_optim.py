@@ -540,6 +540,24 @@ def test_weights_that_no_update_reaches_are_on_their_levels_at_the_end(closing, 
     assert torch.equal(late, expected)
 
 
+@pytest.mark.parametrize("closing", [LAZY, STAGGERED, SINGLE], ids=lambda c: c.kind)
+def test_a_layer_that_was_frozen_at_first(closing):
+    """Staggered closing has put it on its levels for good, and says so; the others train it."""
+    _, twin = network()
+    twin[2].requires_grad_(False)
+    optimizer = AskewSGD(twin, lr=0.1, closing=closing)
+    twin[2].requires_grad_(True)
+    before = twin[2].latent.detach().clone()
+    give_gradients([twin], 0)
+    optimizer.anneal(0.5)
+    if closing is STAGGERED:
+        with pytest.raises(ModelError, match="was frozen when the optimizer was made"):
+            optimizer.step()
+    else:
+        optimizer.step()
+        assert not torch.equal(twin[2].latent, before)
+
+
 @pytest.mark.parametrize("option", ["maximize", "dampening", "amsgrad"])
 def test_what_only_torchs_step_would_do_is_refused(option):
     """An option that held for the rest of the network, and not for its quantized weights."""
@@ -1417,6 +1435,21 @@ class TestWhatItIsGiven:
             AskewSGD(layer, lr=0.1, params=[group], closing=SINGLE)
         groups = AskewSGD(layer, lr=0.1, closing=SINGLE).param_groups
         AskewSGD(layer, lr=0.1, params=groups, closing=SINGLE)
+
+
+@pytest.mark.parametrize("closing", [LAZY, STAGGERED], ids=lambda c: c.kind)
+def test_a_snap_inside_autocast(closing):
+    """The weights of before it that autocast has kept are not used again."""
+    layer = spread(nn.Linear(8, 4), make_grid(2, "integer"))
+    AskewSGD(layer, lr=0.1, closing=closing).anneal(0.5)
+    x = torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        free = layer(x)
+        snap_(layer)
+        snap = layer(x)
+    assert not torch.equal(free, snap)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(layer(x), snap)
 
 
 @pytest.mark.parametrize("closing", [LAZY, STAGGERED], ids=lambda c: c.kind)

@@ -1,5 +1,8 @@
 """Polishing: the codes stay, and what trains is what AdamW does to scales, biases and norms."""
 
+import copy
+import pickle
+
 import builders
 import pytest
 import torch
@@ -217,6 +220,52 @@ class TestSteps:
                 Polisher(nn.parallel.DistributedDataParallel(network), lr=0.1)
         finally:
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_closure_sees_the_scales(keyword):
+    """The step is the one that is made without a closure."""
+    plain = snapped("linear")
+    x = torch.randn(INPUTS["linear"])
+    weights = []
+    for closes in (False, True):
+        network = copy.deepcopy(plain)
+        polisher, losses = Polisher(network, lr=0.03), []
+
+        def closure(network=network, losses=losses):
+            loss = network(x).square().sum()
+            loss.backward()
+            losses.append(loss)
+            return loss
+
+        if closes and keyword:
+            given = polisher.optimizer.step(closure=closure)
+        elif closes:
+            given = polisher.optimizer.step(closure)
+        else:
+            given = closure()
+            polisher.optimizer.step()
+        assert losses == [given]
+        weights.append(network.weight.detach().clone())
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], plain.weight)
+
+
+def test_a_copy_polishes_as_the_original():
+    """Made together with its model; torch copies no hooks."""
+    network = snapped("linear")
+    polisher = Polisher(network, lr=0.03)
+    pairs = [(network, polisher), copy.deepcopy((network, polisher))]
+    pairs.append(pickle.loads(pickle.dumps(pairs[0])))
+    x = torch.randn(INPUTS["linear"])
+    for model, its in pairs:
+        for _ in range(3):
+            its.optimizer.zero_grad()
+            model(x).square().sum().backward()
+            its.optimizer.step()
+        its.finish_()
+        assert model.is_snapped()
+        assert torch.equal(model.weight, network.weight)
 
 
 def artifact(folder):

@@ -987,6 +987,53 @@ class TestApply:
             apply(other, chosen)
         assert not quantized_layers(other)
 
+    def test_channels_along_another_dimension(self):
+        """The scales would be fitted to the wrong rows."""
+        chosen = plan(between(nn.Conv2d(4, 4, 3)), 2)
+        with pytest.raises(PlanError, match="where the model has a ConvTranspose2d of shape"):
+            apply(between(nn.ConvTranspose2d(4, 4, 3)), chosen)
+
+    def test_a_weight_that_the_model_shares(self):
+        """It cannot have two grids."""
+        chosen = plan(mlp_of(4), 2, bits_override={"2": 8})
+        tied = mlp_of(4)
+        tied[2].weight = tied[1].weight
+        with pytest.raises(PlanError, match=r"a weight for 1\.weight and one for 2\.weight"):
+            apply(tied, chosen)
+
+
+def mlp_of(layers: int) -> nn.Sequential:
+    """Linear layers of one shape."""
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+
+
+def test_a_forward_of_the_object():
+    """One that is put in the place of the class's counts as one of its own."""
+    model = mlp_of(4)
+    for index, gain in ((1, 1.0), (2, None)):
+        layer = model[index]
+        layer.forward = lambda x, layer=layer, gain=gain: nn.functional.linear(
+            x, layer.weight * (gain or 1 / layer.weight.std()), layer.bias
+        )
+    chosen = plan(model, 2)
+    assert [layer.names for layer in chosen.quantized] == [("1",)]
+    (refused,) = (layer for layer in chosen.layers if layer.names == ("2",))
+    assert refused.note == "Linear transforms its weight before use"
+
+
+def test_a_graph_of_torch_fx_keeps_the_layers():
+    """As torchvision's feature extractors make one."""
+    model = mlp_of(4)
+    quantize(model, 2)
+    traced = torch.fx.symbolic_trace(model)
+    assert quantized_layers(traced).keys() == quantized_layers(model).keys()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        before = model(x)
+        snap_(traced)
+        assert torch.equal(traced(x), model(x))
+        assert not torch.equal(traced(x), before)
+
 
 def test_planning_merges_no_adapter():
     """Some layers add theirs to the weight in eval() and take it away in train()."""
