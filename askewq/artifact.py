@@ -18,7 +18,7 @@ from askewq import checkpoint, digest, disk, layers, trust
 from askewq import packed as packed_layers
 from askewq.errors import FormatError, ModelError
 from askewq.hf_models import cast_, is_transformers, load_processor, load_tokenizer
-from askewq.models import build
+from askewq.models import build, build_on_meta
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source, first_line
 from askewq.timm_models import check_arguments
@@ -186,9 +186,9 @@ def read_generation(model: nn.Module, folder: Path) -> None:
     if not (folder / GENERATION).is_file() or not hasattr(model, "generation_config"):
         return
     made: Any = model.generation_config
-    given = trust.read_json(folder / GENERATION)
-    try:
-        model.generation_config = type(made).from_dict(given)
+    trust.read_json(folder / GENERATION)  # it is small
+    try:  # made of a dict it would count as changed, and be judged more strictly when it is saved
+        model.generation_config = type(made).from_pretrained(folder)
     except Exception as error:  # it comes from a stranger, perhaps
         raise FormatError(
             f"{folder / GENERATION} is damaged ({type(error).__name__}: {first_line(error)})."
@@ -219,8 +219,9 @@ def _build_described(spec: ModelSpec, folder: Path, parameters: int) -> nn.Modul
             check_arguments(spec)
         # A layer that is replaced while the network is built counts twice; an encoder, a decoder
         # and a head that are tied to one embedding, of a large vocabulary nearly all, four times.
-        with trust.at_most(4 * parameters):
-            return build(spec)
+        with trust.at_most(4 * parameters), torch.random.fork_rng(devices=[]):
+            build_on_meta(spec)  # takes no memory, whatever the numbers
+        return build(spec)
     except Exception as error:  # wrong arguments fail in every way that a network can
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         raise FormatError(

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from askewq import activations, digest, disk, manifest, trust
-from askewq.errors import FormatError, UnverifiedWarning, near
+from askewq.errors import FormatError, ModelError, UnverifiedWarning, near
 from askewq.layers import quantized_layers, quantized_modules, uncompiled
 from askewq.manifest import (
     VERSION,
@@ -96,19 +96,32 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def artifact_of(model: nn.Module) -> Artifact:
-    """Return the content of the file for a model with quantized layers."""
+    """Return the content of the file for a model with quantized layers.
+
+    Raises:
+        ModelError: a wrapper about a part of the model renames its tensors.
+    """
     model = uncompiled(model)
     every = quantized_modules(model)
     # Of layers that share a weight, the first.
     of_latent = {id(layer.latent): layer for layer in reversed(every)}
     of_scale = {id(layer.weight_scale) for layer in every}
-    tensors = list(_named_tensors(model))
+    tensors, state = list(_named_tensors(model)), model.state_dict()
     layers = {name: of_latent[id(tensor)] for name, tensor in tensors if id(tensor) in of_latent}
+    held = {id(layer) for name, layer in layers.items() if name in state}
+    renamed = [name for name, layer in layers.items() if id(layer) not in held]
+    renamed += [name for name in state if "_orig_mod" in name.split(".")]
+    if renamed:
+        raise ModelError(
+            f"a part of the model is wrapped, so that {renamed[0]!r} has another name in its state "
+            "dict than in a plain network: save the network without wrappers about its parts "
+            "(torch.compile, activation checkpoints), or compile in place, by module.compile()."
+        )
     scales = {name for name, tensor in tensors if id(tensor) in of_scale}
     scales |= input_scales(model)
     shared = shared_names(model)
     artifact = Artifact({}, {}, {}, inputs=inputs_of(model))
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if name in scales:
             continue
         if name in shared:
@@ -145,6 +158,7 @@ def attach_inputs_(model: nn.Module, artifact: Artifact) -> None:
     """Let the layers of a filled model round their inputs as the artifact says, in place."""
     if artifact.inputs:
         activations.nest_nothing_(model)
+        activations.free_forwards_(model, artifact.inputs)
     for name, rounded in artifact.inputs.items():
         layer = model.get_submodule(name)
         if not activations.takes_numbers(layer):

@@ -10,9 +10,9 @@ from torch import nn
 
 from askewq import checkpoint, trust
 from askewq.errors import FormatError, ModelError
-from askewq.models import build
+from askewq.models import build_on_meta
 from askewq.preprocessing import ImagePreprocessing
-from askewq.spec import LoadedModel, ModelSpec, first_line
+from askewq.spec import LoadedModel, first_line
 
 
 def check(loaded: LoadedModel) -> None:
@@ -37,7 +37,7 @@ def check(loaded: LoadedModel) -> None:
     trust.check_arguments(spec.arguments, spec.name)
     try:
         with torch.random.fork_rng(devices=[]):
-            described = _on_meta(spec)
+            described = build_on_meta(spec)
     except Exception as error:
         raise ModelError(
             f"{spec.name!r} cannot be built again from its config by the installed transformers "
@@ -63,12 +63,3 @@ def _tensors_of(model: nn.Module) -> dict[str, str]:
         for name, value in model.state_dict().items()
         if isinstance(value, torch.Tensor)
     }
-
-
-def _on_meta(spec: ModelSpec) -> nn.Module:
-    """Build a network without memory, where its class can do without."""
-    try:
-        with torch.device("meta"):
-            return build(spec)
-    except (NotImplementedError, RuntimeError):
-        return build(spec)

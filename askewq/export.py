@@ -27,8 +27,8 @@ from torch import Tensor
 from askewq import __version__, checkpoint, disk, report
 from askewq.artifact import ARTIFACT, load_artifact
 from askewq.errors import AskewError, ExportError, VerificationError, near
-from askewq.preprocessing import ImagePreprocessing
-from askewq.samples import SAMPLES, expected_of
+from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing
+from askewq.samples import SAMPLES, expected_of, sample_inputs, takes_any_size
 from askewq.spec import LoadedModel, first_line
 from askewq.target import ExportSource, Options, Target
 
@@ -192,14 +192,23 @@ def _set_size(loaded: LoadedModel, side: int) -> None:
         ExportError: one that has none, or says it itself.
     """
     preprocessing = loaded.preprocessing
-    if not isinstance(preprocessing, ImagePreprocessing) or preprocessing.size is not None:
+    if not takes_any_size(loaded):
         raise ExportError(
             "--image-size goes with an artifact of images whose preprocessing says no size; leave "
             "it out."
         )
     if side < 1:
         raise ExportError(f"--image-size {side}: it must be at least 1.")
-    loaded.preprocessing = replace(preprocessing, size=(side, side))
+    if isinstance(preprocessing, ImagePreprocessing):
+        loaded.preprocessing = replace(preprocessing, size=(side, side))
+        return
+    loaded.preprocessing = replace(cast(ProcessorPreprocessing, preprocessing), side=side)
+    height, width = sample_inputs(loaded)["pixel_values"].shape[-2:]
+    if (height, width) != (side, side):
+        raise ExportError(
+            f"--image-size {side}: of such pictures the image processor makes {height} x {width}; "
+            "pass that size."
+        )
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from askewq.checkpoint import Artifact
 from askewq.errors import ExportError
 from askewq.onnx_inputs import fill_inputs, marked, type_name, width
 from askewq.onnx_weights import Storage, dequantize, multiplies, storage
-from askewq.preprocessing import ImagePreprocessing, TextPreprocessing
-from askewq.samples import picture_size
+from askewq.preprocessing import TextPreprocessing
+from askewq.samples import picture_size, takes_any_size
 from askewq.spec import LoadedModel, first_line
 from askewq.target import ExportSource, Options, Target
 from askewq.tasks import logits_of
@@ -42,9 +42,8 @@ PREFIX = "model."
 
 def refusals(source: ExportSource, options: Options) -> list[str]:
     """Return what is missing; every grid and every layer can be written exactly."""
-    preprocessing = source.loaded.preprocessing
     # With a free size torch would write some layers (adaptive pooling) for that of the example.
-    if isinstance(preprocessing, ImagePreprocessing) and preprocessing.size is None:
+    if takes_any_size(source.loaded):
         return [
             "the preprocessing sets no image size, and an ONNX file is for one size: say which "
             "with --image-size"

@@ -4,11 +4,9 @@ import json
 import math
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast, get_args
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from askewq.errors import ModelError
@@ -121,7 +119,9 @@ def load_transformers(
                 notes.append(f"new, without pretrained weights: {', '.join(new[:6])}")
         else:
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a config can be wrong in every way, and a file damaged
         raise unreachable(name, error) from error
     taken = "pixel_values" if task in IMAGE_TASKS else "input_ids"
     if task in EMBEDDING_TASKS and model.main_input_name != taken:
@@ -239,7 +239,7 @@ def hf_config(name: str, trust_remote_code: bool) -> Any:
     """Return the config of a Hugging Face id or folder.
 
     Raises:
-        ModelError: there is none, or that of an artifact.
+        ModelError: there is none, or that of an artifact or of a model that is quantized.
     """
     import transformers
 
@@ -251,6 +251,11 @@ def hf_config(name: str, trust_remote_code: bool) -> Any:
         raise ModelError(
             f"{name!r} is an artifact of askewq, the end of a run; pass the model that it was made "
             "of, or what `askewq export --to dense` makes of it."
+        )
+    if method := _quant_method(config):
+        raise ModelError(
+            f"{name!r} is quantized already, by {method}; pass the full-precision model that it "
+            "was made of."
         )
     if config.model_type == "timm_wrapper":
         own = f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"

@@ -18,6 +18,7 @@ from askewq.wording import width_name
 METRICS, CARD = "metrics.json", "README.md"
 # What an artifact consists of beside its weights and what its preprocessing writes, and what older
 # versions of transformers write for it.
+_INDEX = f"{ARTIFACT}.index.json"  # of weights in several files
 _NAMES = (
     *(CONFIG, GENERATION, METRICS, RECIPE, CARD),
     *("added_tokens.json", "special_tokens_map.json", "preprocessor_config.json"),
@@ -62,7 +63,7 @@ def _files(folder: Path) -> list[str]:
             "Both are written at the end of `askewq finetune`."
         )
     preprocessing = restore(spec, values, folder)
-    names = {*_NAMES, *(path.name for path in weights)}
+    names = {*_NAMES, _INDEX, *(path.name for path in weights)}
     if isinstance(preprocessing, TextPreprocessing):
         names |= {*type(preprocessing.tokenizer).vocab_files_names.values()}
     with TemporaryDirectory() as place:  # what it consists of it knows itself
@@ -124,6 +125,7 @@ def _upload(folder: Path, repo: str, files: list[str], message: str, private: bo
             repo_id=made.repo_id,
             folder_path=folder,
             allow_patterns=[glob.escape(name) for name in files],
+            delete_patterns=[ARTIFACT, "model-*-of-*.safetensors", _INDEX],  # of an earlier push
             commit_message=message,
         )
     except Exception as error:  # the client's errors share no class that its versions agree on

@@ -7,6 +7,7 @@ asked for.
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from askewq.errors import ModelError
@@ -38,7 +39,7 @@ def find_source(name: str) -> Source:
     if file.endswith(".py") or name.endswith(".py"):
         if not Path(file).is_file() or not factory:
             raise ModelError(
-                f"--model {name!r}: there is no file {file or name!r}, or no function named; a "
+                f"the model {name!r}: there is no file {file or name!r}, or no function named; a "
                 "model of your own is given as path/to/file.py:factory."
             )
         return "module"
@@ -49,7 +50,7 @@ def find_source(name: str) -> Source:
     local = Path(name).is_dir() or name.startswith((".", "/", "~"))
     if local and not (Path(name) / CONFIG).is_file():
         raise ModelError(
-            f"--model {name!r}: the folder has no {CONFIG} (or does not exist). What askewq.save "
+            f"the model {name!r}: the folder has no {CONFIG} (or does not exist). What askewq.save "
             "wrote names no network; askewq.load(folder, model=...) fills one."
         )
     return "transformers"
@@ -153,6 +154,15 @@ def build(spec: ModelSpec) -> nn.Module:
     return build_transformers(spec)
 
 
+def build_on_meta(spec: ModelSpec) -> nn.Module:
+    """Build a network without memory, where its class can do without."""
+    try:
+        with torch.device("meta"):
+            return build(spec)
+    except (NotImplementedError, RuntimeError):
+        return build(spec)
+
+
 def load_bare(
     name: str,
     source: Source,
@@ -175,7 +185,7 @@ def load_bare(
     config = hf_config(name, trust_remote_code)
     try:
         made = auto_class(task).from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
+    except Exception as error:  # a config can be wrong in every way
         raise unreachable(name, error) from error
     return cast(nn.Module, made)
 

@@ -152,13 +152,16 @@ class ImagePreprocessing:
 
 
 def _eight_bits(image: Any) -> Any:
-    """Return a PIL image with 8 bits a channel; Pillow itself would cut off what is above 255.
+    """Return a PIL image upright, as datasets decodes it, and with 8 bits a channel.
+
+    Pillow itself would leave a camera's picture as it was held, and cut off what is above 255.
 
     Raises:
         DataError: numbers of which nobody knows which are black and white.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -189,9 +192,14 @@ def _transform(preprocessing: ImagePreprocessing) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ProcessorPreprocessing:
-    """A transformers image processor."""
+    """A transformers image processor.
+
+    Attributes:
+        side: height and width of the pictures, where somebody said so and nothing else does.
+    """
 
     processor: Any
+    side: int | None = None
 
     def image(self, image: Any) -> Tensor:
         """Return a PIL image as the processor's float32 [channels, height, width]."""

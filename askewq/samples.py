@@ -97,12 +97,29 @@ def _vocabulary(model: Any, tokenizer: Any) -> int:
         return len(tokenizer)
 
 
+def takes_any_size(loaded: LoadedModel) -> bool:
+    """Tell whether nothing says how large the pictures are that go into a network."""
+    preprocessing = loaded.preprocessing
+    if isinstance(preprocessing, ImagePreprocessing):
+        return preprocessing.size is None
+    if not isinstance(preprocessing, ProcessorPreprocessing) or preprocessing.side is not None:
+        return False
+    from PIL import Image
+
+    pictures = (Image.new("RGB", size) for size in ((256, 256), (320, 256), (384, 384)))
+    shapes = {preprocessing.image(picture).shape for picture in pictures}
+    return len(shapes) > 1 and getattr(cast(Any, loaded.model).config, "image_size", None) is None
+
+
 def picture_size(loaded: LoadedModel) -> tuple[int, int]:
     """Return height and width of pictures that a network takes by its preprocessing.
 
-    Any, but for an image processor that does not resize: there the network's config says it.
+    Any, but for an image processor that does not resize: there the network's config says it, or
+    who exports it.
     """
     processor: Any = getattr(loaded.preprocessing, "processor", None)
+    if side := getattr(loaded.preprocessing, "side", None):
+        return side, side
     size: Any = getattr(getattr(loaded.model, "config", None), "image_size", None)
     if size is None or getattr(processor, "do_resize", True):
         return 256, 256

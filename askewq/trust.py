@@ -19,7 +19,11 @@ from askewq.errors import FormatError, ModelError
 
 # More than any config.json has: labels of 20,000 classes take half a megabyte.
 CONFIG_BYTES = 2**24
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+# Of both transformers makes the arguments of a tokenizer; files that the first names are looked for
+# beside it.
+_TOKENIZER_CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+# Under these keys tokenizers take a vocabulary, or the path of one.
+_VOCABULARY = ("vocab", "merges", "source_spm", "target_spm", "base", "multi")
 # Old tokenizers have a path of their maker's machine here, which nobody opens.
 _UNUSED = "special_tokens_map_file"
 
@@ -62,13 +66,14 @@ def check_tokenizer(folder: Path) -> None:
     Raises:
         FormatError: naming the key and the file.
     """
-    path = folder / _TOKENIZER_CONFIG
-    if not path.is_file():
-        return
-    content = read_json(path)
-    for key, value in (content if isinstance(content, dict) else {}).items():
-        if key.endswith("_file") and key != _UNUSED and value and not is_inside(value):
-            raise FormatError(f"{path}: {key} leads out of the folder, to {value!r}.")
+    for name in (_TOKENIZER_CONFIG, _SPECIAL_TOKENS):
+        path = folder / name
+        content = read_json(path) if path.is_file() else None
+        for key, value in (content if isinstance(content, dict) else {}).items():
+            file = key.endswith("_file") and key != _UNUSED
+            found = file and name == _TOKENIZER_CONFIG and is_inside(value)
+            if value and not found and (file or (key in _VOCABULARY and isinstance(value, str))):
+                raise FormatError(f"{path}: {key} leads out of the folder, to {value!r}.")
 
 
 def check_arguments(arguments: Any, path: str) -> None:
@@ -128,7 +133,7 @@ def at_most(parameters: int) -> Iterator[None]:
         if parameter is None or (before is not None and before() is parameter):
             return
         counted[id(parameter)] = weakref.ref(parameter)
-        total += parameter.numel()
+        total += max(1, parameter.numel())  # layers without weights take time
         if total > parameters:
             raise FormatError(
                 f"it describes a network of more than {total:,} parameters, and the weights "

@@ -9,6 +9,7 @@ import torch
 from builders import copy_of, edit_config, finished
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import askewq
 from askewq import artifact, checkpoint
@@ -209,6 +210,27 @@ class TestSave:
             torch.distributed.destroy_process_group()
         plain, other = (tmp_path / name / "model.safetensors" for name in ("plain", "wrapped"))
         assert plain.read_bytes() == other.read_bytes()
+
+    @pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile])
+    def test_a_wrapper_about_a_part(self, wrap, tmp_path):
+        """Its weights have names, or keep none, that no plain network knows."""
+        network = self.trained()
+        askewq.snap_(network)
+        network[2] = wrap(network[2])
+        with pytest.raises(ModelError, match=r"part of the model is wrapped, so that '2\._"):
+            askewq.save(network, tmp_path / "own")
+        assert not (tmp_path / "own" / "model.safetensors").exists()
+
+    def test_an_average(self, tmp_path):
+        """What torch's AveragedModel holds is saved, under the plain names."""
+        network = self.trained()
+        average = torch.optim.swa_utils.AveragedModel(network)
+        askewq.snap_(average)
+        askewq.save(average, tmp_path / "own")
+        again = askewq.load(tmp_path / "own", model=builders.own_network("small"))
+        images = torch.randn(4, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(again(images), average.eval()(images))
 
     def test_what_cannot_be_saved(self, tmp_path):
         """NaN is not between the levels, and a file is no folder."""

@@ -11,6 +11,7 @@ import builders
 import onnx
 import pytest
 import torch
+import transformers
 from builders import command, files
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,9 @@ from askewq import export as formats
 from askewq.artifact import load_artifact
 from askewq.errors import AskewError, ExportError, ModelError, VerificationError
 from askewq.export import TARGETS, check_settings, export, find_target
+from askewq.preprocessing import ProcessorPreprocessing
 from askewq.samples import sample_inputs
+from askewq.spec import LoadedModel, ModelSpec
 from askewq.target import Options
 from askewq.tasks import logits_of
 
@@ -227,6 +230,31 @@ class TestRefuses:
         graph = onnx.load(tmp_path / "out" / "model.onnx").graph
         assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim][1:] == [3, 20, 20]
         refused(run(folder, tmp_path / "no", "--image-size", 0), 2, "--image-size 0")
+
+    @pytest.mark.parametrize("shortest", [None, 32])
+    def test_a_processor_that_says_no_size(self, tmp_path, shortest):
+        """The file is for the size that is told, or for none."""
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
+        config = transformers.ResNetConfig(**sizes, layer_type="basic", num_labels=3)
+        size = {"size": {"shortest_edge": shortest}} if shortest else {"do_resize": False}
+        processor = transformers.CLIPImageProcessor(**size, do_center_crop=False)
+        model = transformers.ResNetForImageClassification(config).eval()
+        spec = ModelSpec(
+            "transformers", "resnet", "image-classification", ("a", "b", "c"), config.to_dict()
+        )
+        loaded = LoadedModel(model, spec, ProcessorPreprocessing(processor))
+        folder = builders.packed(loaded, tmp_path / "out", lambda m: askewq.quantize(m, bits=2))
+
+        def to_onnx(name, *flags):
+            return command("export", folder, "--to", "onnx", "--output", tmp_path / name, *flags)
+
+        refused(to_onnx("a"), 2, "say which with --image-size")
+        outcome = to_onnx("b", "--image-size", 32)
+        assert outcome.code == 0, outcome.err
+        graph = onnx.load(tmp_path / "b" / "model.onnx").graph
+        assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim][1:] == [3, 32, 32]
+        if shortest:
+            refused(to_onnx("c", "--image-size", 48), 2, "makes 32 x 32")
 
     def test_own_modules(self, own, timm, tmp_path):
         """An own module must be passed in; another artifact takes none."""

@@ -247,6 +247,20 @@ class TestSave:
             assert {k: getattr(model.generation_config, k) for k in wanted} == wanted
         assert not (finished("llama")[0] / "generation_config.json").exists()
 
+    def test_sampling_that_is_off(self, tmp_path):
+        """Transformers warns of such a file, and saves it."""
+        source = shutil.copytree(builders.llama(), tmp_path / "llama")
+        given = {"eos_token_id": 3, "temperature": 0.9, "top_p": 0.6}
+        (source / "generation_config.json").write_text(json.dumps(given))
+        builders.finetune("llama", tmp_path / "out", model=str(source))
+        outcome = builders.command(
+            "export", tmp_path / "out", "--to", "dense", "--output", tmp_path / "dense"
+        )
+        assert outcome.code == 0, outcome.err
+        assert (
+            json.loads((tmp_path / "dense" / "generation_config.json").read_text())["top_p"] == 0.6
+        )
+
     @pytest.mark.parametrize("content", ["[]", '{"cache_implementation": "magic"}'])
     def test_a_damaged_file_of_how_it_generates(self, tmp_path, content):
         """It has no digest, so that it may hold anything."""

@@ -289,6 +289,30 @@ class TestHuggingFace:
         loaded = models.load(str(encoder), "text-classification", ("neg", "pos"))
         assert loaded.model.config.pad_token_id == 5
 
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            *(
+                ({"quantization_config": {"quant_method": m}}, f"quantized already, by {m}")
+                for m in ("gptq", "awq", "bitsandbytes")
+            ),
+            ({"_attn_implementation": "flash_attention_2"}, "cannot be loaded: .*[Ff]lash"),
+            ({"attn_implementation": "flash_attention_2"}, "cannot be loaded: .*[Ff]lash"),
+            ({"hidden_act": "gelu_foo"}, "cannot be loaded: .*gelu_foo"),
+        ],
+        ids=str,
+    )
+    def test_what_transformers_cannot_build(self, tmp_path, change, words):
+        """A message, whatever transformers raises; without weights, too."""
+        folder = shutil.copytree(builders.bert(), tmp_path / "bert")
+        edit_json(folder / "config.json", **change)
+        for load in (
+            lambda: models.load(str(folder), "text-classification", ("neg", "pos")),
+            lambda: models.load_bare(str(folder), "transformers", "text-classification"),
+        ):
+            with pytest.raises(ModelError, match=words):
+                load()
+
     @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
     def test_a_head_for_another_problem(self, tmp_path, kind):
         """It is trained for one label of several, and who loads it is told so."""

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from builders import command, copy_of, finished
 
+import askewq
 from askewq import artifact, hub
 from askewq.errors import FormatError, HubError
 
@@ -28,8 +30,12 @@ class FakeHub:
         self.made.append((repo, private, exist_ok))
         return SimpleNamespace(repo_id=f"me/{repo}" if "/" not in repo else repo)
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+    def upload_folder(
+        self, *, repo_id, folder_path, allow_patterns, delete_patterns, commit_message
+    ):
         from huggingface_hub.utils import filter_repo_objects
+
+        self.deleted = delete_patterns
 
         every = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")]
         sent = sorted(filter_repo_objects(every, allow_patterns=allow_patterns))
@@ -74,6 +80,30 @@ def test_one_commit_with_exactly_these_files(fake, tmp_path, kind):
     assert lines[-1].endswith("of this machine")
     assert str(finished(kind)[0]) in lines[-1]  # the recipe's output
     assert lines[0] == "pushed to hub/me/model/commit/1:"
+
+
+def test_weights_in_several_files(fake, tmp_path):
+    """Their index goes with them, and what is loaded is no weight of an earlier push."""
+    from huggingface_hub.utils import filter_repo_objects
+    from transformers import AutoModelForSequenceClassification
+
+    folder = copy_of("bert", tmp_path)
+    before = askewq.load(folder).state_dict()
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="4KB")
+    hub.push(folder, "me/model")
+    (commit,) = fake.commits
+    assert "model.safetensors.index.json" in commit["files"]
+    assert sum(name.startswith("model-0") for name in commit["files"]) > 1
+    there = ["model.safetensors", "model-00001-of-00009.safetensors", "a.md", *commit["files"]]
+    gone = {*filter_repo_objects(there, allow_patterns=fake.deleted)}
+    assert {"model.safetensors", "model-00001-of-00009.safetensors"} <= gone
+    assert not {"a.md", "config.json", "tokenizer.json"} & gone
+    for name in {*(p.name for p in folder.iterdir() if p.is_file())} - {*commit["files"]}:
+        (folder / name).unlink()
+    after = askewq.load(folder).state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_the_message_has_the_figures(fake):

@@ -245,6 +245,28 @@ class TestPaths:
         with pytest.raises(FormatError, match=f"{key} leads out of the folder"):
             artifact.load_artifact(folder)
 
+    @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+    @pytest.mark.parametrize("key", ["vocab", "vocab_file", "merges", "source_spm"])
+    @pytest.mark.parametrize("place", ["elsewhere", "the folder that one is in"])
+    def test_a_vocabulary_from_elsewhere(self, tmp_path, monkeypatch, file, key, place):
+        """It would be written into every copy of the tokenizer."""
+        secret = tmp_path / "secret.txt"
+        secret.write_text("topsecret\n[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+        folder = copy_of("bert", tmp_path)
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.txt").write_text("film\n[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+        given = {"tokenizer_class": "BertTokenizer"} if file[:9] == "tokenizer" else {}
+        monkeypatch.chdir(tmp_path)
+        path = str(secret) if place == "elsewhere" else secret.name
+        (folder / file).write_text(json.dumps({**given, key: path}))
+        if path == secret.name and (file, key) == ("tokenizer_config.json", "vocab_file"):
+            known = artifact.load_artifact(folder).preprocessing.tokenizer.get_vocab()
+            assert "topsecret" not in known
+            return
+        with pytest.raises(FormatError, match=f"{key} leads out of the folder"):
+            artifact.load_artifact(folder)
+
     def test_a_manifest_has_no_paths(self, tmp_path):
         """Names in a manifest are keys of tensors: one that looks like a path opens nothing."""
         folder = copy_of("own", tmp_path)
@@ -275,6 +297,7 @@ class TestSizes:
             ("bert", {"max_position_embeddings": 10**10}),
             ("timm", {"num_classes": 10**9}),
             ("llama", {"hidden_size": 2**20}),
+            ("vit", {"image_size": 4000, "patch_size": 1}),
         ],
         ids=str,
     )
@@ -336,6 +359,11 @@ class TestSizes:
         network = models.build(spec)
         content = packed_of(network)
         assert isinstance(artifact.plain_network(spec, tmp_path, content), type(network))
+
+    def test_layers_without_weights_count(self):
+        """They take time."""
+        with pytest.raises(FormatError), trust.at_most(10):
+            [torch.nn.LayerNorm(0) for _ in range(20)]
 
     def test_the_count_is_taken_back(self):
         """Networks built outside the block are as large as they like."""
