@@ -217,10 +217,28 @@ def in_order(
 
     Args:
         flag: which the split is, --train-split or --eval-split.
+
+    Raises:
+        DataError: texts that are cut to nothing, and what the samples are refused for.
     """
+    _check_room(recipe, data, preprocessing)
     samples = _dataset(recipe, data, split, preprocessing, flag)
     arguments = _loader_arguments(recipe, preprocessing)
     return DataLoader(samples, batch_size=recipe.batch_size, **arguments)
+
+
+def _check_room(recipe: Recipe, data: OpenData, preprocessing: Preprocessing) -> None:
+    """Check that something of a text is left beside the tokens that begin and end every one."""
+    if not isinstance(preprocessing, TextPreprocessing) or data.columns.corpus:
+        return
+    length = recipe.max_length or preprocessing.max_length
+    count = len(data.columns.inputs)
+    special = preprocessing.tokenizer.num_special_tokens_to_add(pair=count == 2)
+    if length < special + count:
+        raise DataError(
+            f"--max-length {length}: {special} tokens begin and end every sample, so that no word "
+            "would be left; pass a larger one."
+        )
 
 
 class Collator:

@@ -115,10 +115,9 @@ def _with_recipe(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]:
 
 def _over_stored(output: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the run in a folder, and the flags, so that no flag is needed."""
-    path = output / "recipe.yaml"
-    if not path.is_file():
-        raise OutputError(f"--resume: {output} holds no run (no recipe.yaml).")
-    stored = config.build(recipe_files.read_yaml(path), str(path))
+    from askewq.output import stored_recipe
+
+    path, stored = output / recipe_files.RECIPE, stored_recipe(output)
     for flag, other in contradictions.INSTEAD.items():
         if flag in given and (has := getattr(stored, other)) != _default(other):
             raise RecipeError(
@@ -160,7 +159,7 @@ def evaluate(
     )
     from askewq import processes
     from askewq.evaluate import evaluate_artifact
-    from askewq.terminal import say
+    from askewq.terminal import note, say
 
     result = evaluate_artifact(
         folder, recipe, factory=model, teacher=teacher, teacher_weights=teacher_weights
@@ -168,6 +167,8 @@ def evaluate(
     if not processes.is_first():
         return
     if not json_only:
+        for text in result.notes:
+            note(text)
         say(
             f"{folder}: {result.metric} {result.value:.2f}, "
             f"loss {result.loss:.4f}, {result.samples} samples"

@@ -103,7 +103,10 @@ class Recipe(BaseModel):
     std: tuple[float, ...] | None = _key(None, DATA, "per channel, images in 0..1")
     augment: Augmentation = _key("none", DATA, "light training augmentation of images")
     max_length: int | None = _key(
-        None, DATA, "tokens of a text; the model's own limit, at most 512", ge=2
+        None,
+        DATA,
+        "tokens of a text; by default the model's own limit, at most 512, in eval the run's",
+        ge=2,
     )
     max_train_samples: int | None = _key(None, DATA, "train on a random part", ge=1)
     max_eval_samples: int | None = _key(None, DATA, "evaluate on a random part", ge=1)
@@ -224,10 +227,18 @@ class Recipe(BaseModel):
 
     method: Method = _key("askewsgd", METHOD, "how the weights reach the grid (docs/methods.md)")
     strength: float | None = _key(
-        None, METHOD, "final coefficient of proxquant, binaryrelax or mirror-descent", gt=0
+        None,
+        METHOD,
+        "final coefficient of proxquant (1.8 by the steps), binaryrelax (500) or mirror-descent "
+        "(20,000)",
+        gt=0,
     )
     gradient_bits: int | None = _key(
-        None, METHOD, "width of luq's neural gradients (4 as published)", ge=2, le=7
+        None,
+        METHOD,
+        "width of luq's neural gradients (4 as published); float by default",
+        ge=2,
+        le=7,
     )
     closing: Closing | None = _key(
         None,

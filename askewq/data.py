@@ -218,16 +218,17 @@ def open_eval(
     recipe = as_trained(recipe, trained or {}, evaluation.column_names)
     columns = columns_of(recipe, task, evaluation.features)
     _check_class_names(recipe, columns.label)
+    notes = _empty_texts(evaluation, columns, "--eval-split")
     evaluation = _sample(evaluation, columns, recipe.max_eval_samples, 0)
-    return OpenData(None, evaluation, columns, labels)
+    return OpenData(None, evaluation, columns, labels, notes)
 
 
 def _call_datasets(recipe: Recipe, split: str | None) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    name, arguments = _source(recipe)
     with reading(recipe.dataset):
+        name, arguments = _source(recipe)
         return datasets.load_dataset(name, split=split, streaming=recipe.streaming, **arguments)
 
 
@@ -238,6 +239,12 @@ def _source(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     looks_local = recipe.dataset.startswith((".", "/")) or path.suffix in _FILE_BUILDERS
     if looks_local and not path.exists():
         raise DataError(f"--dataset {recipe.dataset!r}: there is no such file or folder.")
+    if not path.exists() and "/" not in recipe.dataset:
+        # datasets would take what it has cached of any folder that was called so.
+        raise DataError(
+            f"--dataset {recipe.dataset!r}: there is no such file or folder here, and on the Hub a "
+            "data set is called OWNER/NAME, such as stanfordnlp/sst2."
+        )
     if path.is_file():
         if path.suffix not in _FILE_BUILDERS:
             raise DataError(
@@ -253,15 +260,22 @@ def _source(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         if path.suffix == ".tsv":
             arguments |= _TSV
         return _FILE_BUILDERS[path.suffix], arguments
-    if path.is_dir() and _most_files(path) == ".tsv":
+    if path.is_dir() and {*"*?[]"} & {*str(path.resolve())}:
+        raise DataError(
+            f"--dataset {recipe.dataset!r}: datasets takes the characters *?[] of a folder's path "
+            "for a pattern; give the folder another name."
+        )
+    if path.is_dir() and _tab_separated(str(path), recipe.dataset_config):
         arguments |= _TSV
     return str(path) if path.exists() else recipe.dataset, arguments
 
 
-def _most_files(folder: Path) -> str:
-    """Return the suffix that most files have, by which datasets chooses how to read a folder."""
-    suffixes = Counter(path.suffix for path in folder.rglob("*") if path.is_file())
-    return suffixes.most_common(1)[0][0] if suffixes else ""
+def _tab_separated(folder: str, config: str | None) -> bool:
+    """Tell whether the files of a folder that datasets would read are tab-separated."""
+    import datasets
+
+    files = datasets.load_dataset_builder(folder, name=config).config.data_files or {}
+    return any(str(file).endswith(".tsv") for split in files.values() for file in split)
 
 
 @contextmanager
@@ -304,12 +318,23 @@ def _reason(error: BaseException) -> str:
 
 
 def _split(recipe: Recipe, splits: Any, name: str, flag: str) -> Any:
+    from datasets import ReadInstruction
+
     for base in _bases(name):
         if base not in splits:
             raise DataError(
                 f"{flag} {name!r}: {recipe.dataset!r} has no split {base!r}{near(base, splits)}; "
                 f"it has {', '.join(splits)}."
             )
+    if name not in splits and not recipe.streaming:
+        try:
+            sizes = {key: len(split) for key, split in splits.items()}
+            ReadInstruction.from_spec(name).to_absolute(sizes)
+        except (ValueError, AssertionError) as error:
+            raise DataError(
+                f"{flag} {name!r} is no part of {recipe.dataset!r} ({_reason(error)}); a slice "
+                "is written as in 'train[:90%]' or 'train[100:200]'."
+            ) from error
     chosen = splits[name] if name in splits else _call_datasets(recipe, split=name)
     if not recipe.streaming and len(chosen) == 0:
         raise DataError(f"{flag} {name!r} of {recipe.dataset!r} is empty.")

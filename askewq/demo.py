@@ -10,8 +10,9 @@ import numpy as np
 
 from askewq import disk
 from askewq.config import build
-from askewq.errors import DataError
+from askewq.errors import DataError, OutputError
 from askewq.output import check
+from askewq.recipe_files import RECIPE
 from askewq.train import finetune
 
 # A quarter of the 1,797 digits is held out for evaluation.
@@ -45,8 +46,14 @@ def run(output: Path) -> None:
         "the demo",
     )
     check(recipe)
+    digits = output / "digits"
+    if not (output / "model" / RECIPE).is_file() and digits.is_dir() and any(digits.iterdir()):
+        raise OutputError(
+            f"{digits} is not of an earlier demo, whose run would be beside it; delete it, or name "
+            "another --output."
+        )
     with disk.room_for(10**6, output, "Make room and run the command again."):
-        write_digits(output / "digits")
+        write_digits(digits)
     finetune(recipe)
 
 

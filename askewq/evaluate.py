@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,17 @@ from askewq.vocabulary import EMBEDDING_TASKS
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The task's metric, as `tasks.metric_of` names it, the mean loss, the sample count."""
+    """The task's metric, as `tasks.metric_of` names it, the mean loss, the sample count.
+
+    Attributes:
+        notes: what is out of the ordinary about the samples.
+    """
 
     metric: str
     value: float
     loss: float
     samples: int
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -129,7 +134,7 @@ def evaluate_artifact(
             f"the loss of {folder} on these samples is {result.loss}: the network's logits are not "
             "finite. Its weights are damaged, or of a run that diverged."
         )
-    return result
+    return replace(result, notes=data.notes)
 
 
 def _check_start(path: Path, settings: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from askewq import artifact, config, disk, recipe_files, snapshots
 from askewq.config import Recipe
@@ -89,17 +90,33 @@ def _is_written(path: Path) -> bool:
     return path.name == "README.md" or path.suffix in _SUFFIXES
 
 
+def stored_recipe(out: Path) -> Recipe:
+    """Return the recipe of the run in a folder.
+
+    Raises:
+        OutputError: there is none, or one that nobody ran.
+        RecipeError: one that cannot be read.
+    """
+    path = out / RECIPE
+    if not path.is_file():
+        raise OutputError(f"--resume: {out} holds no run (no {RECIPE}).")
+    values = recipe_files.read_yaml(path)
+    if "output" not in values:
+        raise OutputError(
+            f"--resume: {out} holds a recipe and no run; begin one with --recipe {path} and "
+            "another --output."
+        )
+    return config.build(values, str(path))
+
+
 def resumed(recipe: Recipe) -> Recipe:
     """Return the recipe of the run in the output folder, which must agree with the one given."""
-    path = recipe.output / RECIPE
-    if not path.is_file():
-        raise OutputError(f"--resume: {recipe.output} holds no run (no recipe.yaml).")
-    stored = config.build(recipe_files.read_yaml(path), str(path))
+    stored = stored_recipe(recipe.output)
     given = recipe.model_dump(exclude_unset=True)
     differing = [
         f"{key} = {value!r} (the run has {getattr(stored, key)!r})"
         for key, value in given.items()
-        if key not in (*_FREE, "resume", "output") and value not in (None, getattr(stored, key))
+        if key not in (*_FREE, "resume", "output") and not _same(value, getattr(stored, key))
     ]
     if differing:
         raise RecipeError(
@@ -110,6 +127,16 @@ def resumed(recipe: Recipe) -> Recipe:
     # One that says `overwrite` was killed while it deleted the run before it: it begins anew.
     resume = not stored.overwrite
     return stored.model_copy(update={**free, "resume": resume, "output": recipe.output})
+
+
+def _same(given: Any, stored: Any) -> bool:
+    """Tell whether a setting is left out, or the run's: a file or folder however it is spelled."""
+    if given is None or given == stored:
+        return True
+    if not all(isinstance(value, str | Path) for value in (given, stored)):
+        return False
+    one, other = (path_of(str(value)) for value in (given, stored))
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 @contextmanager

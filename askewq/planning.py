@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from shlex import quote
 from typing import Any
 
 import torch
@@ -102,7 +103,8 @@ def plan(recipe: Recipe, given: Collection[str], settings: Settings) -> Plan:
     report.print_coverage(result)
     terminal.say(
         f"written to {recipe.output}/ ({RECIPE}, {FIGURES}, {PICTURE}); the next command:",
-        f"askewq finetune --recipe {recipe.output / RECIPE} --output {recipe.output / 'run'}",
+        f"askewq finetune --recipe {quote(str(recipe.output / RECIPE))} "
+        f"--output {quote(str(recipe.output / 'run'))}",
     )
     return result
 
@@ -284,7 +286,8 @@ def _write(
     out = recipe.output.absolute()  # "." has no name
     advice = "Make room and run the command again."
     with disk.room_for(10**6, out.parent, advice), disk.appearing_folder(out) as partial:
-        (partial / RECIPE).write_text(recipe_text(recipe, given, settings, found, widths))
+        text = recipe_text(recipe, given, settings, found, widths)
+        (partial / RECIPE).write_text(text, encoding="utf-8")
         (partial / FIGURES).write_text(json.dumps(_figures(settings, found, widths), indent=2))
         draw(found, widths).savefig(partial / PICTURE, dpi=150)
 

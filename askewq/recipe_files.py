@@ -23,6 +23,8 @@ class _Loader(yaml.SafeLoader):
         """
         seen: set[str] = set()
         for given, _ in node.value:
+            if given.tag == "tag:yaml.org,2002:merge":
+                continue
             key = str(self.construct_object(given, deep=True))
             if key in seen:
                 raise yaml.MarkedYAMLError(None, None, f"{key} is given twice", given.start_mark)

@@ -1,6 +1,7 @@
 """Data sets: splits, columns, labels, preprocessing and the batches that come out."""
 
 import errno
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -120,12 +121,10 @@ class TestSources:
         with pytest.raises(DataError, match="no such file or folder"):
             opened(name, TEXTS)
 
-    @pytest.mark.parametrize("name", ["nowhere", "org/name"])
-    def test_the_hub_is_out_of_reach(self, name):
+    def test_the_hub_is_out_of_reach(self):
         """A Hub id without a Hub is an error that says what works offline."""
-        with pytest.raises(DataError, match="local folder or file") as caught:
-            opened(name, TEXTS)
-        assert repr(name) in str(caught.value)
+        with pytest.raises(DataError, match="'org/name' .*\n.*local folder or file"):
+            opened("org/name", TEXTS)
 
     def test_other_types_of_file(self, tmp_path):
         """A file of another type is refused with the types that are read."""
@@ -174,7 +173,7 @@ class TestSources:
 
         monkeypatch.setattr(datasets, "load_dataset", full)
         with pytest.raises(DiskFullError, match=r"No space left.*cache.*HF_DATASETS_CACHE"):
-            opened(tmp_path, TEXTS)
+            opened(builders.image_parquet(), IMAGES)
 
     def test_an_empty_folder(self, tmp_path):
         """A folder without data is refused."""
@@ -943,6 +942,40 @@ class TestTraps:
         found = opened(tmp_path / name, TEXTS, eval_split="train")
         assert [f"{row['text']}\t{row['label']}" for row in found.train] == rows
 
+    def test_a_tsv_among_other_files(self, tmp_path):
+        """What datasets reads counts, not what most files are."""
+        rows = [f"row {i}\t{i % 2}" for i in range(8)]
+        rows[2], rows[5] = '"quoted\t1', '"again" and more\t0'
+        (tmp_path / "train.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+        for name in ("README.md", "LICENSE.md", "original/a.txt", "original/b.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("text\n")
+        assert len(opened(tmp_path, TEXTS, eval_split="train").train) == 8
+
+    def test_a_folder_that_is_not_there(self, tmp_path, monkeypatch):
+        """Datasets would take another one of that name, which it has cached."""
+        for name in "ab":
+            (tmp_path / name).mkdir()
+        write_csv(tmp_path / "a" / "mine", "text,label", train=["x,0", "y,1"])
+        monkeypatch.chdir(tmp_path / "a")
+        assert len(opened("mine", TEXTS, eval_split="train").train) == 2
+        monkeypatch.chdir(tmp_path / "b")
+        with pytest.raises(DataError, match=r"no such file or folder here.*OWNER/NAME"):
+            opened("mine", TEXTS, eval_split="train")
+
+    @pytest.mark.parametrize("name", ["a*", "a[b]", "a?"])
+    def test_a_folder_that_is_a_pattern(self, tmp_path, name):
+        """Others that match would be read along, or in its place."""
+        folder = write_csv(tmp_path / name, "text,label", train=["x,0", "y,1"])
+        with pytest.raises(DataError, match="for a pattern; give the folder another name"):
+            opened(folder, TEXTS, eval_split="train")
+
+    @pytest.mark.parametrize("name", ["train[:90%", "train[:110%]", "train[a:b]"])
+    def test_a_slice_that_is_none(self, name):
+        """The flag is named, and what a slice looks like."""
+        with pytest.raises(DataError, match=r"--train-split 'train\[.*as in 'train\[:90%\]'"):
+            opened(builders.image_parquet(), IMAGES, train_split=name)
+
     @pytest.mark.parametrize("name", ["train.jsonl", "."], ids=["file", "folder"])
     @pytest.mark.parametrize("streaming", [False, True])
     def test_an_empty_file(self, tmp_path, name, streaming):
@@ -972,6 +1005,16 @@ class TestTraps:
                     opened(folder, TEXTS, eval_split="train")
             else:
                 assert opened(folder, TEXTS, eval_split="train").labels == ("0.0", "1.0")
+
+    def test_a_picture_as_it_was_held(self):
+        """A camera notes how; datasets turns it, and so does who opens the file itself."""
+        picture = Image.new("RGB", (40, 20))
+        exif = picture.getexif()
+        exif[274] = 6  # orientation: to be turned by 90 degrees
+        file = io.BytesIO()
+        picture.save(file, "jpeg", exif=exif)
+        pixels = ImagePreprocessing().image(Image.open(file))
+        assert pixels.shape == (3, 40, 20)
 
     def test_images_of_sixteen_bits(self):
         """Black stays black and white white; numbers without either are refused."""

@@ -66,6 +66,12 @@ def test_an_output_that_cannot_be(tmp_path):
     outcome = command("demo", "--output", tmp_path / "demo")
     assert outcome.code == 2
     assert files(tmp_path / "demo") == {"model/thesis.tex"}
+    (tmp_path / "mine" / "digits").mkdir(parents=True)
+    (tmp_path / "mine" / "digits" / "train.parquet").write_text("mine")
+    outcome = command("demo", "--output", tmp_path / "mine")
+    assert outcome.code == 2
+    assert "digits is not of an earlier demo" in outcome.err
+    assert (tmp_path / "mine" / "digits" / "train.parquet").read_text() == "mine"
 
 
 def test_the_whole_way(tmp_path, monkeypatch):

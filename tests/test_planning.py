@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 from importlib.util import find_spec
 
@@ -193,6 +194,18 @@ def test_the_nearest_budget_can_be_met(words):
     outcome = command("plan", *words, "--size", "1kB")
     nearest = re.search(r"cannot be met: .* ([0-9]+kB) can\.", outcome.err)[1]
     assert command("plan", *words, "--size", nearest).code == 0
+
+
+def test_the_next_command_can_be_pasted(words, tmp_path):
+    """Whatever the folder is called."""
+    place = words.index("--output") + 1
+    folder = tmp_path / "my plan"
+    outcome = command("plan", *words[:place], folder, *words[place + 1 :], "--average-bits", 2)
+    *_, last = outcome.out.strip().splitlines()
+    assert shlex.split(last) == [
+        *("askewq", "finetune", "--recipe", str(folder / "recipe.yaml")),
+        *("--output", str(folder / "run")),
+    ]
 
 
 def test_an_output_that_is_there(words, tmp_path):

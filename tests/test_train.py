@@ -813,6 +813,25 @@ class TestResume:
         finetune("own", folder, resume=True, full_precision_lr=None, close_power=None, task=None)
         assert digest(folder) == digest(finished("own")[0])
 
+    def test_a_folder_by_another_name(self, tmp_path, monkeypatch):
+        """The data are the same, however their path is spelled."""
+        folder = builders.copy_of("own", tmp_path)
+        data = Path(builders.recipe("own", tmp_path).dataset)
+        (tmp_path / "link").symlink_to(data)
+        monkeypatch.chdir(data.parent)
+        for name in (f"./{data.name}", f"{data}/", tmp_path / "link"):
+            finetune("own", folder, resume=True, dataset=str(name))
+        assert digest(folder) == digest(finished("own")[0])
+        with pytest.raises(RecipeError, match="these settings differ: dataset"):
+            finetune("own", folder, resume=True, dataset=str(tmp_path))
+
+    def test_a_recipe_that_nobody_ran(self, tmp_path):
+        """As `askewq plan` writes one."""
+        (tmp_path / "recipe.yaml").write_text("model: resnet18\ndataset: d\n")
+        outcome = builders.command("finetune", "--resume", "--output", tmp_path)
+        assert outcome.code == 2
+        assert f"holds a recipe and no run; begin one with --recipe {tmp_path}" in outcome.err
+
     def test_nothing_to_resume(self, tmp_path, monkeypatch):
         """Without a run --resume is refused; a run without a checkpoint starts anew."""
         with pytest.raises(OutputError, match="holds no run"):
