@@ -123,7 +123,7 @@ class TestSources:
 
     def test_the_hub_is_out_of_reach(self):
         """A Hub id without a Hub is an error that says what works offline."""
-        with pytest.raises(DataError, match="'org/name' .*\n.*local folder or file"):
+        with pytest.raises(DataError, match=r"'org/name' .*\n.*local folder or file"):
             opened("org/name", TEXTS)
 
     def test_other_types_of_file(self, tmp_path):
