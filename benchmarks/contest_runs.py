@@ -20,6 +20,8 @@ FORMS = {
     "askewsgd": ("--method", "askewsgd"),
     "askewsgd, staggered": ("--method", "askewsgd", "--closing", "staggered"),
     "askewsgd-paper": ("--method", "askewsgd-paper"),
+    # Its pull is lr times alpha, which the loop's cosine takes away as the intervals close.
+    "askewsgd-paper, held": ("--method", "askewsgd-paper", "--lr-hold", "0.999"),
     # With the steps of the task's own base optimizer, where its default are those in levels.
     "askewsgd, sgd": ("--method", "askewsgd", "--optimizer", "sgd"),
     # On the integer grid, where the contest has the half-integer one.
