@@ -224,7 +224,7 @@ def round_inputs(
     return signed
 
 
-def free_forwards_(model: nn.Module, names: Iterable[str]) -> None:
+def restore_forwards_(model: nn.Module, names: Iterable[str]) -> None:
     """Let layers have the forward of their class, by which an input is rounded.
 
     Raises:
@@ -247,7 +247,7 @@ def free_forwards_(model: nn.Module, names: Iterable[str]) -> None:
 def attach_(model: nn.Module, act_bits: ActBits, signed: dict[str, bool]) -> None:
     """Let layers round their inputs, in place, with scales that are filled in later."""
     nest_nothing_(model)
-    free_forwards_(model, signed)
+    restore_forwards_(model, signed)
     for name, sign in signed.items():
         layer = cast(QuantizedLayer, model.get_submodule(name))
         with torch.inference_mode(False):  # it may be trained later

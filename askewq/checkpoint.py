@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from askewq import activations, digest, disk, manifest, trust
 from askewq.errors import FormatError, ModelError, UnverifiedWarning, near
-from askewq.layers import quantized_layers, quantized_modules, uncompiled
+from askewq.layers import QuantizedWeight, quantized_layers, quantized_modules, uncompiled
 from askewq.manifest import (
     VERSION,
     WITH_INPUTS,
@@ -108,15 +108,7 @@ def artifact_of(model: nn.Module) -> Artifact:
     of_scale = {id(layer.weight_scale) for layer in every}
     tensors, state = list(_named_tensors(model)), model.state_dict()
     layers = {name: of_latent[id(tensor)] for name, tensor in tensors if id(tensor) in of_latent}
-    held = {id(layer) for name, layer in layers.items() if name in state}
-    renamed = [name for name, layer in layers.items() if id(layer) not in held]
-    renamed += [name for name in state if "_orig_mod" in name.split(".")]
-    if renamed:
-        raise ModelError(
-            f"a part of the model is wrapped, so that {renamed[0]!r} has another name in its state "
-            "dict than in a plain network: save the network without wrappers about its parts "
-            "(torch.compile, activation checkpoints), or compile in place, by module.compile()."
-        )
+    _check_names(layers, state)
     scales = {name for name, tensor in tensors if id(tensor) in of_scale}
     scales |= input_scales(model)
     shared = shared_names(model)
@@ -135,6 +127,19 @@ def artifact_of(model: nn.Module) -> Artifact:
         else:
             artifact.tensors[name] = tensor
     return artifact
+
+
+def _check_names(layers: Mapping[str, QuantizedWeight], state: Mapping[str, Tensor]) -> None:
+    """Check that weights and tensors have the names in a state dict that a plain network gives."""
+    held = {id(layer) for name, layer in layers.items() if name in state}
+    renamed = [name for name, layer in layers.items() if id(layer) not in held]
+    renamed += [name for name in state if "_orig_mod" in name.split(".")]
+    if renamed:
+        raise ModelError(
+            f"a part of the model is wrapped, so that {renamed[0]!r} has another name in its state "
+            "dict than in a plain network: save the network without wrappers about its parts "
+            "(torch.compile, activation checkpoints), or compile in place, by module.compile()."
+        )
 
 
 def inputs_of(model: nn.Module) -> dict[str, PackedInput]:
@@ -158,7 +163,7 @@ def attach_inputs_(model: nn.Module, artifact: Artifact) -> None:
     """Let the layers of a filled model round their inputs as the artifact says, in place."""
     if artifact.inputs:
         activations.nest_nothing_(model)
-        activations.free_forwards_(model, artifact.inputs)
+        activations.restore_forwards_(model, artifact.inputs)
     for name, rounded in artifact.inputs.items():
         layer = model.get_submodule(name)
         if not activations.takes_numbers(layer):

@@ -229,7 +229,7 @@ class Recipe(BaseModel):
     strength: float | None = _key(
         None,
         METHOD,
-        "final coefficient of proxquant (1.8 by the steps), binaryrelax (500) or mirror-descent "
+        "final coefficient of proxquant (1.8 over the steps), binaryrelax (500) or mirror-descent "
         "(20,000)",
         gt=0,
     )

@@ -261,7 +261,7 @@ class _AdaSTE(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: Grid, beta: float) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.beta = beta
-        sign = grid.snap(weight, scale)
+        sign = nearest_level(weight, scale, grid)
         if beta * _ADASTE_ALPHA >= 1:
             return sign
         inner = (weight + beta * (1 + _ADASTE_ALPHA) * sign) / (1 + beta)

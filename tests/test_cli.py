@@ -438,6 +438,15 @@ class TestEval:
         assert result["loss"] > 0
         assert len(outcome.out.splitlines()) == 2
 
+    def test_what_is_out_of_the_ordinary_is_said(self, tmp_path):
+        """As by finetune, but where one line is asked for."""
+        (tmp_path / "test.csv").write_text("text,label\nNA,neg\ngood film,pos\n")
+        words = ("eval", finished("bert")[0], "--dataset", tmp_path)
+        outcome = command(*words)
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.startswith("note: 1 of 2 rows of --eval-split have no text")
+        assert len(command(*words, "--json").out.splitlines()) == 1
+
     def test_json_alone(self):
         """With --json nothing else is printed."""
         folder, metrics = finished("timm")

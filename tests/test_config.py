@@ -191,6 +191,12 @@ class TestRecipeFiles:
         assert any(f"askewq finetune --recipe {name}" in line for line in others)
         assert recipe.output == Path("out")
 
+    def test_a_mapping_may_be_merged(self, tmp_path):
+        """As YAML has it, without counting as a key that is there twice."""
+        path = tmp_path / "r.yaml"
+        path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+        assert recipe_files.read_yaml(path)["b"] == {"x": 1, "y": 3}
+
     def test_recipes_are_shipped(self):
         """There is at least one recipe to start from."""
         assert recipe_files.shipped_recipes()

@@ -694,9 +694,25 @@ class TestBatches:
         found = opened(folder, TEXTS, max_train_samples=1)
         assert len(found.notes) == 1
         assert "2 of 4 rows of --train-split have no text and are read as empty" in found.notes[0]
+        (note,) = open_eval(recipe(folder, eval_split="train"), TEXTS, ("neg", "pos")).notes
+        assert "2 of 4 rows of --eval-split have no text" in note
         halves = {"train_split": "train[1:2]", "eval_split": "train[2:]"}
         (note,) = opened(folder, LM, **halves, text_columns=["text"]).notes
         assert "1 of 2 rows of --eval-split have no text" in note
+
+    @pytest.mark.parametrize(("texts", "least"), [(("a",), 3), (("a", "b"), 5)])
+    def test_a_length_without_room_for_a_word(self, tmp_path, texts, least):
+        """The tokens that begin and end a text are all that would be left of it."""
+        folder = write_csv(tmp_path / "d", "a,b,label", train=["x,y,0", "y,x,1"])
+        preprocessing = tokenizer()
+        for length in (least - 1, least):
+            given = recipe(folder, eval_split="train", text_columns=texts, max_length=length)
+            data = open_data(given, TEXTS)
+            if length < least:
+                with pytest.raises(DataError, match=f"--max-length {length}: . tokens begin"):
+                    loaders(given, data, preprocessing)
+            else:
+                loaders(given, data, preprocessing)
 
     def test_a_text_without_a_token(self, tmp_path):
         """Its embedding would be a mean over nothing."""

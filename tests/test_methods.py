@@ -411,7 +411,8 @@ class TestFollower:
         assert not model[2]._forward_hooks
 
     @pytest.mark.parametrize("method", RIVALS)
-    def test_a_weight_that_is_nan_is_seen(self, method):
+    @pytest.mark.parametrize("progress", [0.5, 1.0])
+    def test_a_weight_that_is_nan_is_seen(self, method, progress):
         """The loss says so, rather than the snap at the end."""
         model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
         askewq.quantize(model, 1)
@@ -420,7 +421,10 @@ class TestFollower:
         follower.attach(optimizer)
         with torch.no_grad():
             model[2].latent[0, 0] = math.nan
-        model(torch.randn(8, 4)).square().sum().backward()
+        follower.anneal(progress)
+        made = model(torch.randn(8, 4))
+        assert not made.isfinite().all()
+        made.square().sum().backward()
         optimizer.step()
         assert not model(torch.randn(8, 4)).isfinite().all()
 

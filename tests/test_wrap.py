@@ -27,6 +27,11 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.Linear(6, 2))
 
 
+def alike(layers: int) -> nn.Sequential:
+    """So many Linear layers of one shape."""
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+
+
 def between(layer: nn.Module) -> nn.Sequential:
     """Put a layer between a first and a last Linear; the result is planned, never run."""
     return nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 4), nn.Linear(4, 2))
@@ -995,21 +1000,16 @@ class TestApply:
 
     def test_a_weight_that_the_model_shares(self):
         """It cannot have two grids."""
-        chosen = plan(mlp_of(4), 2, bits_override={"2": 8})
-        tied = mlp_of(4)
+        chosen = plan(alike(4), 2, bits_override={"2": 8})
+        tied = alike(4)
         tied[2].weight = tied[1].weight
         with pytest.raises(PlanError, match=r"a weight for 1\.weight and one for 2\.weight"):
             apply(tied, chosen)
 
 
-def mlp_of(layers: int) -> nn.Sequential:
-    """Linear layers of one shape."""
-    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
-
-
 def test_a_forward_of_the_object():
     """One that is put in the place of the class's counts as one of its own."""
-    model = mlp_of(4)
+    model = alike(4)
     for index, gain in ((1, 1.0), (2, None)):
         layer = model[index]
         layer.forward = lambda x, layer=layer, gain=gain: nn.functional.linear(
@@ -1023,7 +1023,7 @@ def test_a_forward_of_the_object():
 
 def test_a_graph_of_torch_fx_keeps_the_layers():
     """As torchvision's feature extractors make one."""
-    model = mlp_of(4)
+    model = alike(4)
     quantize(model, 2)
     traced = torch.fx.symbolic_trace(model)
     assert quantized_layers(traced).keys() == quantized_layers(model).keys()
