@@ -16,7 +16,7 @@ from torch import nn
 
 from askewq import checkpoint, digest, disk, layers, trust
 from askewq import packed as packed_layers
-from askewq.errors import FormatError, ModelError
+from askewq.errors import AskewError, FormatError, ModelError, OutputError
 from askewq.hf_models import cast_, is_transformers, load_processor, load_tokenizer
 from askewq.models import build, build_on_meta
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
@@ -325,6 +325,61 @@ def save(model: nn.Module, folder: str | Path) -> None:
             or a model of transformers, or has ordinary weights under that name.
     """
     folder, model = Path(folder), layers.unwrapped(model)
+    _check_packable(model)
+    disk.check_place(folder, "")
+    if is_artifact(folder):
+        raise FormatError(
+            f"{folder} is an artifact, whose config.json belongs to its weights; save to another "
+            "folder."
+        )
+    if (folder / CONFIG).is_file() and "model_type" in trust.read_json(folder / CONFIG):
+        raise FormatError(
+            f"{folder / CONFIG} describes a model of transformers, which would take the packed "
+            "weights for its own, find none, and be random; save to another folder."
+        )
+    if (folder / ARTIFACT).exists() and not checkpoint.is_packed(folder / ARTIFACT):
+        raise FormatError(
+            f"{folder / ARTIFACT} holds ordinary weights, which would be lost; save to another "
+            "folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(model, folder / ARTIFACT)
+
+
+def save_artifact(loaded: LoadedModel, folder: str | Path) -> None:
+    """Write a whole artifact from a training loop of your own, as `askewq finetune` does.
+
+    Args:
+        loaded: as `models.load` gave it, its network quantized and trained, after `askewq.snap_`.
+        folder: one that does not exist or is empty, which appears whole or not at all: the weights,
+            config.json and the files of the preprocessing. Of several processes one saves.
+
+    Raises:
+        ModelError: no quantized layer, or a weight that is not on a level, or not float32; a
+            network that config.json does not describe.
+        DivergenceError: a weight that is not finite.
+        OutputError: a file in the place of the folder, or a folder that holds something.
+    """
+    folder, model, spec = Path(folder), layers.unwrapped(loaded.model), loaded.spec
+    _check_packable(model)
+    disk.check_place(folder, "")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(f"{folder} is not empty; save to another folder.")
+    with disk.appearing_folder(folder.resolve()) as partial:
+        checkpoint.save(model, partial / ARTIFACT)
+        save_config(loaded, partial)
+        try:
+            load_artifact(partial, factory=spec.name if spec.source == "module" else None)
+        except AskewError as error:
+            reason = str(error).replace(str(partial), str(folder))
+            raise ModelError(
+                f"the artifact of {spec.name!r} could not be loaded again, and nothing is left of "
+                f"it: {reason} Change the weights of what `models.load` gave, and no part of it."
+            ) from error
+
+
+def _check_packable(model: nn.Module) -> None:
+    """Check that the weights of quantized layers are what a file holds."""
     quantized = layers.quantized_layers(model)
     if not quantized:
         raise ModelError(
@@ -346,24 +401,6 @@ def save(model: nn.Module, folder: str | Path) -> None:
                 "train a network in float32 (bf16 by autocast), and cast what was loaded; one in "
                 "float64 goes by model.float()."
             )
-    disk.check_place(folder, "")
-    if is_artifact(folder):
-        raise FormatError(
-            f"{folder} is an artifact of `askewq finetune`, whose config.json belongs to its "
-            "weights; save to another folder."
-        )
-    if (folder / CONFIG).is_file() and "model_type" in trust.read_json(folder / CONFIG):
-        raise FormatError(
-            f"{folder / CONFIG} describes a model of transformers, which would take the packed "
-            "weights for its own, find none, and be random; save to another folder."
-        )
-    if (folder / ARTIFACT).exists() and not checkpoint.is_packed(folder / ARTIFACT):
-        raise FormatError(
-            f"{folder / ARTIFACT} holds ordinary weights, which would be lost; save to another "
-            "folder."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(model, folder / ARTIFACT)
 
 
 def load(

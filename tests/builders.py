@@ -654,13 +654,11 @@ PLAIN: dict[str, Callable[[], tuple[str, Any, tuple[str, ...], dict[str, Any]]]]
 def packed(loaded: Any, folder: Path, quantize: Callable[[nn.Module], object]) -> Path:
     """Write an artifact without training: `quantize` makes layers of the model quantized ones."""
     import askewq
-    from askewq import artifact, checkpoint
+    from askewq import artifact
 
     quantize(loaded.model)
     askewq.snap_(loaded.model)
-    folder.mkdir(exist_ok=True)
-    checkpoint.save(loaded.model, folder / artifact.ARTIFACT)
-    artifact.save_config(loaded, folder)
+    artifact.save_artifact(loaded, folder)
     return folder
 
 

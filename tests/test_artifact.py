@@ -14,7 +14,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import askewq
 from askewq import artifact, checkpoint
 from askewq.errors import DivergenceError, FormatError, ModelError, OutputError
+from askewq.export import export
 from askewq.polish import Polisher
+from askewq.samples import expected_of
 
 LOADABLE = ["timm", "timm-vit", "bert", "bert-pairs", "llama", "vit"]
 
@@ -321,6 +323,61 @@ class TestSave:
         with pytest.raises(FormatError, match="save to another folder"):
             askewq.save(network, folder)
         assert (folder / "model.safetensors").read_bytes() == before
+
+
+class TestSaveArtifact:
+    """`save_artifact`: a whole artifact from somebody's own training loop."""
+
+    @staticmethod
+    def trained(kind):
+        """What `models.load` gave, its network after a step and the snap."""
+        loaded = builders.untrained(kind)
+        askewq.quantize(loaded.model, bits=2)
+        optimizer = askewq.AskewAdamW(loaded.model, lr=0.01, weight_decay=0.0)
+        sum(w.square().sum() for w in loaded.model.parameters()).backward()
+        optimizer.anneal(0.5)
+        optimizer.step()
+        askewq.snap_(loaded.model)
+        return loaded
+
+    @pytest.mark.parametrize("kind", sorted(builders.PLAIN))
+    def test_comes_back_to_the_bit(self, kind, tmp_path):
+        """With its labels and preprocessing; it can be verified and exported like any other."""
+        loaded = self.trained(kind)
+        folder = tmp_path / "new" / "artifact"
+        artifact.save_artifact(loaded, folder)
+        factory = loaded.spec.name if loaded.spec.source == "module" else None
+        again = artifact.load_artifact(folder, factory=factory)
+        assert again.spec == loaded.spec
+        loaded.model.eval()
+        (_, logits), (_, others) = map(expected_of, (again, loaded))
+        assert torch.equal(logits, others)
+        assert artifact.verify(folder)
+        result = export(folder, "dense", tmp_path / "dense", factory=factory)
+        assert result["max_difference"] == 0
+
+    def test_a_network_that_its_config_does_not_describe(self, tmp_path):
+        """A head was put in the place of another: nobody could load it; nothing is written."""
+        loaded = builders.untrained("timm")
+        loaded.model.fc = nn.Linear(loaded.model.fc.in_features, 7)
+        askewq.quantize(loaded.model, bits=2)
+        askewq.snap_(loaded.model)
+        with pytest.raises(ModelError, match=r"'test_resnet' could not be loaded again.*fc\.bias"):
+            artifact.save_artifact(loaded, tmp_path / "new" / "artifact")
+        assert not list(tmp_path.iterdir())
+
+    def test_what_cannot_be_saved(self, tmp_path):
+        """Nothing is replaced; and what is between the levels belongs into no file."""
+        loaded = self.trained("own")
+        (tmp_path / "mine").write_text("mine")
+        with pytest.raises(OutputError, match="is not empty; save to another folder"):
+            artifact.save_artifact(loaded, tmp_path)
+        with pytest.raises(OutputError, match="mine is no folder"):
+            artifact.save_artifact(loaded, tmp_path / "mine")
+        Polisher(loaded.model, lr=1e-3)
+        with pytest.raises(ModelError, match="are not on their levels for good"):
+            artifact.save_artifact(loaded, tmp_path / "new")
+        assert builders.files(tmp_path) == {"mine"}
 
 
 class TestConfig:
