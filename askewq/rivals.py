@@ -133,7 +133,10 @@ class Follower:
                 module.weight_scale.detach().copy_(scales[id(module.latent)])
 
     def anneal(self, progress: float) -> None:
-        """Set the method's coefficient for the next step.
+        """Set the method's coefficient for the next step, and the forward passes after it.
+
+        A loop that goes on from a checkpoint calls it once with the progress that it had reached,
+        before its first forward pass: a Follower has no state that could be stored.
 
         Args:
             progress: share of all steps taken once it is made, 0 to 1.
