@@ -22,6 +22,11 @@ from askewq.preprocessing import ImagePreprocessing, Preprocessing, TextPreproce
 CACHE_BYTES = 2**30
 # What reading a sample raises that is damaged, or larger than Pillow decodes.
 UNREADABLE = (OSError, ValueError, DecompressionBombError)
+_PADDING = """The tokenizer has no padding token, which texts of different lengths need. Give it \
+one, and pass its folder as --tokenizer:
+  tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+  tokenizer.pad_token = tokenizer.eos_token
+  tokenizer.save_pretrained(FOLDER)"""
 
 
 def label_ids(split: Any, column: str, labels: tuple[str, ...], flag: str) -> list[int]:
@@ -248,8 +253,12 @@ class Collator:
         from transformers import DataCollatorWithPadding, default_data_collator
 
         self._collate: Any = default_data_collator
-        if isinstance(preprocessing, TextPreprocessing) and preprocessing.tokenizer.pad_token:
-            self._collate = DataCollatorWithPadding(preprocessing.tokenizer)
+        self._advice = "Images of different sizes need --image-size."
+        if isinstance(preprocessing, TextPreprocessing):
+            self._advice = _PADDING
+            if preprocessing.tokenizer.pad_token:
+                self._collate = DataCollatorWithPadding(preprocessing.tokenizer)
+                self._advice = "The tokenizer cannot pad them."
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch.
@@ -260,10 +269,7 @@ class Collator:
         try:
             return cast(dict[str, Tensor], self._collate(samples))
         except (RuntimeError, ValueError) as error:
-            raise DataError(
-                f"the samples do not make a batch: {error}\nImages of different sizes need "
-                "--image-size; texts need a tokenizer with a padding token."
-            ) from error
+            raise DataError(f"the samples do not make a batch: {error}\n{self._advice}") from error
 
 
 def _loader_arguments(recipe: Recipe, preprocessing: Preprocessing) -> dict[str, Any]:

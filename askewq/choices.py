@@ -94,8 +94,11 @@ def resolve(recipe: Recipe, task: Task, model: nn.Module, steps: int) -> Recipe:
 
 def _coarse(recipe: Recipe) -> bool:
     """Tell whether all grids are among those for which steps in level spacings were tried."""
-    widths = (recipe.bits, *recipe.overrides.values())
-    return all(bits == "ternary" or bits <= COARSE for bits in widths)
+    return all(map(_is_coarse, (recipe.bits, *recipe.overrides.values())))
+
+
+def _is_coarse(bits: Bits) -> bool:
+    return bits == "ternary" or bits <= COARSE
 
 
 def notes_of(recipe: Recipe, device: torch.device) -> list[str]:
@@ -106,6 +109,14 @@ def notes_of(recipe: Recipe, device: torch.device) -> list[str]:
             f"level_lr = {recipe.level_lr} is the length of a step in level spacings, and hardly "
             f"moves weights of more than {COARSE} bits; leave it out, or, where a recipe has it, "
             "name an --optimizer"
+        )
+    by_sgd = recipe.method == "askewsgd" and recipe.optimizer == "sgd"
+    finer = [f"{name}={bits}" for name, bits in recipe.overrides.items() if not _is_coarse(bits)]
+    if by_sgd and recipe.closing == "lazy" and finer and _is_coarse(recipe.bits):
+        notes.append(
+            f"all layers are trained by SGD, because {finer[0]} has more than {COARSE} bits: steps "
+            "in level spacings, which gain most at 1 bit (recipes/README.md), are the default "
+            "without such layers"
         )
     if recipe.mixed_precision == "bf16" and _emulates_bf16(device):
         notes.append(

@@ -49,6 +49,12 @@ def columns_of(recipe: Recipe, task: Task, features: Any) -> Columns:
     ]
     if task in IMAGE_TASKS:
         inputs = [recipe.image_column] if recipe.image_column else images[:1]
+        if not images and texts and not recipe.image_column:
+            raise DataError(
+                f"no column looks like an image; there are: {', '.join(features)}. Names of files "
+                "are read from a metadata.csv beside the images, whose column file_name has them; "
+                "pass that folder as --dataset."
+            )
         _check(inputs, features, "--image-column", "an image")
         if not isinstance(features[inputs[0]], datasets.Image):
             raise DataError(
@@ -127,6 +133,11 @@ def _label_column(recipe: Recipe, features: Any) -> str:
                 f"{', '.join(features)}."
             )
         return recipe.label_column
+    if all(isinstance(feature, datasets.Image) for feature in features.values()):
+        raise DataError(
+            "the images have no labels: put them into the folders train/CLASS and test/CLASS, "
+            "themselves and not in folders below, or name them in a metadata.csv."
+        )
     classes = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel)]
     named = [name for name in _LABEL_NAMES if isinstance(features.get(name), datasets.Value)]
     known = [name for name in _LABEL_NAMES if name in classes]

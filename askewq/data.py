@@ -7,7 +7,7 @@ them.
 import csv
 import glob
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -65,6 +65,7 @@ def open_data(recipe: Recipe, task: Task) -> OpenData:
         columns = columns_of(recipe, task, train.features)
         labels = labels_of(train, columns.label) if columns.label else ()
         notes += _untrained(train, evaluation, columns.label)
+        notes += _doubtful(train, columns.label, labels)
         if labels[:4] == ("-1", "0", "1", "2"):
             notes += (f"the label -1 of {columns.label} is learnt as a class; it may mean none",)
         if columns.label:
@@ -142,6 +143,23 @@ def _untrained(train: Any, evaluation: Any, column: str | None) -> tuple[str, ..
     )
 
 
+def _doubtful(train: Any, column: str | None, labels: Sequence[str]) -> tuple[str, ...]:
+    """Return a warning where labels look like mistakes, or like no classes."""
+    notes: tuple[str, ...] = ()
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(label.strip().casefold(), []).append(label)
+    if some := next((names for names in alike.values() if len(names) > 1), None):
+        names = " and ".join(map(repr, some))
+        notes += (f"the labels {names} of {column} differ by blanks or case, and are classes each",)
+    if len(labels) > 20 and 2 * len(labels) > len(train):
+        notes += (
+            f"{column} has {len(labels)} different values in {len(train)} rows, and each is learnt "
+            "as a class; where they are none, choose another --label-column",
+        )
+    return notes
+
+
 def _check_class_names(recipe: Recipe, column: str | None) -> None:
     """Check that the parquet files of a folder number the classes alike.
 
@@ -156,8 +174,8 @@ def _check_class_names(recipe: Recipe, column: str | None) -> None:
     path = Path(recipe.dataset)
     if column is None or not path.is_dir() or not any(path.rglob("*.parquet")):
         return
-    builder = datasets.load_dataset_builder(str(path), name=recipe.dataset_config)
-    files = [file for split in (builder.config.data_files or {}).values() for file in split]
+    splits = _files_of(path, recipe.dataset_config)
+    files = [file for split in splits.values() for file in split]
     first: tuple[str, list[str]] | None = None
     for file in files:
         if not file.endswith(".parquet"):
@@ -265,17 +283,54 @@ def _source(recipe: Recipe) -> tuple[str, dict[str, Any]]:
             f"--dataset {recipe.dataset!r}: datasets takes the characters *?[] of a folder's path "
             "for a pattern; give the folder another name."
         )
-    if path.is_dir() and _tab_separated(str(path), recipe.dataset_config):
+    if not path.is_dir():
+        return recipe.dataset, arguments
+    files = _files_of(path, recipe.dataset_config)
+    if any(file.endswith(".tsv") for split in files.values() for file in split):
         arguments |= _TSV
-    return str(path) if path.exists() else recipe.dataset, arguments
+    if parts := _parts(path.resolve(), files):
+        arguments["data_files"] = parts
+    return str(path), arguments
 
 
-def _tab_separated(folder: str, config: str | None) -> bool:
-    """Tell whether the files of a folder that datasets would read are tab-separated."""
+def _files_of(folder: Path, config: str | None) -> dict[str, list[str]]:
+    """Return the files of each split that datasets would read of a folder, by their whole paths."""
     import datasets
 
-    files = datasets.load_dataset_builder(folder, name=config).config.data_files or {}
-    return any(str(file).endswith(".tsv") for split in files.values() for file in split)
+    files = datasets.load_dataset_builder(str(folder), name=config).config.data_files or {}
+    return {str(split): [str(file) for file in names] for split, names in files.items()}
+
+
+def _parts(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return patterns by which no file is in two splits, where that is so of `files`.
+
+    datasets looks for the names of splits in all of a path, and takes test/train/0.png, an image
+    of the class `train`, into both. What is in a folder belongs to the split of its other files.
+
+    Raises:
+        DataError: a file in two splits whose folder does not say which.
+    """
+    counts = Counter(file for names in files.values() for file in names)
+    twice = sorted(file for file, count in counts.items() if count > 1)
+    if not twice:
+        return {}
+    splits: dict[str, set[str]] = {}
+    for split, names in files.items():
+        for file in names:
+            top = Path(file).relative_to(folder).parts[0]
+            splits.setdefault(top, set()).update([split] if counts[file] == 1 else [])
+    if any(len(owners) != 1 for owners in splits.values()):
+        both = " and ".join(split for split, names in files.items() if twice[0] in names)
+        raise DataError(
+            f"--dataset {str(folder)!r}: datasets takes {Path(twice[0]).relative_to(folder)} into "
+            f"the splits {both}, whose names are both in its path; put the splits into folders "
+            "train and test, and call other folders and files otherwise."
+        )
+    made: dict[str, list[str]] = {}
+    for top, (split,) in splits.items():
+        whole = f"{glob.escape(top)}/**" if (folder / top).is_dir() else glob.escape(top)
+        made.setdefault(split, []).append(whole)
+    return made
 
 
 @contextmanager
@@ -313,6 +368,8 @@ def _reason(error: BaseException) -> str:
 
     if isinstance(error, CastError):
         return f"its files do not have the same columns, {error.details().rstrip('.')}"
+    if "load_from_disk" in str(error):
+        return "save_to_disk wrote it; write each split by to_parquet, and pass that folder."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] or "it is empty."
 

@@ -103,13 +103,15 @@ def load_teacher(
         )
     classes = getattr(getattr(loaded.model, "config", None), "id2label", None) or {}
     names = tuple(str(name) for _, name in sorted(classes.items()))  # a file may have 10 before 2
+    names = names or loaded.spec.labels  # of timm, in the order of its head
     theirs, ours = ([label.casefold() for label in labels] for labels in (names, spec.labels))
     if recipe.distill and theirs != ours and sorted(theirs) == sorted(ours):
         raise ModelError(
             f"the teacher {recipe.teacher!r} has the labels in another order ({', '.join(names)}; "
             f"here {', '.join(spec.labels)}); pass another --teacher."
         )
-    doubts = renamed(loaded.spec.name, names, spec.labels) if recipe.distill else ()
+    doubts = (*loaded.doubts, *renamed(loaded.spec.name, names, spec.labels))
+    doubts = doubts if recipe.distill else ()
     return Teacher(loaded.model, loaded.spec, doubts)
 
 

@@ -4,12 +4,22 @@ The teacher's embeddings stand in the place of labels, so that the loop, the eva
 comparison to the bit know nothing of this task.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from askewq.errors import ModelError
+
+_MODE = "pooling_mode_"
+# What transformers.utils.cached_file is told so that it returns None where there is no file.
+_MISSING = (
+    "_raise_exceptions_for_gated_repo",
+    "_raise_exceptions_for_missing_entries",
+    "_raise_exceptions_for_connection_errors",
+)
 
 
 def of(made: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -30,6 +40,41 @@ def of(made: Any, inputs: Mapping[str, Tensor]) -> Tensor:
             )
         return pooled.flatten(1)
     return pool(made.last_hidden_state, inputs["attention_mask"])
+
+
+def pooling_doubt(name: str) -> tuple[str, ...]:
+    """Return the doubt about an encoder of texts whose files want another embedding than the mean.
+
+    Args:
+        name: its folder, or its id on the Hub.
+
+    Source: the files of sentence-transformers, modules.json and 1_Pooling/config.json.
+    """
+    modules, pooling = _read(name, "modules.json", []), _read(name, "1_Pooling/config.json", {})
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    modes = [key for key, value in pooling.items() if key.startswith(_MODE) and value is True]
+    modes = [key.removeprefix(_MODE) for key in modes] or [str(pooling.get("pooling_mode", "mean"))]
+    wants = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    wants += [mode for mode in modes if mode not in ("mean", "mean_tokens")]
+    if not wants:
+        return ()
+    return (
+        f"the embeddings of {name!r} are not the mean over a text's tokens, by the files that "
+        f"sentence-transformers reads ({', '.join(wants)}); askewq trains and judges the mean, and "
+        "an artifact has none of these files",
+    )
+
+
+def _read(name: str, file: str, nothing: Any) -> Any:
+    """Return the content of a JSON file of a model, `nothing` where it has none."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, file, **dict.fromkeys(_MISSING, False))
+        content = json.loads(Path(found).read_text("utf-8")) if found else nothing
+    except (OSError, ValueError):
+        return nothing
+    return content if isinstance(content, type(nothing)) else nothing
 
 
 def pool(states: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from askewq.preprocessing import (
     ProcessorPreprocessing,
     TextPreprocessing,
 )
-from askewq.spec import LoadedModel, ModelSpec, first_line, renamed, unreachable
+from askewq.spec import LoadedModel, ModelSpec, first_line, in_order_of, renamed, unreachable
 from askewq.trust import check_index
 from askewq.vocabulary import EMBEDDING_TASKS, IMAGE_TASKS, MODEL_TYPE, Task
 
@@ -86,11 +86,9 @@ def load_transformers(
     notes: list[str] = []
     mismatched = False
     own = tuple(str(label) for _, label in sorted((config.id2label or {}).items()))
-    theirs, ours = ([label.casefold() for label in names] for names in (own, labels))
     if labels and task != "causal-lm":
         mismatched = config.num_labels != len(labels)
-        if sorted(theirs) == sorted(ours) and len({*ours}) == len(ours):
-            labels = tuple(labels[ours.index(label)] for label in theirs)
+        labels = in_order_of(own, labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
         if config.problem_type is not None:  # it is trained for one of these

@@ -155,11 +155,9 @@ def proxquant(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -> Ten
 
 
 def binaryrelax(weight: Tensor, scale: Tensor, grid: Grid, strength: float) -> Tensor:
-    """Return the mean of weight and nearest level with weights 1 and `strength`."""
+    """Return the mean of weight and nearest level with weights 1 and `strength`, perhaps inf."""
     level = nearest_level(weight.detach(), scale, grid)
-    if math.isinf(strength):
-        return straight(weight, level)
-    return straight(weight, (strength * level + weight.detach()) / (strength + 1))
+    return straight(weight, level + (weight.detach() - level) / (strength + 1))
 
 
 # Coefficients (c1, c2) of SAWB by bits and first level, made by benchmarks/sawb.py; first level 0

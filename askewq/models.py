@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from askewq.embeddings import pooling_doubt
 from askewq.errors import ModelError
 from askewq.hf_models import (
     auto_class,
@@ -123,6 +124,8 @@ def load(
             )
         if task == "text-classification":
             follow_padding(loaded, texts.tokenizer.pad_token_id)
+        if task in EMBEDDING_TASKS:
+            loaded.doubts += pooling_doubt(name)
         loaded.preprocessing = texts
     if isinstance(loaded.preprocessing, ImagePreprocessing):
         loaded.preprocessing = loaded.preprocessing.override(image_size, mean, std)

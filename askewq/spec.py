@@ -69,9 +69,21 @@ def renamed(name: str, trained: Sequence[str], labels: Sequence[str]) -> tuple[s
     was, now = (", ".join(some[:5]) + ", ..." * (len(some) > 5) for some in (trained, labels))
     return (
         f"the head of {name!r} was trained for the classes {was}, and is taken to mean {now}, in "
-        "this order; where that is wrong, give the classes in its config.json (id2label) the names "
-        "that the data have for them",
+        "this order; where that is wrong, give the classes in its config.json (id2label; timm's "
+        "label_names) the names that the data have for them",
     )
+
+
+def in_order_of(trained: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
+    """Return labels in the order of a head that was trained for the same ones, but for their case.
+
+    Args:
+        trained: the head's classes in order; where they are others, `labels` stay as they are.
+    """
+    theirs, ours = ([label.casefold() for label in names] for names in (trained, labels))
+    if sorted(theirs) != sorted(ours) or len({*ours}) < len(ours):
+        return tuple(labels)
+    return tuple(labels[ours.index(label)] for label in theirs)
 
 
 def unreachable(name: str, error: Exception) -> ModelError:

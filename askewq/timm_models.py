@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import nn
 
 from askewq.errors import ModelError
 from askewq.preprocessing import ImagePreprocessing
-from askewq.spec import CONFIG, LoadedModel, ModelSpec, unreachable
+from askewq.spec import CONFIG, LoadedModel, ModelSpec, in_order_of, renamed, unreachable
 from askewq.vocabulary import EMBEDDING_TASKS, Task
+
+_WORDNET = re.compile(r"n\d{8}")
 
 
 def load_timm(
@@ -22,6 +25,7 @@ def load_timm(
 ) -> LoadedModel:
     """Load a timm model, with a head for these labels where there are any, and none for embeddings.
 
+    A head that has been trained for the same labels, but for their case, keeps its order of them.
     Without its head it returns what the head was given: pooled features [batch, width].
     """
     from timm.data.config import resolve_data_config
@@ -30,11 +34,17 @@ def load_timm(
     arguments, cfg = _timm_arguments(name)
     notes = []
     default_classes = cfg.get("num_classes")
+    kept = bool(labels) and pretrained and default_classes == len(labels)
+    doubts: tuple[str, ...] = ()
+    if kept:
+        trained = [str(label) for label in cfg.get("label_names") or ()]
+        labels = in_order_of(trained, labels)
+        doubts = renamed(name, trained, labels) if trained else _unnamed(name, labels)
     if task in EMBEDDING_TASKS:
         arguments["num_classes"] = 0
     elif labels:
         arguments["num_classes"] = len(labels)
-        if pretrained and default_classes != len(labels):
+        if pretrained and not kept:
             notes.append(
                 f"the head for {default_classes} classes was replaced by one for {len(labels)}"
             )
@@ -52,7 +62,20 @@ def load_timm(
         crop_mode=data["crop_mode"],
     )
     spec = ModelSpec("timm", name, task, labels, arguments)
-    return LoadedModel(model, spec, preprocessing, tuple(notes))
+    return LoadedModel(model, spec, preprocessing, tuple(notes), doubts)
+
+
+def _unnamed(name: str, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the doubt about a head whose classes nobody named, if it has any.
+
+    Those of ImageNet are in the order of their WordNet ids, which folders of its images are called.
+    """
+    if all(_WORDNET.fullmatch(label) for label in labels):
+        return ()
+    return (
+        f"{name!r} does not name the {len(labels)} classes of its head, which are taken to be "
+        f"those of the data in their order: {', '.join(labels[:5])}{', ...' * (len(labels) > 5)}",
+    )
 
 
 def _of_hub(name: str) -> str:
@@ -78,6 +101,7 @@ def _timm_arguments(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if source == "local-dir":
             content = json.loads((Path(identifier) / CONFIG).read_text(encoding="utf-8"))
             cfg = content.get("pretrained_cfg", content)
+            cfg = {**cfg, "label_names": cfg.get("label_names") or content.get("label_names")}
             architecture, extra = content["architecture"], content.get("model_args", {})
             if not isinstance(architecture, str) or not isinstance(extra or {}, dict):
                 raise ValueError("architecture must be a name, and model_args its arguments")

@@ -12,11 +12,10 @@ ESSENTIALS = {"model": "m", "dataset": "d", "output": "o"}
 CONV, LINEAR = torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 3)
 
 
-def resolve(**given):
-    """Return a recipe of an image model without batch norm with every choice made."""
-    return choices.resolve(
-        config.build({**ESSENTIALS, **given}), "image-classification", LINEAR, 300
-    )
+def resolve(model=LINEAR, **given):
+    """Return a recipe with every choice made, of an image model without batch norm at first."""
+    recipe = config.build({**ESSENTIALS, **given})
+    return choices.resolve(recipe, "image-classification", model, 300)
 
 
 def test_steps_in_levels_of_fine_grids_are_noted():
@@ -26,6 +25,26 @@ def test_steps_in_levels_of_fine_grids_are_noted():
     assert not choices.notes_of(coarse, cpu)
     (note,) = choices.notes_of(fine, cpu)
     assert "hardly moves weights of more than 4 bits" in note
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"bits": 1, "bits_override": ("conv=8",)}, True),
+        ({"bits": 1, "bits_override": ("conv=4",)}, False),
+        ({"bits": 1, "optimizer": "sgd"}, False),
+        ({"bits": 8, "bits_override": ("conv=8",)}, False),
+        ({"bits": 1, "bits_override": ("conv=8",), "level_lr": 0.01}, None),
+        ({"bits": 1, "bits_override": ("conv=8",), "method": "lsq"}, False),
+        ({"bits": 1, "bits_override": ("conv=8",), "closing": "staggered"}, False),
+    ],
+)
+def test_a_fine_layer_that_decides_the_optimizer_of_all_is_noted(settings, told):
+    """Steps in level spacings are not the default beside it."""
+    notes = choices.notes_of(resolve(CONV, **settings), torch.device("cpu"))
+    assert [note.startswith("all layers are trained by SGD, because conv=8") for note in notes] == (
+        [False] if told is None else [True] * told
+    )
 
 
 @pytest.mark.parametrize("can", [True, False])

@@ -225,7 +225,7 @@ class TestFinetuneRefuses:
         assert finetune(tmp_path / "out", *flags, "--image-size", 16).code == 0
 
     def test_a_tokenizer_that_cannot_pad(self, tmp_path):
-        """A tokenizer without a padding token is refused in words."""
+        """What to do about a tokenizer without a padding token is told."""
         import shutil
 
         folder = shutil.copytree(builders.bert(), tmp_path / "bert")
@@ -233,7 +233,7 @@ class TestFinetuneRefuses:
         content = json.loads(path.read_text())
         del content["pad_token"]
         path.write_text(json.dumps(content))
-        refused(finetune(tmp_path / "out", "--model", folder, kind="bert"), "pad")
+        refused(finetune(tmp_path / "out", "--model", folder, kind="bert"), "tokenizer.pad_token =")
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -257,6 +258,29 @@ class TestSplits:
         assert bool(found.notes) == shared
         assert not shared or f"--eval-split {evaluation} has rows of" in found.notes[0]
 
+    @pytest.mark.parametrize("classes", [("car", "train"), ("bullet_train", "test_tube", "cat")])
+    @pytest.mark.parametrize("judged", ["test", "val"])
+    def test_a_class_called_like_a_split(self, tmp_path, classes, judged):
+        """Its images belong to the split whose folder they are in, and to no other."""
+        for split in ("train", judged):
+            for label in classes:
+                (tmp_path / "d" / split / label).mkdir(parents=True)
+                PICTURES[0][0].save(tmp_path / "d" / split / label / "0.png")
+        found = opened(tmp_path / "d", IMAGES)
+        for split, rows in (("train", found.train), (judged, found.eval)):
+            paths = rows.cast_column("image", datasets.Image(decode=False))["image"][:]
+            told = {path["path"].removeprefix(f"{tmp_path}/d/") for path in paths}
+            assert told == {f"{split}/{label}/0.png" for label in classes}
+            assert len(paths) == len(classes)
+        assert found.labels == tuple(sorted(classes))
+
+    def test_a_file_between_two_splits(self, tmp_path):
+        """Where no folder says to which it belongs, nobody is trained on what is judged."""
+        rows = {"train": ["a,pos", "b,neg"], "test": ["c,pos", "d,neg"], "train_test": ["e,pos"]}
+        folder = write_csv(tmp_path / "d", "text,label", **rows)
+        with pytest.raises(DataError, match=r"takes train_test\.csv into the splits .* folders"):
+            opened(folder, TEXTS)
+
     def test_one_label_is_no_choice(self, tmp_path):
         """A classifier with one output is right by definition."""
         folder = write_csv(tmp_path / "d", "text,label", train=["a,pos", "b,pos"], test=["a,pos"])
@@ -304,7 +328,12 @@ class TestColumns:
             ("image_parquet", IMAGES, {"image_column": "img"}, ["--image-column 'img'", "image"]),
             ("image_parquet", IMAGES, {"label_column": "lable"}, ["did you mean label?"]),
             ("text_csv", TEXTS, {"text_columns": ["sentense"]}, ["did you mean sentence?"]),
-            ("text_csv", IMAGES, {}, ["no column looks like an image", "sentence, label"]),
+            (
+                "text_csv",
+                IMAGES,
+                {},
+                ["no column looks like an image", "sentence, label", "metadata.csv"],
+            ),
             ("image_parquet", TEXTS, {}, ["no column looks like a text", "image, label"]),
             ("corpus", TEXTS, {}, ["no column looks like a label", "text"]),
             ("image_parquet", LM, {}, ["no column looks like a text"]),
@@ -316,6 +345,14 @@ class TestColumns:
         with pytest.raises(DataError) as caught:
             opened(getattr(builders, dataset)(), task, **flags)
         assert all(word in str(caught.value) for word in words)
+
+    def test_images_in_folders_below_their_class(self, tmp_path):
+        """They get no label, and no column could be named."""
+        for name in ("train/a/images/0.png", "test/b/images/0.png"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            PICTURES[0][0].save(tmp_path / name)
+        with pytest.raises(DataError, match=r"no labels: put them into the folders train/CLASS"):
+            opened(tmp_path, IMAGES)
 
     @pytest.mark.parametrize(
         ("dataset", "task", "flags"),
@@ -418,6 +455,23 @@ class TestLabels:
         builders.write_images(tmp_path / "test.parquet", content)
         with pytest.raises(DataError, match="--eval-split has rows without a label"):
             loaders(recipe(tmp_path), opened(tmp_path, IMAGES), plain())
+
+    @pytest.mark.parametrize(
+        ("labels", "words"),
+        [
+            (["pos", "neg", " pos"], r"labels ' pos' and 'pos' of label differ by blanks or case"),
+            (["pos", "Pos", "neg"], r"labels 'Pos' and 'pos' of label differ"),
+            ([str(i) for i in range(30)], "label has 30 different values in 30 rows"),
+            (["pos", "neg"], None),
+            ([str(i) for i in range(30)] * 2, None),
+        ],
+    )
+    def test_labels_that_look_like_mistakes_are_noted(self, tmp_path, labels, words):
+        """They are learnt as they are written."""
+        rows = [f"a,{label}" for label in labels]
+        found = opened(write_csv(tmp_path / "d", "text,label", train=rows, test=rows), TEXTS)
+        assert {*found.labels} == {*labels}
+        assert [bool(re.search(words or "", note)) for note in found.notes] == [True] * bool(words)
 
     def test_a_column_of_lists_is_no_label(self, tmp_path):
         """Whatever its name is."""
@@ -740,7 +794,7 @@ class TestBatches:
         with pytest.raises(DataError, match=r"^the samples do not make a batch") as caught:
             list(train)
         assert "Traceback" not in str(caught.value)
-        assert str(caught.value).endswith("tokenizer with a padding token.")
+        assert str(caught.value).endswith("Images of different sizes need --image-size.")
 
     def test_an_image_larger_than_pillow_decodes(self, tmp_path, monkeypatch):
         """What might be a bomb is refused with the number of the image."""

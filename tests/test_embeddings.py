@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import builders
 import pytest
@@ -68,6 +69,29 @@ def test_length_of_the_padding_changes_nothing():
         beside = logits_of(loaded.model, loaded.spec, dict(longer))
     assert longer["attention_mask"][0].min() == 0
     torch.testing.assert_close(alone[0], beside[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({}, None),
+        ({"1_Pooling/config.json": {"pooling_mode_mean_tokens": True}}, None),
+        ({"1_Pooling/config.json": {"pooling_mode": "mean"}}, None),
+        ({"1_Pooling/config.json": {"pooling_mode": "lasttoken"}}, "lasttoken"),
+        ({"1_Pooling/config.json": {"pooling_mode_cls_token": True, "x": True}}, "cls_token"),
+        ({"modules.json": [{"type": "a.Transformer"}, {"type": "b.Normalize"}]}, None),
+        ({"modules.json": [{"type": "a.Pooling"}, {"type": "models.Dense"}]}, "Dense"),
+        ({"modules.json": {"not": "a list"}}, None),
+    ],
+)
+def test_another_pooling_than_the_mean_is_told(files, named, tmp_path):
+    """An encoder whose own files take another embedding is trained for the mean, not in silence."""
+    folder = shutil.copytree(builders.encoder(), tmp_path / "encoder")
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    doubts = models.load(str(folder), "feature-extraction").doubts
+    assert [f"reads ({named})" in doubt for doubt in doubts] == [True] * bool(named)
 
 
 def test_the_data_need_no_label(tmp_path):

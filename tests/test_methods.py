@@ -734,3 +734,18 @@ def test_a_run_has_the_strength_of_its_steps(monkeypatch, tmp_path):
     assert given == [pytest.approx(0.3), 0.1]
     stored = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
     assert stored.get("strength") is None
+
+
+@pytest.mark.parametrize("method", sorted(RIVALS))
+def test_a_model_that_is_compiled_as_a_whole(method):
+    """The method's part of the forward pass is one graph, also as its coefficient changes."""
+    bits = 1 if method in ("adaste", "mirror-descent") else 2
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+    askewq.quantize(model, bits, include=("*",))
+    follower = rivals.Follower(model, method)
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(4, 6)
+    for progress in (0.2, 0.5, 0.8, 1.0):
+        follower.anneal(progress)
+        torch.testing.assert_close(whole(x), model(x), rtol=0, atol=0)

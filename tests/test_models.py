@@ -186,6 +186,28 @@ class TestTimm:
         assert loaded.spec.arguments["model_name"] == "test_resnet"
         assert models.build(loaded.spec).state_dict().keys() == source.state_dict().keys()
 
+    @pytest.mark.parametrize(
+        ("names", "labels", "order", "words"),
+        [
+            (["c", "a", "b"], ("a", "b", "c"), ("c", "a", "b"), None),
+            (["C", "a", "b"], ("a", "b", "c"), ("c", "a", "b"), None),
+            (["x", "y", "z"], ("a", "b", "c"), ("a", "b", "c"), "was trained for the classes x, y"),
+            (None, ("a", "b", "c"), ("a", "b", "c"), "does not name the 3 classes of its head"),
+            (None, ("n00000001", "n00000002", "n00000003"), None, None),
+            (["c", "a", "b"], ("a", "b"), ("a", "b"), None),
+        ],
+    )
+    def test_a_head_for_the_labels_keeps_their_order(self, tmp_path, names, labels, order, words):
+        """Where the model's config names them; what is assumed otherwise is told."""
+        import timm
+
+        source = timm.create_model("test_resnet", num_classes=3)
+        timm.models.save_for_hf(source, tmp_path, {"label_names": names} if names else None)
+        loaded = models.load(f"local-dir:{tmp_path}", IMAGES, labels)
+        assert loaded.spec.labels == (order or labels)
+        assert [words in doubt for doubt in loaded.doubts] == [True] * bool(words)
+        assert len(loaded.notes) == (len(labels) != 3)
+
     @pytest.mark.parametrize("name", ["hf-hub:org/name", "local-dir:/nowhere", "resnet18"])
     def test_out_of_reach(self, name):
         """Without the Hub, pretrained weights are an error that says what works offline."""
