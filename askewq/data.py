@@ -145,6 +145,8 @@ def _untrained(train: Any, evaluation: Any, column: str | None) -> tuple[str, ..
 
 def _doubtful(train: Any, column: str | None, labels: Sequence[str]) -> tuple[str, ...]:
     """Return a warning where labels look like mistakes, or like no classes."""
+    import datasets
+
     notes: tuple[str, ...] = ()
     alike: dict[str, list[str]] = {}
     for label in labels:
@@ -152,7 +154,8 @@ def _doubtful(train: Any, column: str | None, labels: Sequence[str]) -> tuple[st
     if some := next((names for names in alike.values() if len(names) > 1), None):
         names = " and ".join(map(repr, some))
         notes += (f"the labels {names} of {column} differ by blanks or case, and are classes each",)
-    if len(labels) > 20 and 2 * len(labels) > len(train):
+    named = column is not None and isinstance(train.features[column], datasets.ClassLabel)
+    if not named and len(labels) > 20 and 2 * len(labels) > len(train):
         notes += (
             f"{column} has {len(labels)} different values in {len(train)} rows, and each is learnt "
             "as a class; where they are none, choose another --label-column",

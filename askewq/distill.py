@@ -110,9 +110,8 @@ def load_teacher(
             f"the teacher {recipe.teacher!r} has the labels in another order ({', '.join(names)}; "
             f"here {', '.join(spec.labels)}); pass another --teacher."
         )
-    doubts = (*loaded.doubts, *renamed(loaded.spec.name, names, spec.labels))
-    doubts = doubts if recipe.distill else ()
-    return Teacher(loaded.model, loaded.spec, doubts)
+    doubts = renamed(loaded.spec.name, names, spec.labels) if recipe.distill else ()
+    return Teacher(loaded.model, loaded.spec, (*loaded.doubts, *doubts))
 
 
 def _borrowed_tokenizer(recipe: Recipe) -> str | None:

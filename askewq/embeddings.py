@@ -51,7 +51,8 @@ def pooling_doubt(name: str) -> tuple[str, ...]:
     Source: the files of sentence-transformers, modules.json and 1_Pooling/config.json.
     """
     modules, pooling = _read(name, "modules.json", []), _read(name, "1_Pooling/config.json", {})
-    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    named = [str(module.get("type")) for module in modules if isinstance(module, dict)]
+    kinds = [name.rpartition(".")[2] for name in named]
     modes = [key for key, value in pooling.items() if key.startswith(_MODE) and value is True]
     modes = [key.removeprefix(_MODE) for key in modes] or [str(pooling.get("pooling_mode", "mean"))]
     wants = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]

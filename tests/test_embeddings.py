@@ -11,7 +11,7 @@ from builders import command, copy_of, finetune, finished, unlabelled_csv
 from safetensors.torch import load_file, save_file
 
 import askewq
-from askewq import config, data, embeddings, models, text
+from askewq import config, data, distill, embeddings, models, text
 from askewq.columns import Columns
 from askewq.errors import ModelError, RecipeError
 from askewq.tasks import logits_of, metric_of, score
@@ -82,6 +82,7 @@ def test_length_of_the_padding_changes_nothing():
         ({"modules.json": [{"type": "a.Transformer"}, {"type": "b.Normalize"}]}, None),
         ({"modules.json": [{"type": "a.Pooling"}, {"type": "models.Dense"}]}, "Dense"),
         ({"modules.json": {"not": "a list"}}, None),
+        ({"modules.json": ["not a module"]}, None),
     ],
 )
 def test_another_pooling_than_the_mean_is_told(files, named, tmp_path):
@@ -92,6 +93,9 @@ def test_another_pooling_than_the_mean_is_told(files, named, tmp_path):
         (folder / name).write_text(json.dumps(content))
     doubts = models.load(str(folder), "feature-extraction").doubts
     assert [f"reads ({named})" in doubt for doubt in doubts] == [True] * bool(named)
+    recipe = builders.recipe("encoder", tmp_path / "out", teacher=str(folder))
+    student = models.load(str(builders.encoder()), "feature-extraction")
+    assert distill.load_teacher(recipe, student).doubts == doubts
 
 
 def test_the_data_need_no_label(tmp_path):
