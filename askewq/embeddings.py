@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from askewq.errors import ModelError
 
 _MODE = "pooling_mode_"
-# What transformers.utils.cached_file is told so that it returns None where there is no file.
+# What transformers.utils.hub.cached_file is told so that it returns None where there is no file.
 _MISSING = (
     "_raise_exceptions_for_gated_repo",
     "_raise_exceptions_for_missing_entries",
@@ -68,7 +68,7 @@ def pooling_doubt(name: str) -> tuple[str, ...]:
 
 def _read(name: str, file: str, nothing: Any) -> Any:
     """Return the content of a JSON file of a model, `nothing` where it has none."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         found = cached_file(name, file, **dict.fromkeys(_MISSING, False))
