@@ -209,12 +209,12 @@ class TestCompressedTensors:
         assert "is rounded to its sign" in first
         assert "--to onnx" in last
         assert "--act-bits none" in last
-        source = opened("bert", tmp_path, 2, 4)
+        source = opened("bert", tmp_path / "unsigned", 2, 4)
         name = next(iter(source.artifact.inputs))
         source.artifact.inputs[name] = PackedInput(input_grid(4, signed=False), torch.ones(()))
         [reason, _] = target.refusals(source, Options(dense_rest=True))
         assert reason.startswith(f"the input of {name} is rounded to 0 .. 15")
-        source = opened("gpt2", tmp_path, 2, 4)
+        source = opened("gpt2", tmp_path / "gpt2", 2, 4)
         reasons = target.refusals(source, Options(dense_rest=True))
         assert "is a Conv1D" in reasons[0]
 
