@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from askewq import signals
 from askewq.columns import Columns
 from askewq.config import Recipe
-from askewq.data import OpenData, reading
+from askewq.data import OpenData
 from askewq.errors import DataError
 from askewq.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+from askewq.sources import reading
 
 # Decoded images of a loader are kept in memory up to this many bytes (CIFAR-10 takes 150 MB).
 CACHE_BYTES = 2**30

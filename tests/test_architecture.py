@@ -40,6 +40,7 @@ FLOORS = [
         *("preprocessing", "spec", "timm_models", "hf_models", "own_models", "models"),
         *(
             "columns",
+            "sources",
             "data",
             "batches",
             "tasks",
