@@ -94,6 +94,16 @@ class Closing:
                 "(0, 0.5]."
             )
 
+    def __str__(self) -> str:
+        """Return the call that makes it, with every value that decides something."""
+        values = {"start": self.start, "end": self.end, "power": self._power}
+        if self.kind == "single":
+            values["final_radius"] = self._last_radius
+        said = {name: float(value) for name, value in values.items()}
+        if self.kind == "staggered":
+            said["every"] = self.period
+        return f"Closing({self.kind!r}, {', '.join(f'{k}={v}' for k, v in said.items())})"
+
     @property
     def _power(self) -> float:
         return POWER[self.kind] if self.power is None else self.power

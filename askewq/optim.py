@@ -45,6 +45,8 @@ PULLS: dict[Pull, dict[str, float]] = {
 _FILLED_IN = {"decoupled_weight_decay"}
 # Options of a parameter group that only torch's own step would heed.
 _TORCHS_OWN = ("maximize", "dampening", "amsgrad")
+# What a parameter group says of the intervals, so that a state is not loaded into others.
+_FOR_ALL = ("closing", "pull", "alpha", "clip")
 
 
 class _Skewed(torch.optim.Optimizer):
@@ -85,13 +87,13 @@ class _Skewed(torch.optim.Optimizer):
             self._check_pulls()
 
     def _check_pulls(self) -> None:
-        """Check that no parameter group has a pull of its own."""
+        """Check that no parameter group has intervals of its own."""
         for group in self.param_groups:
-            for name in ("alpha", "clip"):
+            for name in _FOR_ALL:
                 if group[name] != self.defaults[name]:
                     raise RecipeError(
-                        f"a parameter group has {name} = {group[name]}, and the pull is the same "
-                        f"for all, {self.defaults[name]}; pass {name} to the optimizer itself."
+                        f"a parameter group has {name} = {group[name]}, which is the same for all "
+                        f"groups, {self.defaults[name]}; pass {name} to the optimizer itself."
                     )
 
     def _constrain(
@@ -127,7 +129,8 @@ class _Skewed(torch.optim.Optimizer):
                 "the model has no quantized layer; call askewq.quantize(model, bits=2) before "
                 "building the optimizer."
             )
-        own = {"alpha": alpha, "clip": clip, "progress": 0.0, "updates": 0, "in_levels": False}
+        own = {"closing": str(closing), "pull": pull, "alpha": alpha, "clip": clip}
+        own |= {"progress": 0.0, "updates": 0, "in_levels": False}
         self.defaults.update(own)
         for group in self.param_groups:
             group.update({**own, **group})
@@ -173,7 +176,7 @@ class _Skewed(torch.optim.Optimizer):
         """Load what `state_dict` gave; the intervals are those of its progress.
 
         Raises:
-            RecipeError: another optimizer gave it.
+            RecipeError: another optimizer gave it, or one with another closing or pull.
         """
         wanted = self.defaults.keys() - _FILLED_IN
         if missing := [k for g in state_dict["param_groups"] for k in wanted - g.keys()]:
@@ -181,6 +184,13 @@ class _Skewed(torch.optim.Optimizer):
                 f"the state is not that of {type(self).__name__}: its parameter groups have no "
                 f"{', '.join(sorted({*missing}))}; load what the state_dict() of one gave."
             )
+        for group in state_dict["param_groups"]:
+            for name in _FOR_ALL:
+                if group[name] != self.defaults[name]:
+                    raise RecipeError(
+                        f"the state is that of an optimizer with {name} = {group[name]}, and this "
+                        f"one has {self.defaults[name]}; build it with the same {name}."
+                    )
         super().load_state_dict(state_dict)
         self.anneal(min(self._progress, 1.0))
 

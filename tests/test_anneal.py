@@ -55,6 +55,18 @@ def test_lr_never_rises(a, b, hold):
     assert 1 >= early >= late >= 0
 
 
+@given(closing=st.one_of(map(closings, ("lazy", "staggered", "single"))), at=progresses)
+def test_a_closing_is_said_as_the_call_that_makes_it(closing, at):
+    """What the text says makes the same intervals, and the same text."""
+    again = eval(str(closing), {"Closing": Closing})  # our own text
+    assert str(again) == str(closing)
+    assert (again.eps(at), again.closed_share(at), again.period) == (
+        closing.eps(at),
+        closing.closed_share(at),
+        closing.period,
+    )
+
+
 @given(
     closing=st.one_of(map(closings, ("lazy", "staggered", "single"))), a=progresses, b=progresses
 )

@@ -615,6 +615,38 @@ def test_the_state_of_another_optimizer_is_refused():
 
 
 @every_optimizer
+@pytest.mark.parametrize(
+    ("saved", "loading", "named"),
+    [
+        ({"closing": STAGGERED}, {"closing": LAZY}, r"closing = Closing\('staggered'.*build it"),
+        ({"closing": Closing("lazy", end=0.8)}, {}, r"end=0\.8.* and this one has .*end=0\.9"),
+        ({"closing": Closing("staggered", every=5)}, {"closing": STAGGERED}, r"every=5\)"),
+        ({"closing": SINGLE, "pull": "coupled"}, {"closing": SINGLE}, "pull = coupled"),
+        ({"closing": SINGLE, "alpha": 0.25}, {"closing": SINGLE}, r"alpha = 0\.25"),
+    ],
+)
+def test_a_state_from_other_intervals_is_refused(base, saved, loading, named):
+    """Without a word the run would go on with other intervals than it began with."""
+    _, twin = network()
+    state = OPTIMIZERS[base](twin, **saved).state_dict()
+    _, other = network()
+    optimizer = OPTIMIZERS[base](other, **loading)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(RecipeError, match=named):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict() == before
+
+
+def test_a_default_that_is_spelled_out_is_the_same_closing():
+    """The state says values, not how they were given."""
+    _, twin = network()
+    spelled = Closing("staggered", start=0, end=0.9, power=3, every=3)
+    state = AskewSGD(twin, 0.1, closing=spelled, alpha=0.5).state_dict()
+    _, other = network()
+    AskewSGD(other, 0.1, closing=Closing("staggered")).load_state_dict(state)
+
+
+@every_optimizer
 @pytest.mark.parametrize("closing", [LAZY, STAGGERED, SINGLE], ids=lambda c: c.kind)
 def test_a_copy_goes_on_as_the_original(base, closing):
     """Copied or pickled together, model and optimizer make the same steps, each its own."""
@@ -1426,7 +1458,7 @@ class TestWhatItIsGiven:
         with pytest.raises(ModelError, match="follows another method by now"):
             optimizer.step()
 
-    @pytest.mark.parametrize("name", ["alpha", "clip"])
+    @pytest.mark.parametrize("name", ["alpha", "clip", "closing", "pull"])
     def test_a_pull_of_a_group_alone(self, name):
         """The optimizer's checks of the pull are for all weights; lazy closing has none."""
         layer = spread(nn.Linear(4, 2), make_grid(2, "integer"))
