@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from askewq import checkpoint, digest, disk, layers, trust
+from askewq import checkpoint, digest, disk, layers, sentence_files, trust
 from askewq import packed as packed_layers
 from askewq.errors import AskewError, FormatError, ModelError, OutputError
 from askewq.hf_models import cast_, is_transformers, load_processor, load_tokenizer
@@ -22,18 +22,19 @@ from askewq.models import build, build_on_meta
 from askewq.preprocessing import ImagePreprocessing, Preprocessing
 from askewq.spec import CONFIG, LoadedModel, ModelSpec, Source, first_line
 from askewq.timm_models import check_arguments
-from askewq.vocabulary import IMAGE_TASKS, MODEL_TYPE, Task
+from askewq.vocabulary import IMAGE_TASKS, MODEL_TYPE, Pooling, Task
 
 ARTIFACT = "model.safetensors"
 # How a language model ends and draws its tokens; transformers reads it there.
 GENERATION = "generation_config.json"
 VERSION = 2
-# A config.json of version 1 has no digest; everything else is the same.
-WITHOUT_DIGEST = 1
+# A config.json of version 1 has no digest, one of version 3 a pooling other than the mean.
+WITHOUT_DIGEST, POOLED = 1, 3
 # Types that a network may be loaded in.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What decides which network is built, and how its inputs are prepared.
 _SEALED = ("source", "name", "task", "labels", "arguments", "preprocessing")
+_SEALED_OF = {WITHOUT_DIGEST: _SEALED, VERSION: _SEALED, POOLED: (*_SEALED, "pooling")}
 LOAD_WITH = "import askewq, then AutoModelFor*.from_pretrained(folder) or askewq.load(folder)"
 
 
@@ -42,6 +43,7 @@ def save_config(loaded: LoadedModel, folder: Path) -> None:
     content = config_content(loaded.spec, loaded.preprocessing.save(folder))
     text = json.dumps(content, indent=2, ensure_ascii=False)
     disk.write(folder / CONFIG, text + "\n")
+    sentence_files.write(loaded.beside, folder)
     generation = getattr(loaded.model, "generation_config", None)
     if generation is not None and not generation._from_model_config:
         disk.write(folder / GENERATION, generation.to_json_string())
@@ -61,12 +63,14 @@ def config_content(spec: ModelSpec, preprocessing: dict[str, Any]) -> dict[str, 
         content["arguments"] = {**spec.arguments, "quantization_config": refused}
     content["preprocessing"] = preprocessing
     content = json.loads(json.dumps(content))  # tuples as they will be read back
+    version = VERSION if spec.pooling == "mean" else POOLED
+    content = {key: content[key] for key in _SEALED_OF[version]}
     return {
         "model_type": MODEL_TYPE,
-        "askewq_version": VERSION,
+        "askewq_version": version,
         "quantization_config": refused,
         **content,
-        "digest": digest.of_config({key: content[key] for key in _SEALED}),
+        "digest": digest.of_config(content),
     }
 
 
@@ -102,13 +106,14 @@ def check_config(content: Any, path: str) -> tuple[ModelSpec, dict[str, Any]]:
         FormatError: another version, or a damaged file; `path` names it.
     """
     version = content.get("askewq_version") if isinstance(content, dict) else None
-    if type(version) is not int or version not in (WITHOUT_DIGEST, VERSION):
+    if type(version) is not int or version not in _SEALED_OF:
         raise FormatError(
-            f"{path} has askewq_version {version!r}; this askewq reads {WITHOUT_DIGEST} and "
-            f"{VERSION}. An artifact of a newer askewq needs a newer askewq."
+            f"{path} has askewq_version {version!r}; this askewq reads {WITHOUT_DIGEST} to "
+            f"{POOLED}. An artifact of a newer askewq needs a newer askewq."
         )
-    keys = _SEALED if version == WITHOUT_DIGEST else (*_SEALED, "digest")
-    if missing := [key for key in keys if key not in content]:
+    keys = _SEALED_OF[version]
+    digests = () if version == WITHOUT_DIGEST else ("digest",)
+    if missing := [key for key in (*keys, *digests) if key not in content]:
         raise FormatError(f"{path} lacks {', '.join(missing)}.")
     if content["source"] not in get_args(Source) or content["task"] not in get_args(Task):
         raise FormatError(
@@ -121,16 +126,19 @@ def check_config(content: Any, path: str) -> tuple[ModelSpec, dict[str, Any]]:
         raise FormatError(f"{path}: name must be a text and arguments a mapping.")
     if not isinstance(content["preprocessing"], dict):
         raise FormatError(f"{path}: preprocessing must be a mapping.")
-    sealed = {key: content[key] for key in _SEALED}
+    pooling: Any = content["pooling"] if version == POOLED else "mean"
+    if pooling not in get_args(Pooling):
+        raise FormatError(f"{path} names an unknown pooling: {pooling!r}.")
+    sealed = {key: content[key] for key in keys}
     if version != WITHOUT_DIGEST and content["digest"] != digest.of_config(sealed):
         raise FormatError(
             f"{path} does not have the digest that it was written with: it was damaged or changed. "
             "Copy or make it again."
         )
     trust.check_arguments(arguments, path)
-    spec = ModelSpec(**{key: content[key] for key in _SEALED[:-1]})
     arguments = {key: value for key, value in arguments.items() if key != "quantization_config"}
-    return replace(spec, labels=tuple(labels), arguments=arguments), content["preprocessing"]
+    named = content["source"], content["name"], content["task"]
+    return ModelSpec(*named, tuple(labels), arguments, pooling), content["preprocessing"]
 
 
 def load_artifact(
@@ -148,7 +156,9 @@ def load_artifact(
         ModelError: an own module without `factory`, or another network with one.
     """
     model, spec, preprocessing = _network(folder, factory, keep_packed)
-    return LoadedModel(model, spec, restore(spec, preprocessing, folder))
+    texts = spec.task == "feature-extraction"
+    beside = sentence_files.read(str(folder)).files if texts else {}
+    return LoadedModel(model, spec, restore(spec, preprocessing, folder), beside=beside)
 
 
 def _network(

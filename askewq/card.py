@@ -136,6 +136,16 @@ import askewq
 from transformers import {auto_class_name(spec.task)}
 model = {auto_class_name(spec.task)}.from_pretrained(folder_or_repo)
 ```"""
+    if spec.task == "feature-extraction":
+        text += """
+
+With sentence-transformers, packed:
+
+```python
+import askewq
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(folder_or_repo)
+```"""
     return text
 
 
@@ -160,10 +170,12 @@ def _embedding(spec: ModelSpec) -> str:
         return "The network's output for an image is its embedding"
     if spec.task == "image-feature-extraction":
         return "An image's embedding is `pooler_output`"
-    return (
-        "A text's embedding is the mean of `last_hidden_state` over the tokens whose\n"
-        "`attention_mask` is 1"
-    )
+    states = {
+        "mean": "the mean of `last_hidden_state` over the tokens",
+        "cls": "the `last_hidden_state` of the first token",
+        "lasttoken": "the `last_hidden_state` of the last token",
+    }
+    return f"A text's embedding is {states[spec.pooling]} whose\n`attention_mask` is 1"
 
 
 def _source(recipe: Recipe) -> str:

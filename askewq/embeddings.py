@@ -4,29 +4,21 @@ The teacher's embeddings stand in the place of labels, so that the loop, the eva
 comparison to the bit know nothing of this task.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from askewq.errors import ModelError
-
-_MODE = "pooling_mode_"
-# What transformers.utils.hub.cached_file is told so that it returns None where there is no file.
-_MISSING = (
-    "_raise_exceptions_for_gated_repo",
-    "_raise_exceptions_for_missing_entries",
-    "_raise_exceptions_for_connection_errors",
-)
+from askewq.vocabulary import Pooling
 
 
-def of(made: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def of(made: Any, inputs: Mapping[str, Tensor], pooling: Pooling) -> Tensor:
     """Return the embeddings in what an encoder of transformers returned: [batch, width].
 
     An image's is the encoder's own `pooler_output`, [batch, width] or [batch, width, 1, 1]; a
-    text's the mean over its tokens, as sentence-transformers takes it.
+    text's is pooled from the last layer's states.
 
     Raises:
         ModelError: an encoder of images that pools nothing.
@@ -39,56 +31,29 @@ def of(made: Any, inputs: Mapping[str, Tensor]) -> Tensor:
                 "one, timm's of the same name, or a module of your own that returns [batch, width]."
             )
         return pooled.flatten(1)
-    return pool(made.last_hidden_state, inputs["attention_mask"])
+    return pool(made.last_hidden_state, inputs["attention_mask"], pooling)
 
 
-def pooling_doubt(name: str) -> tuple[str, ...]:
-    """Return the doubt about an encoder of texts whose files want another embedding than the mean.
-
-    Args:
-        name: its folder, or its id on the Hub.
-
-    Source: the files of sentence-transformers, modules.json and 1_Pooling/config.json.
-    """
-    modules, pooling = _read(name, "modules.json", []), _read(name, "1_Pooling/config.json", {})
-    named = [str(module.get("type")) for module in modules if isinstance(module, dict)]
-    kinds = [name.rpartition(".")[2] for name in named]
-    modes = [key for key, value in pooling.items() if key.startswith(_MODE) and value is True]
-    modes = [key.removeprefix(_MODE) for key in modes] or [str(pooling.get("pooling_mode", "mean"))]
-    wants = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    wants += [mode for mode in modes if mode not in ("mean", "mean_tokens")]
-    if not wants:
-        return ()
-    return (
-        f"the embeddings of {name!r} are not the mean over a text's tokens, by the files that "
-        f"sentence-transformers reads ({', '.join(wants)}); askewq trains and judges the mean, and "
-        "an artifact has none of these files",
-    )
-
-
-def _read(name: str, file: str, nothing: Any) -> Any:
-    """Return the content of a JSON file of a model, `nothing` where it has none."""
-    from transformers.utils.hub import cached_file
-
-    try:
-        found = cached_file(name, file, **dict.fromkeys(_MISSING, False))
-        content = json.loads(Path(found).read_text("utf-8")) if found else nothing
-    except (OSError, ValueError):
-        return nothing
-    return content if isinstance(content, type(nothing)) else nothing
-
-
-def pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of the hidden states of each text over its tokens: [batch, width].
+def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Return the embedding of each text: [batch, width].
 
     Args:
         states: the last layer's, [batch, tokens, width].
         mask: [batch, tokens]; where it is 0 a token is padding.
+        pooling: the mean over a text's tokens, or the state of its first or its last one.
 
-    Source: Reimers and Gurevych 2019 (arXiv 1908.10084), the MEAN strategy of section 3.
+    Source: Reimers and Gurevych 2019 (arXiv 1908.10084), section 3, strategies MEAN and CLS; the
+        last token for decoders, as sentence-transformers has it.
     """
-    counted = mask.unsqueeze(-1).to(states.dtype)
-    return (states * counted).sum(1) / counted.sum(1)
+    if pooling == "mean":
+        counted = mask.unsqueeze(-1).to(states.dtype)
+        return (states * counted).sum(1) / counted.sum(1)
+    counts = mask.to(torch.int32)  # of int64 ONNX has no argmax in every runtime
+    place = counts.argmax(1)  # the first of the largest
+    if pooling == "lasttoken":
+        place = mask.shape[1] - 1 - counts.flip(1).argmax(1)
+    places = place[:, None, None].expand(-1, 1, states.shape[-1])
+    return states.gather(1, places).squeeze(1)
 
 
 def similarity(embeddings: Tensor, taught: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from askewq import __version__, checkpoint, disk, report
+from askewq import __version__, checkpoint, disk, embeddings, report
 from askewq.artifact import ARTIFACT, load_artifact
 from askewq.errors import AskewError, ExportError, VerificationError, near
 from askewq.preprocessing import ImagePreprocessing, ProcessorPreprocessing
@@ -116,6 +116,9 @@ def export(
     with _appearing(output.resolve()) as partial:
         target.write(source, options, partial)
         logits = _read_back(target, partial, inputs, factory)
+        if source.loaded.spec.task == "feature-extraction" and logits.dim() == 3:  # of each token
+            pooling = source.loaded.spec.pooling
+            logits = embeddings.pool(logits, inputs["attention_mask"], pooling)
         rounded = target.bound_of_inputs if source.artifact.inputs else 0.0
         comparison = _compare(logits, expected, max(target.bound(options), rounded), to)
         if _alike(expected, comparison["bound"]):

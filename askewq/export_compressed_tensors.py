@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from askewq import sentence_files
 from askewq.grid import Grid
 from askewq.manifest import PackedInput, PackedWeight
 from askewq.mixed import original_class
@@ -194,6 +195,7 @@ def _write(source: ExportSource, options: Options, folder: Path) -> None:
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     source.loaded.preprocessing.save(folder)
+    sentence_files.write(source.loaded.beside, folder)
     (folder / "README.md").write_text(_readme(source), encoding="utf-8")
 
 
@@ -283,8 +285,7 @@ def read_back(folder: str, inputs: dict[str, Tensor]) -> Tensor:
         return made.logits
     if "pixel_values" in inputs:
         return made.pooler_output.flatten(1)
-    counted = inputs["attention_mask"].unsqueeze(-1).to(made.last_hidden_state.dtype)
-    return (made.last_hidden_state * counted).sum(1) / counted.sum(1)
+    return made.last_hidden_state  # pooled where it is compared
 
 
 TARGET = Target(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from askewq import sentence_files
 from askewq.preprocessing import ImagePreprocessing
 from askewq.spec import CONFIG
 from askewq.target import ExportSource, Options, Target, rounded_inputs
@@ -73,6 +74,7 @@ def _write(source: ExportSource, options: Options, folder: Path) -> None:
         model = cast(Any, loaded.model if options.dtype == "fp32" else copy.deepcopy(loaded.model))
         model.to(dtype).save_pretrained(folder)
         loaded.preprocessing.save(folder)
+        sentence_files.write(loaded.beside, folder)
     else:
         save_file(_state(source, dtype), folder / WEIGHTS, {"format": "pt"})
     if loaded.spec.source == "timm":
@@ -223,8 +225,7 @@ def read_back(folder: str, inputs: dict[str, Tensor]) -> Tensor:
         return made.logits
     if "pixel_values" in inputs:
         return made.pooler_output.flatten(1)
-    counted = inputs["attention_mask"].unsqueeze(-1).to(made.last_hidden_state.dtype)
-    return (made.last_hidden_state * counted).sum(1) / counted.sum(1)
+    return made.last_hidden_state  # pooled where it is compared
 
 
 TARGET = Target(

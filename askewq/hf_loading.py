@@ -66,7 +66,11 @@ def config_from(content: dict[str, Any], **kwargs: Any) -> Any:
             "damaged, or needs a newer transformers."
         ) from error
     arguments["quantization_config"] = AskewConfig(
-        name=spec.name, task=spec.task, labels=list(spec.labels), preprocessing=preprocessing
+        name=spec.name,
+        task=spec.task,
+        labels=list(spec.labels),
+        pooling=spec.pooling,
+        preprocessing=preprocessing,
     ).to_dict()
     return _config_class(plain).from_dict(arguments, **kwargs)
 
@@ -84,7 +88,8 @@ class _WritesArtifact:
         # Labels may have been given other names in from_pretrained; a file may have 10 before 2.
         names = dict(sorted(self.id2label.items())).values() if kept["labels"] else ()  # type: ignore[attr-defined]
         arguments["_name_or_path"] = kept["name"]  # not the folder that it was read from
-        spec = ModelSpec("transformers", kept["name"], kept["task"], tuple(names), arguments)
+        named = kept["name"], kept["task"], tuple(names)
+        spec = ModelSpec("transformers", *named, arguments, kept["pooling"])
         text = json.dumps(config_content(spec, kept["preprocessing"]), indent=2, ensure_ascii=False)
         Path(json_file_path).write_text(text + "\n", encoding="utf-8")
 
@@ -113,6 +118,7 @@ class AskewConfig(QuantizationConfigMixin):
     name: str = ""
     task: str = ""
     labels: list[str] = field(default_factory=list)
+    pooling: str = "mean"
     preprocessing: dict[str, Any] = field(default_factory=dict)
     quant_method: str = MODEL_TYPE  # type: ignore[assignment]  # an enum of built-in methods
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from askewq import checkpoint
+from askewq import checkpoint, sentence_files
 from askewq.artifact import ARTIFACT, GENERATION, read_spec, restore
 from askewq.card import NAMES
 from askewq.errors import FormatError, HubError, RecipeError
@@ -63,7 +63,7 @@ def _files(folder: Path) -> list[str]:
             "Both are written at the end of `askewq finetune`."
         )
     preprocessing = restore(spec, values, folder)
-    names = {*_NAMES, _INDEX, *(path.name for path in weights)}
+    names = {*_NAMES, *sentence_files.NAMES, _INDEX, *(path.name for path in weights)}
     if isinstance(preprocessing, TextPreprocessing):
         names |= {*type(preprocessing.tokenizer).vocab_files_names.values()}
     with TemporaryDirectory() as place:  # what it consists of it knows itself

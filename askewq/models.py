@@ -4,13 +4,14 @@ Weights are never unpickled beyond plain tensors, and no code from the Hub runs 
 asked for.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from askewq.embeddings import pooling_doubt
+from askewq import sentence_files
 from askewq.errors import ModelError
 from askewq.hf_models import (
     auto_class,
@@ -125,7 +126,9 @@ def load(
         if task == "text-classification":
             follow_padding(loaded, texts.tokenizer.pad_token_id)
         if task in EMBEDDING_TASKS:
-            loaded.doubts += pooling_doubt(name)
+            found = sentence_files.read(name)
+            loaded.spec = replace(loaded.spec, pooling=found.pooling)
+            loaded.beside, loaded.doubts = found.files, loaded.doubts + found.doubts
         loaded.preprocessing = texts
     if isinstance(loaded.preprocessing, ImagePreprocessing):
         loaded.preprocessing = loaded.preprocessing.override(image_size, mean, std)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from askewq.errors import ModelError, near
 from askewq.preprocessing import Preprocessing
-from askewq.vocabulary import Task
+from askewq.vocabulary import Pooling, Task
 
 Source = Literal["timm", "transformers", "module"]
 
@@ -29,6 +29,7 @@ class ModelSpec:
         labels: class names, in the order of the logits; empty for causal-lm and embeddings.
         arguments: timm: architecture and keyword arguments of create_model; transformers: the
             config; module: nothing, its file is not stored.
+        pooling: of feature-extraction: how the states of a text's tokens become its embedding.
     """
 
     source: Source
@@ -36,6 +37,7 @@ class ModelSpec:
     task: Task
     labels: tuple[str, ...]
     arguments: dict[str, Any]
+    pooling: Pooling = "mean"
 
 
 @dataclass(slots=True)
@@ -47,6 +49,7 @@ class LoadedModel:
     preprocessing: Preprocessing
     notes: tuple[str, ...] = ()  # what of it is not trained for the data
     doubts: tuple[str, ...] = ()  # what is for the user to judge
+    beside: dict[str, Any] = field(default_factory=dict)  # files of sentence-transformers
 
 
 def path_of(name: str) -> Path:

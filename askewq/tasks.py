@@ -118,7 +118,7 @@ def outputs_of(
     made = model(**inputs, **more)
     hidden = tuple(made.get("hidden_states") or ()) if hidden_states else ()
     if spec.task in EMBEDDING_TASKS:
-        return Outputs(embeddings.of(made, inputs), hidden)
+        return Outputs(embeddings.of(made, inputs, spec.pooling), hidden)
     return Outputs(cast(Tensor, made.logits), hidden)
 
 

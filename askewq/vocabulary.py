@@ -33,6 +33,8 @@ Task = Literal[
 IMAGE_TASKS: tuple[Task, ...] = ("image-classification", "image-feature-extraction")
 # Tasks without labels: an encoder's outputs are embeddings, and a teacher's stand for labels.
 EMBEDDING_TASKS: tuple[Task, ...] = ("feature-extraction", "image-feature-extraction")
+# How the states of a text's tokens become its embedding, as sentence-transformers calls it.
+Pooling = Literal["mean", "cls", "lasttoken"]
 Augmentation = Literal["none", "crop", "flip", "crop-flip"]
 DenseType = Literal["fp32", "fp16", "bf16"]
 Estimate = Literal["measured", "estimated"]

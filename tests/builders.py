@@ -617,8 +617,9 @@ def edit_config(folder: Path, *, seal: bool = True, **changes: Any) -> None:
     path = folder / "config.json"
     content = {**json.loads(path.read_text()), **changes}
     content = {key: value for key, value in content.items() if value is not None}
-    if seal and "digest" not in changes and set(artifact._SEALED) <= content.keys():
-        content["digest"] = digest.of_config({key: content[key] for key in artifact._SEALED})
+    sealed = artifact._SEALED_OF[3 if content.get("askewq_version") == 3 else 2]
+    if seal and "digest" not in changes and set(sealed) <= content.keys():
+        content["digest"] = digest.of_config({key: content[key] for key in sealed})
     path.write_text(json.dumps(content))
 
 

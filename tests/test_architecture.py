@@ -44,6 +44,7 @@ FLOORS = [
             "data",
             "batches",
             "tasks",
+            "sentence_files",
             "embeddings",
             "hidden_states",
             "distill",

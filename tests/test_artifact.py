@@ -393,7 +393,7 @@ class TestConfig:
             assert content["model_type"] == "askewq"
             assert content["askewq_version"] == 2
 
-    @pytest.mark.parametrize("version", [0, 3, "1", None, [1], True])
+    @pytest.mark.parametrize("version", [0, 4, "1", None, [1], True])
     def test_other_versions_are_refused(self, tmp_path, version):
         """A version that this askewq does not know is named."""
         folder = copy_of("timm", tmp_path)

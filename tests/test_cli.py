@@ -522,7 +522,7 @@ def damage(folder: Path, how: str) -> None:
         save_file(tensors, path, {"askewq": manifest})
     elif how == "newer config":
         content = json.loads(config_file.read_text())
-        config_file.write_text(json.dumps({**content, "askewq_version": 3}))
+        config_file.write_text(json.dumps({**content, "askewq_version": 4}))
     else:
         config_file.write_text(config_file.read_text()[:200])
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-import shutil
+from typing import get_args
 
 import builders
 import pytest
@@ -11,19 +11,20 @@ from builders import command, copy_of, finetune, finished, unlabelled_csv
 from safetensors.torch import load_file, save_file
 
 import askewq
-from askewq import config, data, distill, embeddings, models, text
+from askewq import config, data, embeddings, models, text
 from askewq.columns import Columns
 from askewq.errors import ModelError, RecipeError
 from askewq.tasks import logits_of, metric_of, score
+from askewq.vocabulary import Pooling
 
 
-def slow_pool(states, mask):
-    """Return the mean of each text's states over its tokens, one number at a time, in float64."""
+def slow_pool(states, mask, pooling):
+    """Return the mean of each text's states, its first or its last one, a number at a time."""
     pooled = []
     for rows, kept in zip(states.tolist(), mask.tolist(), strict=True):
         counted = [row for row, keep in zip(rows, kept, strict=True) if keep]
-        columns = zip(*counted, strict=True)
-        pooled.append([sum(column) / len(counted) for column in columns])
+        mean = [sum(column) / len(counted) for column in zip(*counted, strict=True)]
+        pooled.append({"mean": mean, "cls": counted[0], "lasttoken": counted[-1]}[pooling])
     return torch.tensor(pooled)
 
 
@@ -34,13 +35,16 @@ def slow_cosine(a, b):
     return product / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
 
 
-def test_an_embedding_is_the_slow_mean():
-    """Padded tokens do not count, whatever stands there."""
-    states, mask = torch.randn(3, 5, 4), torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
-    found = embeddings.pool(states, mask)
-    torch.testing.assert_close(found, slow_pool(states, mask))
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_an_embedding_is_the_slow_one(pooling):
+    """Padded tokens do not count, whatever stands there, and on whichever side."""
+    states = torch.randn(5, 5, 4)
+    mask = [[1] * 5, [1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]
+    mask = torch.tensor(mask)
+    found = embeddings.pool(states, mask, pooling)
+    torch.testing.assert_close(found, slow_pool(states, mask, pooling))
     states[mask == 0] = 1e6
-    assert torch.equal(embeddings.pool(states, mask), found)
+    assert torch.equal(embeddings.pool(states, mask, pooling), found)
 
 
 def test_scores_are_the_slow_cosines():
@@ -69,33 +73,6 @@ def test_length_of_the_padding_changes_nothing():
         beside = logits_of(loaded.model, loaded.spec, dict(longer))
     assert longer["attention_mask"][0].min() == 0
     torch.testing.assert_close(alone[0], beside[0], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("files", "named"),
-    [
-        ({}, None),
-        ({"1_Pooling/config.json": {"pooling_mode_mean_tokens": True}}, None),
-        ({"1_Pooling/config.json": {"pooling_mode": "mean"}}, None),
-        ({"1_Pooling/config.json": {"pooling_mode": "lasttoken"}}, "lasttoken"),
-        ({"1_Pooling/config.json": {"pooling_mode_cls_token": True, "x": True}}, "cls_token"),
-        ({"modules.json": [{"type": "a.Transformer"}, {"type": "b.Normalize"}]}, None),
-        ({"modules.json": [{"type": "a.Pooling"}, {"type": "models.Dense"}]}, "Dense"),
-        ({"modules.json": {"not": "a list"}}, None),
-        ({"modules.json": ["not a module"]}, None),
-    ],
-)
-def test_another_pooling_than_the_mean_is_told(files, named, tmp_path):
-    """An encoder whose own files take another embedding is trained for the mean, not in silence."""
-    folder = shutil.copytree(builders.encoder(), tmp_path / "encoder")
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
-    doubts = models.load(str(folder), "feature-extraction").doubts
-    assert [f"reads ({named})" in doubt for doubt in doubts] == [True] * bool(named)
-    recipe = builders.recipe("encoder", tmp_path / "out", teacher=str(folder))
-    student = models.load(str(builders.encoder()), "feature-extraction")
-    assert distill.load_teacher(recipe, student).doubts == doubts
 
 
 def test_the_data_need_no_label(tmp_path):

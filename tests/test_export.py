@@ -174,7 +174,7 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("damage", "words"),
         [
-            ("newer", ["askewq_version 3", "newer askewq"]),
+            ("newer", ["askewq_version 4", "newer askewq"]),
             ("newer file", ["format version 4", "upgrade"]),
             ("truncated", ["model.safetensors", "not a readable"]),
             ("no weights", ["model.safetensors"]),

@@ -427,7 +427,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"askewq_version": 3}, "version"),
+            ({"askewq_version": 4}, "version"),
             ({"arguments": {"model_type": "x"}}, "Unrecognized model"),
         ],
     )
