@@ -187,7 +187,7 @@ class TestRefuses:
         shutil.copytree(own, folder)
         weights, config = folder / "model.safetensors", folder / "config.json"
         if damage == "newer":
-            config.write_text(config.read_text().replace('_version": 2', '_version": 3'))
+            config.write_text(config.read_text().replace('_version": 2', '_version": 4'))
         elif damage == "newer file":
             manifest = builders.manifest(weights) | {"version": 4}
             save_file(load_file(weights), weights, {"askewq": json.dumps(manifest)})
