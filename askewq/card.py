@@ -49,7 +49,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe, loaded: LoadedModel) -> 
 
 **Load it with askewq.** The weights are packed; without askewq, transformers and timm refuse them.
 
-{_how_to_load(loaded.spec)}
+{_how_to_load(loaded)}
 {_similarity(loaded.spec, recipe)}
 | | {metric} on {markdown(recipe.dataset)} |
 |---|---|
@@ -116,8 +116,9 @@ def _base_model(recipe: Recipe, spec: ModelSpec) -> str | None:
     return (known.hf_hub_id or None) if known else None
 
 
-def _how_to_load(spec: ModelSpec) -> str:
+def _how_to_load(loaded: LoadedModel) -> str:
     """Return the calls that load an artifact, in every library that can."""
+    spec = loaded.spec
     own = spec.source == "module"
     call = "folder, model=factory()" if own else "folder"
     text = f"""```python
@@ -136,7 +137,8 @@ import askewq
 from transformers import {auto_class_name(spec.task)}
 model = {auto_class_name(spec.task)}.from_pretrained(folder_or_repo)
 ```"""
-    if spec.task == "feature-extraction":
+    # Without its files sentence-transformers takes the mean.
+    if spec.task == "feature-extraction" and (loaded.beside or spec.pooling == "mean"):
         text += """
 
 With sentence-transformers, packed:

@@ -9,7 +9,7 @@ import torch
 from builders import command, edit_config, unlabelled_csv
 
 import askewq
-from askewq import artifact, distill, models, sentence_files
+from askewq import artifact, card, distill, models, sentence_files
 from askewq.errors import FormatError
 from askewq.tasks import logits_of
 
@@ -73,6 +73,7 @@ def test_a_pooling_that_is_known(pooling, wanted, tmp_path):
     loaded = models.load(str(folder), "feature-extraction")
     assert (loaded.spec.pooling, loaded.doubts) == (wanted, ())
     assert loaded.beside["modules.json"] == MODULES
+    assert "SentenceTransformer(" in card._how_to_load(loaded)
     recipe = builders.recipe("encoder", tmp_path / "out", teacher=str(folder))
     teacher = distill.load_teacher(recipe, builders.untrained("encoder"))
     assert (teacher.spec.pooling, teacher.doubts) == (wanted, ())
@@ -103,6 +104,8 @@ def test_an_embedding_that_is_not_made(pooling, modules, wanted, named, tmp_path
     assert named in doubt
     assert {"mean": "the mean over its tokens", "cls": "its first token"}[wanted] in doubt
     assert (loaded.spec.pooling, loaded.beside) == (wanted, {})
+    takes_the_mean = wanted == "mean"  # as sentence-transformers does without its files
+    assert ("SentenceTransformer(" in card._how_to_load(loaded)) == takes_the_mean
     recipe = builders.recipe("encoder", tmp_path / "out", teacher=str(folder))
     assert distill.load_teacher(recipe, builders.untrained("encoder")).doubts == loaded.doubts
 
